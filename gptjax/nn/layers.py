@@ -1,0 +1,206 @@
+"""The parts of a block. A weight is declared once, by `param`: shape, sharding and initial value follow from it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.config import ModelConfig, RopeScaling
+from gptjax.nn.attention import attention
+from gptjax.sharding import constrain
+
+KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, G, K] each
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares.
+
+    Attributes:
+        mask: [B or 1, T, S] bool, S counting the cached positions first.
+        rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
+        dropout_key: None when nothing is dropped.
+    """
+
+    mask: jax.Array
+    rotation: tuple[jax.Array, jax.Array] | None
+    dropout_key: jax.Array | None
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, n_in: int = 1
+) -> nnx.Param:
+    """A float32 weight, normal(0, std).
+
+    Args:
+        axes: a logical axis (`sharding.RULES`) for each dimension.
+        n_in: how many leading dimensions are the input, when the weight is read as a matrix (Muon does).
+    """
+    assert len(shape) == len(axes)
+    value = (
+        std * jax.random.normal(rngs.params(), shape, jnp.float32) if std else jnp.zeros(shape, jnp.float32)
+    )
+    return nnx.Param(value, axes=axes, n_in=n_in)
+
+
+def bias(rngs: nnx.Rngs, wanted: bool, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
+    """A bias, zero at first; None where it is not wanted."""
+    return param(rngs, shape, axes, std=0.0, n_in=0) if wanted else None
+
+
+def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
+    """Standard deviation of a weight's first value, by its kind: embed, position, matrix, residual or head.
+
+    `gpt2`: Radford et al. 2019, section 2.3 (residual projections scaled by one over the root of their number).
+    `zero`: residual branches and the head start at zero (Fixup and its kin: Zhang et al. 2019, arXiv 1901.09321).
+    """
+    gpt2 = {"embed": 0.02, "position": 0.02, "matrix": 0.02, "residual": 0.02 * (2 * cfg.n_layers) ** -0.5}
+    zero = {"embed": 1.0, "position": 0.02, "matrix": fan_in**-0.5, "residual": 0.0}
+    stds = {"gpt2": {**gpt2, "head": 0.02}, "zero": {**zero, "head": 0.02 if cfg.tie_embeddings else 0.0}}
+    return stds[cfg.init][kind]
+
+
+def linear(spec: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> jax.Array:
+    """einsum(x, weight) + bias, with operands in `dtype`."""
+    y = jnp.einsum(spec, x.astype(dtype), weight[...].astype(dtype))
+    return y if bias is None else y + bias[...].astype(dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each element with probability `rate` and scale the rest to keep the mean; without a key, x itself."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, width: int, theta: float, scaling: RopeScaling | None) -> tuple:
+    """Cosine and sine of position / wavelength (Su et al. 2021, arXiv 2104.09864, equation 15).
+
+    Args:
+        positions: [B, T] int32.
+        scaling: Llama 3.1's: long wavelengths are divided by a factor, short ones kept, between them a blend.
+
+    Returns:
+        two arrays [B, T, 1, width / 2], float32.
+    """
+    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if scaling is not None:
+        turns = scaling.original_context * frequency / (2 * jnp.pi)  # in the context of the pre-training
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the pairs (i, i + K/2) of x [B, T, H, K] by their angles, in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
+
+    def __init__(self, cfg: ModelConfig, width: int, rngs: nnx.Rngs, kind: str | None = None):
+        self.kind, self.eps, self.dtype = kind or cfg.norm, cfg.norm_eps, cfg.dtype
+        ones = jnp.ones((width,), jnp.float32)
+        self.scale = nnx.Param(ones, axes=("norm",), n_in=0) if cfg.norm_weights else None
+        shifted = cfg.norm_weights and cfg.bias and self.kind == "layernorm"
+        self.bias = bias(rngs, shifted, (width,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        x = x if self.scale is None else x * self.scale[...]
+        x = x if self.bias is None else x + self.bias[...]
+        return x.astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        D, H, G, K = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head
+        std = init_std(cfg, "matrix", D)
+        self.dtype = cfg.dtype
+        self.query = param(rngs, (D, H, K), ("embed", "heads", "head_dim"), std)
+        self.key = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
+        self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
+        self.out = param(
+            rngs, (H, K, D), ("heads", "head_dim", "embed"), init_std(cfg, "residual", H * K), n_in=2
+        )
+        qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+        self.query_bias = bias(rngs, qkv_bias, (H, K), ("heads", "head_dim"))
+        self.key_bias = bias(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
+        self.value_bias = bias(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
+        self.out_bias = bias(rngs, cfg.bias, (D,), ("norm",))
+        self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
+        self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
+        """x [B, T, D] -> the same shape, and the keys and values of these T positions alone."""
+        q = linear("BTD,DHK->BTHK", x, self.query, self.query_bias, self.dtype)
+        k = linear("BTD,DGK->BTGK", x, self.key, self.key_bias, self.dtype)
+        v = linear("BTD,DGK->BTGK", x, self.value, self.value_bias, self.dtype)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if ctx.rotation is not None:
+            q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
+        keys, values = k, v
+        if cache is not None:
+            keys, values = (
+                jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True)
+            )
+        y = attention(q, keys, values, ctx.mask)
+        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), (k, v)
+
+
+class MLP(nnx.Module):
+    """GPT-2's two matrices around a tanh-GELU, or around ReLU squared (So et al. 2021), or SwiGLU's three
+    (Shazeer 2020)."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        D, F = cfg.d_model, cfg.mlp_width
+        std = init_std(cfg, "matrix", D)
+        self.kind, self.dtype = cfg.mlp, cfg.dtype
+        self.up = param(rngs, (D, F), ("embed", "mlp"), std)
+        self.gate = param(rngs, (D, F), ("embed", "mlp"), std) if cfg.mlp == "swiglu" else None
+        self.down = param(rngs, (F, D), ("mlp", "embed"), init_std(cfg, "residual", F))
+        self.up_bias = bias(rngs, cfg.bias, (F,), ("mlp",))
+        self.gate_bias = bias(rngs, cfg.bias and cfg.mlp == "swiglu", (F,), ("mlp",))
+        self.down_bias = bias(rngs, cfg.bias, (D,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        h = linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype)
+        if self.kind == "gelu":
+            h = jax.nn.gelu(h, approximate=True)
+        elif self.kind == "relu2":
+            h = jnp.square(jax.nn.relu(h))
+        else:
+            h = jax.nn.silu(linear("BTD,DF->BTF", x, self.gate, self.gate_bias, self.dtype)) * h
+        return linear("BTF,FD->BTD", h, self.down, self.down_bias, self.dtype)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.rate = cfg.dropout
+        self.attention_norm = Norm(cfg, cfg.d_model, rngs)
+        self.attention = Attention(cfg, rngs)
+        self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
+        self.mlp = MLP(cfg, rngs)
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
+        """x [B, T, D] -> the same shape, and the keys and values of these T positions."""
+        keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
+        x = constrain(x, "batch", "length", "residual")
+        y, kv = self.attention(self.attention_norm(x), ctx, cache)
+        x = x + dropout(y, self.rate, keys[0])
+        x = x + dropout(self.mlp(self.mlp_norm(x)), self.rate, keys[1])
+        return x, kv

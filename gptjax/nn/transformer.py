@@ -1,0 +1,165 @@
+"""The model: token ids in, logits out. Also its abstract form, and what it costs.
+
+Build with `Transformer(cfg, rngs)`, run with `apply`: a module's structure (static) and its weights (a nested
+dict of arrays) are kept apart, so that weights can be sharded, saved and differentiated as plain values.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.config import ModelConfig
+from gptjax.nn.attention import causal_mask
+from gptjax.nn.layers import Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
+from gptjax.sharding import constrain
+
+Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer with pre-normalisation (Radford et al. 2019)."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        V, D = cfg.padded_vocab, cfg.d_model
+        self.cfg = cfg
+        self.embed = param(rngs, (V, D), ("vocab", "embed"), init_std(cfg, "embed"), n_in=0)
+        learned, T = cfg.positions == "learned", cfg.context_length
+        std = init_std(cfg, "position")
+        self.positions = param(rngs, (T, D), ("position", "embed"), std, n_in=0) if learned else None
+        keys = jax.random.split(rngs.params(), cfg.n_layers)
+        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)))(keys)
+        self.final_norm = Norm(cfg, D, rngs)
+        untied = not cfg.tie_embeddings
+        self.head = param(rngs, (D, V), ("embed", "vocab"), init_std(cfg, "head", D)) if untied else None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        cache: KVCache | None = None,
+        cache_positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """The residual stream after the last norm; `head_matrix` and `loss.py` make logits and losses of it.
+
+        Args:
+            tokens: [B, T] int32.
+            positions: [B or 1, T] int32; None counts from 0. Negative: padding, which nothing attends to.
+            segments: [B, T] int32; attention stays inside a segment. None: one segment a sequence.
+            cache: keys and values of earlier positions, [L, B, S, G, K] each.
+            cache_positions: [B or 1, S]; a slot not yet written has a position later than every query's.
+
+        Returns:
+            [B, T, D] in the compute dtype, and the keys and values of these positions, [L, B, T, G, K] each.
+        """
+        cfg, T = self.cfg, tokens.shape[1]
+        positions = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
+        key_positions = positions if cache is None else jnp.concatenate([cache_positions, positions], axis=1)
+        rotation = None
+        if cfg.positions == "rope":
+            rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
+        mask = causal_mask(positions, key_positions, segments, segments)
+
+        x = self.embed[...].astype(cfg.dtype)[tokens]
+        if self.positions is not None:
+            x = x + self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
+        if dropout_key is not None:
+            x = dropout(x, cfg.dropout, jax.random.fold_in(dropout_key, cfg.n_layers))
+        x = constrain(x, "batch", "length", "residual")
+
+        structure, blocks = nnx.split(self.blocks)
+
+        def layer(x, inputs):
+            weights, index, kv = inputs
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return nnx.merge(structure, weights)(x, Context(mask, rotation, key), kv)
+
+        if cfg.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+        scan_layers = jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
+        unroll = 1 if scan_layers else cfg.n_layers
+        x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
+        return self.final_norm(x), kv
+
+    def head_matrix(self) -> jax.Array:
+        """[D, V] float32: the head, or the transposed embedding where they are tied."""
+        return self.embed[...].T if self.head is None else self.head[...]
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[str, ...], dict[str, Any]]]:
+    """The model without its values: structure, shapes, and each weight's metadata.
+
+    Returns:
+        graphdef: static, hashable.
+        params: nested dict of ShapeDtypeStruct; blocks carry a leading axis L.
+        metadata: by path; `axes` names every dimension ("layers" first in blocks), `n_in` counts those that
+            are a matrix's input (0: not a matrix; the layers' axis is not counted).
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0))), nnx.Param)
+    metadata = {}
+    for path, variable in nnx.to_flat_state(state):
+        given = variable.get_metadata()
+        stacked = ("layers",) if path[0] == "blocks" else ()  # nnx.vmap added the axis, not its name
+        metadata[path] = {"axes": stacked + given["axes"], "n_in": given["n_in"]}
+    return graphdef, nnx.to_pure_dict(state), metadata
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """First values of the weights; the same bits on any mesh (jit it with out_shardings)."""
+    return nnx.to_pure_dict(nnx.split(Transformer(cfg, nnx.Rngs(params=key)), nnx.Param)[1])
+
+
+def bind(graphdef: nnx.GraphDef, params: Params) -> Transformer:
+    """The module with these weights; works under jit, grad and scan."""
+    return nnx.merge(graphdef, nnx.State(params))
+
+
+def logits(model: Transformer, hidden: jax.Array) -> jax.Array:
+    """hidden [B, T, D] -> float32 logits over the true vocabulary, [B, T, vocab_size]."""
+    cfg = model.cfg
+    raw = jnp.einsum(
+        "BTD,DV->BTV", hidden, model.head_matrix().astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    return softcap(raw, cfg.logit_softcap)[..., : cfg.vocab_size]
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def count_params(cfg: ModelConfig) -> dict[str, int]:
+    """Number of weights by group, without the rows that only pad the vocabulary: embed, positions, blocks, final_norm,
+    head, and total."""
+    _, params, metadata = abstract_model(cfg)
+    counts: dict[str, int] = {}
+    for path, meta in metadata.items():
+        leaf = params
+        for name in path:
+            leaf = leaf[name]
+        size = math.prod(leaf.shape)
+        if "vocab" in meta["axes"]:
+            size = size // cfg.padded_vocab * cfg.vocab_size
+        counts[path[0]] = counts.get(path[0], 0) + size
+    return {**counts, "total": sum(counts.values())}
+
+
+def flops_per_token(cfg: ModelConfig) -> float:
+    """Floating-point operations of forward and backward for one token: 6 N + 12 L H K T.
+
+    N counts the weights that multiply (no embeddings of tokens or positions, but the head, tied or not); the
+    second term is attention, counted in full, causal or not (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B).
+    """
+    counts = count_params(cfg)
+    matmul = counts["blocks"] + cfg.d_model * cfg.vocab_size
+    return 6 * matmul + 12 * cfg.n_layers * cfg.n_heads * cfg.d_head * cfg.context_length

@@ -1,0 +1,45 @@
+"""Published models, as the values of `ModelConfig` that differ from its defaults (GPT-2's smallest).
+
+Sources: GPT-2, Radford et al. 2019, table 2, and the released hparams.json; Llama 3.1 and 3.2, Dubey et al. 2024
+(arXiv 2407.21783), table 3, and the released config.json; SmolLM2, Allal et al. 2025 (arXiv 2502.02737).
+"""
+
+from typing import Any
+
+_GPT2 = {"vocab_size": 50257}
+_LLAMA: dict[str, Any] = {
+    "positions": "rope",
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "bias": False,
+}
+_LLAMA3 = {
+    **_LLAMA,
+    "vocab_size": 128256,
+    "context_length": 131072,
+    "rope_theta": 500000.0,
+    "tie_embeddings": False,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {**_GPT2},
+    "gpt2-medium": {**_GPT2, "n_layers": 24, "d_model": 1024, "n_heads": 16},
+    "gpt2-large": {**_GPT2, "n_layers": 36, "d_model": 1280, "n_heads": 20},
+    "gpt2-xl": {**_GPT2, "n_layers": 48, "d_model": 1600, "n_heads": 25},
+    "llama-3.1-8b": {
+        **_LLAMA3,
+        "n_layers": 32, "d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_mlp": 14336,
+        "rope_scaling": {"factor": 8.0},
+    },
+    "llama-3.2-1b": {
+        **_LLAMA3,
+        "n_layers": 16, "d_model": 2048, "n_heads": 32, "n_kv_heads": 8, "d_mlp": 8192,
+        "rope_scaling": {"factor": 32.0},
+        "tie_embeddings": True,
+    },
+    "smollm2-135m": {
+        **_LLAMA,
+        "n_layers": 30, "d_model": 576, "n_heads": 9, "n_kv_heads": 3, "d_mlp": 1536,
+        "vocab_size": 49152, "context_length": 8192, "rope_theta": 100000.0,
+    },
+}
