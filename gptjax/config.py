@@ -175,9 +175,7 @@ class DataConfig:
 
     def __post_init__(self):
         _check(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "must lie between 0 and 1")
-        _check(
-            self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1"
-        )
+        _check(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -314,9 +312,7 @@ class MeshConfig:
 
     def __post_init__(self):
         for name, size in self.axes.items():
-            _check(
-                size >= 1 or size == -1, f"mesh.{name}", size, "must be at least 1, or -1 for what is left"
-            )
+            _check(size >= 1 or size == -1, f"mesh.{name}", size, "must be at least 1, or -1 for what is left")
         _check(
             list(self.axes.values()).count(-1) <= 1,
             "mesh",

@@ -122,9 +122,7 @@ def _fill(values: dict[str, Any]) -> dict[str, Any]:
     return {"config_file": "-", **values, "model": {**PRESETS[preset], **values["model"]}}
 
 
-_SECTIONS = {
-    f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING
-}
+_SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING}
 _KEYS = [f.name for f in dataclasses.fields(Config)]
 _KEYS += [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
 _KEYS += [f"model.rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)]

@@ -14,7 +14,7 @@ def causal_mask(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
 ) -> jax.Array:
-    """Who may look at whom: a key at no later position, in the same segment. A key at a negative position is padding.
+    """Who may look at whom: keys at no later position, in the same segment. A negative position is padding.
 
     Args:
         q_positions, k_positions: [B or 1, T] and [B or 1, S] int32.

@@ -1,4 +1,4 @@
-"""The parts of a block. A weight is declared once, by `param`: shape, sharding and initial value follow from it."""
+"""The parts of a block. A weight is declared once, by `param`; shape, sharding and first value follow from it."""
 
 from typing import NamedTuple
 
@@ -27,9 +27,7 @@ class Context(NamedTuple):
     dropout_key: jax.Array | None
 
 
-def param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, n_in: int = 1
-) -> nnx.Param:
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, n_in: int = 1) -> nnx.Param:
     """A float32 weight, normal(0, std).
 
     Args:
@@ -37,9 +35,7 @@ def param(
         n_in: how many leading dimensions are the input, when the weight is read as a matrix (Muon does).
     """
     assert len(shape) == len(axes)
-    value = (
-        std * jax.random.normal(rngs.params(), shape, jnp.float32) if std else jnp.zeros(shape, jnp.float32)
-    )
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32) if std else jnp.zeros(shape, jnp.float32)
     return nnx.Param(value, axes=axes, n_in=n_in)
 
 
@@ -130,9 +126,7 @@ class Attention(nnx.Module):
         self.query = param(rngs, (D, H, K), ("embed", "heads", "head_dim"), std)
         self.key = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
         self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
-        self.out = param(
-            rngs, (H, K, D), ("heads", "head_dim", "embed"), init_std(cfg, "residual", H * K), n_in=2
-        )
+        self.out = param(rngs, (H, K, D), ("heads", "head_dim", "embed"), init_std(cfg, "residual", H * K), n_in=2)
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
         self.query_bias = bias(rngs, qkv_bias, (H, K), ("heads", "head_dim"))
         self.key_bias = bias(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
@@ -152,9 +146,7 @@ class Attention(nnx.Module):
             q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
         keys, values = k, v
         if cache is not None:
-            keys, values = (
-                jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True)
-            )
+            keys, values = (jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True))
         y = attention(q, keys, values, ctx.mask)
         return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), (k, v)
 

@@ -138,8 +138,8 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def count_params(cfg: ModelConfig) -> dict[str, int]:
-    """Number of weights by group, without the rows that only pad the vocabulary: embed, positions, blocks, final_norm,
-    head, and total."""
+    """Number of weights by group (embed, positions, blocks, final_norm,
+    head, total), without the rows that only pad the vocabulary."""
     _, params, metadata = abstract_model(cfg)
     counts: dict[str, int] = {}
     for path, meta in metadata.items():
