@@ -69,7 +69,8 @@ class Transformer(nnx.Module):
             rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
         mask = causal_mask(positions, key_positions, segments, segments)
 
-        x = self.embed[...].astype(cfg.dtype)[tokens]
+        # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
+        x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
         if self.positions is not None:
             x = x + self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
         if dropout_key is not None:

@@ -1,0 +1,95 @@
+"""Next-token cross-entropy, with the logits of only some positions in memory at a time."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LossSpec(NamedTuple):
+    """What is static about the loss.
+
+    Attributes:
+        vocab_size: logits beyond it belong to padding rows, and count for nothing.
+        n_chunks: parts that the positions are cut into; it divides T.
+        cap: soft cap of the logits, or None.
+        z_loss: weight of log(denominator)^2 (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    """
+
+    vocab_size: int
+    n_chunks: int = 1
+    cap: float | None = None
+    z_loss: float = 0.0
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def next_token_loss(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, spec: LossSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over all positions, to be divided by the sum of the weights.
+
+    Args:
+        hidden: [B, T, D], in the compute dtype.
+        head: [D, V] float32.
+        targets: [B, T] int32.
+        weights: [B, T] float32; 0 leaves a position out.
+
+    Returns:
+        the objective (with z-loss) and the cross-entropy alone, in nats, two float32 scalars. Only the
+        first has a gradient, and it is formed in the forward pass, chunk by chunk: the backward pass
+        multiplies by it instead of computing the logits again.
+    """
+
+    def body(sums, chunk):
+        h, t, w = chunk
+        return jax.tree.map(jnp.add, sums, _chunk_loss(h, head, t, w, spec)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(body, (zero, zero), _chunks(hidden, targets, weights, spec.n_chunks))[0]
+
+
+def _forward(hidden, head, targets, weights, spec):
+    gradient = jax.value_and_grad(_chunk_loss, argnums=(0, 1), has_aux=True)
+
+    def body(carry, chunk):
+        sums, head_grad = carry
+        h, t, w = chunk
+        losses, (h_grad, head_part) = gradient(h, head, t, w, spec)
+        return (jax.tree.map(jnp.add, sums, losses), head_grad + head_part), h_grad
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = ((zero, zero), jnp.zeros_like(head))
+    (sums, head_grad), parts = jax.lax.scan(body, carry, _chunks(hidden, targets, weights, spec.n_chunks))
+    return sums, (jnp.moveaxis(parts, 0, 1).reshape(hidden.shape), head_grad)
+
+
+def _backward(spec, gradients, cotangents):
+    hidden_grad, head_grad = gradients
+    scale = cotangents[0]
+    return (hidden_grad * scale).astype(hidden_grad.dtype), head_grad * scale, None, None
+
+
+next_token_loss.defvjp(_forward, _backward)
+
+
+def _chunks(hidden, targets, weights, n):
+    """Cut [B, T, ...] to [n, B, T / n, ...]: along T, since B may be spread over devices."""
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:]), 1, 0)
+
+    return cut(hidden), cut(targets), cut(weights)
+
+
+def _chunk_loss(hidden, head, targets, weights, spec):
+    logits = jnp.einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if spec.cap is not None:
+        logits = spec.cap * jnp.tanh(logits / spec.cap)
+    ids = jnp.arange(head.shape[1])
+    logits = jnp.where(ids < spec.vocab_size, logits, -jnp.inf)
+    log_denominator = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison, not a gather: its gradient is no scatter, and V may be spread over devices.
+    chosen = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
+    cross_entropy = jnp.sum(weights * (log_denominator - chosen))
+    return cross_entropy + spec.z_loss * jnp.sum(weights * jnp.square(log_denominator)), cross_entropy

@@ -1,0 +1,206 @@
+"""The train state, and the compiled steps that move it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gptjax.config import Config
+from gptjax.loss import LossSpec, next_token_loss
+from gptjax.nn.transformer import Params, abstract_model, bind, init_params
+from gptjax.optim import learning_rate, make_optimizer
+from gptjax.sharding import check_divides, sharding
+
+Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        step: steps taken, int32 scalar.
+        total_steps: where the schedule ends, int32 scalar.
+        params: float32 weights.
+        opt_state: the optimizer's moments.
+        ema: moving average of the weights; None without one.
+    """
+
+    step: jax.Array
+    total_steps: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+
+
+class Trainable(NamedTuple):
+    """A config made concrete on a mesh: everything static that the steps close over.
+
+    Attributes:
+        graphdef: the model's structure.
+        optimizer: gradients to directions.
+        state: abstract TrainState, every leaf with its sharding.
+        batch_sharding: of a batch's arrays.
+    """
+
+    cfg: Config
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch_sharding: jax.sharding.NamedSharding
+
+
+def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
+    """Shapes and shardings of a run; nothing is allocated.
+
+    Raises:
+        UserError: a dimension that the mesh cannot cut into equal parts.
+    """
+    model, train = cfg.model, cfg.train
+    check_divides(mesh, "train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch")
+    check_divides(mesh, "model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length")
+    check_divides(mesh, "model.n_heads", model.n_heads, "heads")
+    check_divides(mesh, "model.n_kv_heads", model.kv_heads, "kv_heads")
+    check_divides(mesh, "model.d_mlp", model.mlp_width, "mlp")
+    check_divides(mesh, "model.d_model", model.d_model, "embed")
+    check_divides(mesh, "model.vocab_multiple", model.padded_vocab, "vocab")
+
+    graphdef, params, metadata = abstract_model(model)
+    optimizer = make_optimizer(cfg.optim, metadata)
+    weights = jax.tree.map_with_path(
+        lambda keys, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[_names(keys)]["axes"])
+        ),
+        params,
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding(mesh, ()))
+    of_path = {_names(keys): leaf for keys, leaf in jax.tree.leaves_with_path(weights)}
+
+    def like_its_weight(keys, leaf):
+        # Found by name: a moment lies under its weight's path, whatever the optimizer wraps around it.
+        weight = next((w for path, w in of_path.items() if _names(keys)[-len(path) :] == path), scalar)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding)
+
+    moments = jax.tree.map_with_path(like_its_weight, jax.eval_shape(optimizer.init, params))
+    state = TrainState(scalar, scalar, weights, moments, weights if cfg.optim.ema_decay else None)
+    return Trainable(cfg, mesh, graphdef, optimizer, state, sharding(mesh, ("batch", "length")))
+
+
+def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
+    """The dictionary keys on the path to a leaf; attributes and indices of the optimizer's tuples left out."""
+    return tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_state(t: Trainable) -> TrainState:
+    """The state before the first step, each device holding only its shards; the same bits on any mesh."""
+
+    def init() -> TrainState:
+        params = init_params(t.cfg.model, jax.random.key(t.cfg.seed))
+        ema = jax.tree.map(jnp.copy, params) if t.cfg.optim.ema_decay else None
+        total = jnp.asarray(t.cfg.train.total_steps, jnp.int32)
+        return TrainState(jnp.zeros((), jnp.int32), total, params, t.optimizer.init(params), ema)
+
+    with jax.set_mesh(t.mesh):
+        return jax.jit(init, out_shardings=shardings_of(t.state))()
+
+
+def make_loss(t: Trainable) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """(params, batch, dropout_key) -> summed objective, (summed cross-entropy, summed weights)."""
+    cfg = t.cfg
+    spec = LossSpec(cfg.model.vocab_size, cfg.train.loss_chunks, cfg.model.logit_softcap, cfg.train.z_loss)
+
+    def loss(params: Params, batch: Batch, dropout_key: jax.Array | None = None):
+        model = bind(t.graphdef, params)
+        hidden, _ = model(
+            batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"), dropout_key=dropout_key
+        )
+        objective, cross_entropy = next_token_loss(
+            hidden, model.head_matrix(), batch["targets"], batch["weights"], spec
+        )
+        return objective, (cross_entropy, batch["weights"].sum())
+
+    return loss
+
+
+def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step. It gives its input's memory away: use only the state that it returns.
+
+    Metrics, float32 scalars: `train/loss` (mean cross-entropy in nats), `grad_norm` (before clipping), `lr`, and
+    `skipped`: 1 where loss or gradient was not finite, and weights and moments therefore stayed as they were.
+    """
+    cfg, M = t.cfg, t.cfg.train.microbatches
+    gradient = jax.value_and_grad(make_loss(t), has_aux=True)
+
+    def accumulate(params: Params, batch: Batch, key: jax.Array | None):
+        """Sums over the microbatches: cross-entropy, token weights, and the gradient of the objective."""
+        if M == 1:
+            (_, sums), grads = gradient(params, batch, key)
+            return sums, grads
+
+        def body(carry, inputs):
+            index, part = inputs
+            sub = None if key is None else jax.random.fold_in(key, index)
+            (_, sums), grads = gradient(params, part, sub)
+            return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+        # Every M-th row to a microbatch, so that a device finds its rows of each at home.
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, M, *x.shape[1:]), 1, 0), batch)
+        zeros = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), jnp.zeros(())), params))
+        return jax.lax.scan(body, zeros, (jnp.arange(M), parts))[0]
+
+    def train_step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if cfg.model.dropout else None
+        (cross_entropy, weight), grads = accumulate(state.params, batch, key)
+        loss, grads = cross_entropy / weight, jax.tree.map(lambda g: g / weight, grads)
+        grad_norm = optax.global_norm(grads)
+
+        directions, opt_state = t.optimizer.update(grads, state.opt_state, state.params)
+        lr = learning_rate(cfg.optim, state.step, state.total_steps)
+        params = jax.tree.map(lambda p, d: p - lr * d, state.params, directions)
+        ema = state.ema
+        if ema is not None:
+            # A young average forgets faster, so that the first weights do not linger in it.
+            decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        old = (state.params, state.opt_state, state.ema)
+        kept = jax.tree.map(lambda new, was: jnp.where(good, new, was), (params, opt_state, ema), old)
+        metrics = {"train/loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": 1.0 - good}
+        return TrainState(state.step + 1, state.total_steps, *kept), metrics
+
+    compiled = jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings_of(t.state), t.batch_sharding),
+        out_shardings=(shardings_of(t.state), None),
+    )
+    return _on_mesh(t.mesh, compiled)
+
+
+def make_eval_step(t: Trainable) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """(params, batch) -> summed cross-entropy in nats and summed weights, two float32 scalars."""
+    loss = make_loss(t)
+    compiled = jax.jit(
+        lambda params, batch: loss(params, batch)[1],
+        in_shardings=(shardings_of(t.state.params), t.batch_sharding),
+    )
+    return _on_mesh(t.mesh, compiled)
+
+
+def _on_mesh(mesh: Mesh, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args):
+        with jax.set_mesh(mesh):
+            return compiled(*args)
+
+    run.compiled = compiled  # for tests that count compilations, and for looking at the program
+    return run
