@@ -107,7 +107,9 @@ def newest_readable(checkpoints: Checkpoints, read: Any) -> tuple[int, Any] | No
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             reason = " ".join(str(error).split())[:200]
-            print(f"warning: checkpoint {step} in {checkpoints.folder} cannot be read ({reason}); trying the one before")
+            print(
+                f"warning: checkpoint {step} in {checkpoints.folder} cannot be read ({reason}); trying the one before"
+            )
     if steps:
         raise UserError(f"no checkpoint in {checkpoints.folder} can be read; delete the folder to start again")
     return None

@@ -90,7 +90,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(decay: float, metadata_of: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the nearest half-orthogonal matrix to the momentum.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum, made nearly orthogonal.
 
     Args:
         decay: of the momentum, used the Nesterov way.

@@ -1,6 +1,5 @@
 """The device mesh, and the one table that says which logical axis lies on which mesh axis."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,16 +75,3 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
-
-
-def set_cpu_devices(count: int | None, environ: dict[str, str] = os.environ) -> None:  # type: ignore[assignment]
-    """Ask for `count` virtual CPU devices; call it before JAX touches a device. An `XLA_FLAGS` that sets them wins.
-
-    XLA sizes its thread pool by NPROC. With no more threads than devices, a collective can starve and abort
-    the process, so the pool gets twice as many.
-    """
-    flag = "--xla_force_host_platform_device_count"
-    if count is None or flag in environ.get("XLA_FLAGS", ""):
-        return
-    environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
-    environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))

@@ -61,8 +61,12 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
         UserError: a dimension that the mesh cannot cut into equal parts.
     """
     model, train = cfg.model, cfg.train
-    check_divides(mesh, "train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch")
-    check_divides(mesh, "model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length")
+    check_divides(
+        mesh, "train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch"
+    )
+    check_divides(
+        mesh, "model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"
+    )
     check_divides(mesh, "model.n_heads", model.n_heads, "heads")
     check_divides(mesh, "model.n_kv_heads", model.kv_heads, "kv_heads")
     check_divides(mesh, "model.d_mlp", model.mlp_width, "mlp")

@@ -13,7 +13,7 @@ FOREVER = 2**48  # steps; a length that Grain can slice and no run reaches
 
 
 def window_examples(tokens: np.ndarray, context_length: int, seed: int) -> grain.MapDataset:
-    """Windows of `context_length` + 1 tokens; example n is a function of (seed, n), without end.
+    """Windows of `context_length` + 1 tokens, without end; example n is a function of (seed, n).
 
     An epoch visits every window once, in an order of its own; the windows of an epoch lie side by side, and
     start at an offset of its own, so that no cut between windows stays where it is.
@@ -24,7 +24,7 @@ def window_examples(tokens: np.ndarray, context_length: int, seed: int) -> grain
     T = context_length
     if len(tokens) < T + 1:
         raise UserError(
-            f"the corpus has {len(tokens)} training tokens, fewer than one window of model.context_length + 1 = {T + 1};"
+            f"the corpus has {len(tokens)} training tokens, fewer than one window of {T + 1};"
             " give more text or a shorter context"
         )
     count = max(1, (len(tokens) - T) // T)
@@ -44,7 +44,11 @@ def window_examples(tokens: np.ndarray, context_length: int, seed: int) -> grain
 def as_batch(windows: np.ndarray) -> dict[str, np.ndarray]:
     """[B, T + 1] windows -> tokens and targets [B, T] int32, weights [B, T] float32."""
     windows = windows.astype(np.int32)
-    return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": np.ones(windows[:, 1:].shape, np.float32)}
+    return {
+        "tokens": windows[:, :-1],
+        "targets": windows[:, 1:],
+        "weights": np.ones(windows[:, 1:].shape, np.float32),
+    }
 
 
 class Batches:

@@ -65,7 +65,9 @@ def _source_files(path: str) -> list[Path]:
         return sorted((Path(package.origin).parent / "plays").rglob("*.md"))
     source = Path(path).expanduser()
     if not source.exists():
-        raise UserError(f"data.path {path!r} does not exist; give a text file, a .jsonl file, a folder, or shakespeare")
+        raise UserError(
+            f"data.path {path!r} does not exist; give a text file, a .jsonl file, a folder, or shakespeare"
+        )
     files = sorted(f for f in source.rglob("*") if f.is_file()) if source.is_dir() else [source]
     if not files:
         raise UserError(f"data.path {path!r} is a folder without files")

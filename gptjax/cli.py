@@ -1,0 +1,130 @@
+"""The commands. Each parses, prepares the process, and hands over; none imports JAX before that."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from gptjax.configfile import load_config
+from gptjax.errors import UserError, nearest, report_user_errors
+from gptjax.process import prepare_process
+
+
+@report_user_errors
+def train(args: list[str]) -> int:
+    """train a model, or go on with what its directory holds"""
+    cfg = load_config(args)
+    prepare_process(cfg.mesh.cpu_devices, cfg.distributed)
+    from gptjax.trainer import train
+
+    return train(cfg)
+
+
+def sample_from(
+    model: str,
+    prompt: str | None = None,
+    prompt_file: str | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 1337,
+    format: Literal["text", "jsonl"] = "text",
+    logprobs: bool = False,
+) -> None:
+    """Generate text from a trained model.
+
+    Args:
+        model: the directory of a run.
+        prompt: the text to go on from; - reads all of standard input. Without one, from nothing.
+        prompt_file: a file with one prompt a line.
+        num_samples: continuations of each prompt.
+        max_new_tokens: length of a continuation; past the model's context a sliding window goes on.
+        temperature: 0 always takes the likeliest token; 1 draws from the model's own probabilities.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the smallest set of tokens whose probability reaches p.
+        min_p: draw from the tokens at least p times as likely as the likeliest.
+        seed: the same seed gives the same text.
+        format: text, or one JSON object a line with prompt, text and tokens.
+        logprobs: with jsonl, also the natural log of each token's probability; with text, printed after it.
+    """
+    prompts = _prompts(prompt, prompt_file)
+    prepare_process()
+    from gptjax.generate import LanguageModel, Sampling, load_run
+
+    lm: LanguageModel = load_run(model)
+    how = Sampling(temperature, top_k, top_p, min_p)
+    repeated = [p for p in prompts for _ in range(num_samples)]
+    longest = max(len(lm.tokenizer.encode(p)) for p in prompts)
+    if longest + max_new_tokens > lm.config.context_length:
+        note = f"note: {longest} + {max_new_tokens} tokens pass the context of {lm.config.context_length}"
+        print(f"{note}; a sliding window goes on", file=sys.stderr)
+
+    if format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
+        print(repeated[0], end="", flush=True)
+        for piece in lm.stream_text(repeated[0], max_new_tokens, how, seed):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for number, done in enumerate(lm.complete(repeated, max_new_tokens, how, seed)):
+        if format == "jsonl":
+            row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
+            print(json.dumps(row | ({"logprobs": done.logprobs} if logprobs else {}), ensure_ascii=False))
+            continue
+        print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
+        if logprobs:
+            for token, value in zip(done.tokens, done.logprobs, strict=True):
+                print(f"{lm.tokenizer.decode([token])!r}\t{value:.4f}")
+
+
+def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
+    if prompt is not None and prompt_file is not None:
+        raise UserError("give --prompt or --prompt_file, not both")
+    if prompt_file is not None:
+        try:
+            lines = Path(prompt_file).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read --prompt_file {prompt_file!r}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--prompt_file {prompt_file!r} is not UTF-8") from None
+        if not lines:
+            raise UserError(f"--prompt_file {prompt_file!r} is empty; write one prompt a line")
+        return lines
+    return [sys.stdin.read()] if prompt == "-" else [prompt or ""]
+
+
+@report_user_errors
+def sample(args: list[str]) -> int:
+    """generate text from a trained model"""
+    return _call(sample_from, "sample.py", args)
+
+
+def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
+    """Call a function with a command line that its signature and docstring describe."""
+    parser = ArgumentParser(prog=name, description=(function.__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_function_arguments(function, as_group=False)
+    values = parser.instantiate(parser.parse_args(args))
+    function(**vars(values))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+
+
+@report_user_errors
+def main() -> int:
+    """The console command `gptjax`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: gptjax COMMAND ...   (gptjax COMMAND --help says more)\n")
+        for command, function in COMMANDS.items():
+            print(f"  {command:10}{function.__doc__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+    return COMMANDS[name](sys.argv[2:])

@@ -1,0 +1,139 @@
+"""Metrics of a run: metrics.jsonl, trackers behind extras, the picture of the loss, and model FLOPs utilisation."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from gptjax.errors import UserError
+
+# Peak dense bfloat16 FLOP/s of a device, by JAX's `device_kind`. Sources: Google Cloud's TPU pages (v4, v5e, v5p,
+# v6e); NVIDIA's data sheets of A100, H100 SXM and H200 SXM, without sparsity.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device; None for a kind that is not in the table, such as a CPU."""
+    matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in Path(workdir, "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Tracker(Protocol):
+    """A place that metrics go to."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl, one object a line. Opened again, it is cut back to the step that was restored."""
+
+    def __init__(self, workdir: str, step: int):
+        path = Path(workdir, "metrics.jsonl")
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if path.exists() else []
+        temporary = path.with_suffix(".jsonl.new")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self.stream = path.open("a")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.stream.write(json.dumps({"step": step, **values}) + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class TensorBoard:
+    """Event files in the run's folder `tensorboard`."""
+
+    def __init__(self, workdir: str, step: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError("log.trackers tensorboard needs: pip install 'gptjax[tensorboard]'") from None
+        self.writer = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run at Weights & Biases; the same run again after a resume."""
+
+    def __init__(self, workdir: str, project: str, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("log.trackers wandb needs: pip install 'gptjax[wandb]'") from None
+        name = Path(workdir).name
+        self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=workdir, config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def make_trackers(
+    names: Sequence[str], workdir: str, step: int, project: str, config: dict[str, Any]
+) -> list[Tracker]:
+    """metrics.jsonl and the trackers that the config names, to go on after `step`."""
+    makers = {"tensorboard": lambda: TensorBoard(workdir, step), "wandb": lambda: WandB(workdir, project, config)}
+    return [JsonLines(workdir, step), *(makers[name]() for name in names)]
+
+
+def plot_loss(workdir: str) -> str | None:
+    """Write loss.png from metrics.jsonl and return its path; None without matplotlib or without a loss."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(workdir)
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    for name, style in (
+        ("train/loss", {"alpha": 0.5, "linewidth": 1}),
+        ("val/loss", {"marker": "o", "markersize": 3}),
+    ):
+        points = [(row["tokens"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{name} (last {points[-1][1]:.4f})", **style)
+    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=Path(workdir).name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path = os.path.join(workdir, "loss.png")
+    figure.savefig(path)
+    plt.close(figure)
+    return path

@@ -1,0 +1,340 @@
+"""The loop: read a batch, take a step, and now and then measure, save and say so."""
+
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.config import Config
+from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys
+from gptjax.data import Batches, Corpus, load_corpus, validation_batches, window_examples
+from gptjax.errors import UserError
+from gptjax.generate import Sampling, load_run
+from gptjax.metrics import make_trackers, peak_flops, plot_loss
+from gptjax.nn.transformer import count_params, flops_per_token
+from gptjax.sharding import make_mesh
+from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
+
+STOPPED = 75  # exit code of a run that a signal ended with everything saved (EX_TEMPFAIL of sysexits.h)
+
+
+def train(cfg: Config) -> int:
+    """Carry out a run, or what is left of it.
+
+    Returns:
+        exit code: 0 when the last step is done, 75 when a signal came and everything is saved.
+
+    Raises:
+        UserError: the config, the corpus or the run's directory does not allow it, or no step is finite any more.
+    """
+    corpus = load_corpus(cfg.data)
+    cfg = with_vocabulary(cfg, corpus)
+    t = make_trainable(cfg, make_mesh(cfg.mesh.axes))
+    examples = window_examples(corpus.train, cfg.model.context_length, cfg.seed)
+    batches = Batches(examples, cfg.train.batch_sequences, rows_here(t))
+    checkpoints = open_workdir(cfg)
+    state = restore(t, checkpoints, corpus) or first_state(t)
+    train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
+
+    start, total = int(state.step), cfg.train.total_steps
+    report = Report(t, corpus, start)
+    incoming = batches.iterate(start, cfg.data.prefetch_batches)
+    with StopSignal() as stop:
+        if start == 0:
+            report.write(0, {"val/loss": evaluate(state)})
+        for step in range(start + 1, total + 1):
+            if step in cfg.profile_steps[:1]:
+                jax.profiler.start_trace(os.path.join(cfg.workdir, "profile"))
+            state, metrics = train_step(state, global_batch(t, next(incoming)))
+            report.note(metrics)
+            if step in cfg.profile_steps[-1:]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+
+            last = step == total or stop.requested
+            values = report.measure(step) if last or step % cfg.train.log_interval_steps == 0 else {}
+            if step == total or step % cfg.train.eval_interval_steps == 0:
+                values["val/loss"] = evaluate(state)
+            if values:
+                report.write(step, values)
+            if last or step % cfg.checkpoint.save_interval_steps == 0:
+                save(checkpoints, state, cfg, corpus, values.get("val/loss"))
+            if last:
+                break
+    checkpoints.close()
+    report.close()
+    if state.step < total:
+        report.say(f"stopped at step {int(state.step)} of {total}; all is saved, and the same command goes on")
+        return STOPPED
+    conclude(t, report)
+    return 0
+
+
+def with_vocabulary(cfg: Config, corpus: Corpus) -> Config:
+    """The config with the tokenizer's vocabulary filled in; raises UserError where the model's is too small."""
+    size = cfg.model.vocab_size or corpus.tokenizer.vocab_size
+    if size < corpus.tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size {size} is less than the tokenizer's {corpus.tokenizer.vocab_size}")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+
+
+def rows_here(t: Trainable) -> range:
+    """The rows of the global batch that this process's devices hold."""
+    shape = (t.cfg.train.batch_sequences, t.cfg.model.context_length)
+    slices = [
+        index[0].indices(shape[0]) for index in t.batch_sharding.addressable_devices_indices_map(shape).values()
+    ]
+    return range(min(s[0] for s in slices), max(s[1] for s in slices))
+
+
+def global_batch(t: Trainable, local: dict[str, np.ndarray]) -> Batch:
+    """This process's rows, on its devices, as its part of the global batch."""
+    if jax.process_count() == 1:
+        return jax.device_put(local, t.batch_sharding)
+    first = rows_here(t).start
+
+    def part(array: np.ndarray):
+        shape = (t.cfg.train.batch_sequences, *array.shape[1:])
+
+        def at(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return array[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, t.batch_sharding, at)
+
+    return jax.tree.map(part, local)
+
+
+def make_evaluate(t: Trainable, corpus: Corpus):
+    """state -> mean cross-entropy over the validation windows, in nats; of the average weights, if kept."""
+    cfg, rows, eval_step = t.cfg, rows_here(t), make_eval_step(t)
+
+    def windows():
+        T, B = cfg.model.context_length, cfg.train.batch_sequences
+        return validation_batches(corpus.val, T, B, cfg.train.eval_sequences, rows)
+
+    windows()  # so that a corpus too short is refused before the first step
+
+    def evaluate(state: TrainState) -> float:
+        params = state.params if state.ema is None else state.ema
+        sums = [eval_step(params, global_batch(t, batch)) for batch in windows()]
+        loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        return float(loss / weight)
+
+    return evaluate
+
+
+def open_workdir(cfg: Config) -> Checkpoints:
+    """The run's directory, made or found again; its checkpoints.
+
+    Raises:
+        UserError: it belongs to a run of another config, or cannot be written.
+    """
+    workdir = Path(cfg.workdir)
+    path = workdir / "config.yaml"
+    metrics = workdir / "metrics.jsonl"
+    if path.exists() and metrics.exists() and metrics.stat().st_size:
+        earlier = config_from_dict(yaml.safe_load(path.read_text()))
+        if keys := differing_keys(earlier, cfg):
+            listed = ", ".join(f"{key} ({was} there, {now} here)" for key, (was, now) in keys.items())
+            raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            temporary = workdir / "config.yaml.new"
+            temporary.write_text(config_to_yaml(cfg))
+            os.replace(temporary, path)
+            (workdir / "env.json").write_text(json.dumps(environment(), indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; give another --workdir") from None
+    return Checkpoints(cfg.workdir, cfg.checkpoint)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the git commit, for a run's env.json."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "devices": [f"{d.device_kind} {d.id}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "git_commit": commit.stdout.strip() or None,
+    }
+
+
+def save(checkpoints: Checkpoints, state: TrainState, cfg: Config, corpus: Corpus, val_loss: float | None) -> None:
+    """Begin to save a state, with all that is needed to go on from it or to sample."""
+    meta = {
+        "config": yaml.safe_load(config_to_yaml(cfg)),
+        "tokenizer": corpus.tokenizer.to_dict(),
+        "corpus": corpus.fingerprint,
+        "val/loss": val_loss,
+    }
+    checkpoints.save(int(state.step), *for_disk(state), meta, val_loss)
+
+
+def for_disk(state: TrainState) -> tuple[Any, TrainState]:
+    """The weights to sample from (their average where there is one), and the rest of the state."""
+    if state.ema is None:
+        return state.params, state._replace(params=None)
+    return state.ema, state._replace(ema=None)
+
+
+def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainState | None:
+    """The newest readable state of the run, on this mesh; None where nothing is saved yet."""
+
+    def read(step: int) -> TrainState:
+        if checkpoints.meta(step)["corpus"] != corpus.fingerprint:
+            raise UserError(
+                f"the corpus {t.cfg.data.path!r} is not the one this run began with; give another --workdir"
+            )
+        weights, rest = checkpoints.restore(step, *for_disk(t.state))
+        return (
+            rest._replace(params=weights) if rest.ema is None and t.state.ema is None else rest._replace(ema=weights)
+        )
+
+    found = newest_readable(checkpoints, read)
+    if found is None:
+        return None
+    total = jax.device_put(np.int32(t.cfg.train.total_steps), t.state.total_steps.sharding)
+    return found[1]._replace(total_steps=total)
+
+
+def first_state(t: Trainable) -> TrainState:
+    """A new state, from random weights or from the weights of `init_from`."""
+    state = init_state(t)
+    if t.cfg.init_from is None:
+        return state
+    model = load_run(t.cfg.init_from)
+    given, wanted = (jax.tree.map(lambda x: x.shape, params) for params in (model.params, state.params))
+    if given != wanted:
+        raise UserError(f"init_from {t.cfg.init_from!r} is a model of another shape; give the same model.* keys")
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), model.params, state.params)
+    return state._replace(params=params, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params))
+
+
+class StopSignal:
+    """While entered, SIGINT and SIGTERM only ask the loop to stop after the step; a second one ends the process."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.requested = True
+        signal.signal(number, self.previous[number])
+
+
+class Report:
+    """What a run says: metrics.jsonl and trackers, and a progress bar, or lines where there is no terminal."""
+
+    def __init__(self, t: Trainable, corpus: Corpus, start_step: int):
+        cfg = self.cfg = t.cfg
+        self.speaks = jax.process_index() == 0
+        self.tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.mfu_per_rate = None if peak is None else flops_per_token(cfg.model) / (peak * jax.device_count())
+        self.bits_per_byte = len(corpus.val) / corpus.val_bytes / np.log(2)  # for one nat a token
+        plain = yaml.safe_load(config_to_yaml(cfg))
+        names = (cfg.log.trackers, cfg.workdir, start_step, cfg.log.project, plain)
+        self.trackers = make_trackers(*names) if self.speaks else []
+        self.terminal = sys.stderr.isatty()
+        total = cfg.train.total_steps
+        self.say(
+            f"{count_params(cfg.model)['total']:,} parameters, {len(corpus.train):,} training tokens, "
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
+            + (f", going on after step {start_step}" if start_step else "")
+        )
+        self.bar = tqdm(total=total, initial=start_step, unit="step", disable=not (self.terminal and self.speaks))
+        self.unmeasured: list[dict[str, jax.Array]] = []
+        self.measured_at = time.perf_counter()
+        self.began_at, self.start_step = self.measured_at, start_step
+        self.val_loss: float | None = None
+
+    def note(self, metrics: dict[str, jax.Array]) -> None:
+        """Keep a step's metrics for `measure`; nothing waits for the device."""
+        self.unmeasured.append(metrics)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """This step's metrics, and the speed since the last call; waits for the device.
+
+        Raises:
+            UserError: none of the steps since the last call had a finite gradient.
+        """
+        values = {name: float(value) for name, value in self.unmeasured[-1].items()}
+        values["skipped"] = sum(float(metrics["skipped"]) for metrics in self.unmeasured)
+        steps, now = len(self.unmeasured), time.perf_counter()
+        if values["skipped"] == steps > 1:
+            raise UserError(f"no gradient was finite from step {step - steps + 1} to {step}; lower optim.peak_lr")
+        values["step_time_s"] = (now - self.measured_at) / steps
+        values["tokens_per_s"] = self.tokens_per_step / values["step_time_s"]
+        if self.mfu_per_rate is not None:
+            values["mfu"] = values["tokens_per_s"] * self.mfu_per_rate
+        self.unmeasured = []
+        return values
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Send a step's values to every tracker and to the screen."""
+        if "val/loss" in values:
+            self.val_loss = values["val/loss"]
+            values["val/bpb"] = self.val_loss * self.bits_per_byte
+        for tracker in self.trackers:
+            tracker.write(step, {"tokens": step * self.tokens_per_step, **values})
+        shown = {"loss": values.get("train/loss"), "val": self.val_loss, "tok/s": values.get("tokens_per_s")}
+        texts = {k: f"{v:,.0f}" if k == "tok/s" else f"{v:.4f}" for k, v in shown.items() if v is not None}
+        self.bar.set_postfix(texts, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if not self.terminal:
+            done, total = step - self.start_step, self.cfg.train.total_steps
+            left = (time.perf_counter() - self.began_at) / done * (total - step) if done else None
+            texts |= {} if left is None else {"left": f"{int(left) // 60}:{int(left) % 60:02d}"}
+            self.say(f"step {step}/{total}  " + "  ".join(f"{k} {v}" for k, v in texts.items()))
+        self.measured_at = time.perf_counter()  # evaluating is not stepping
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.speaks:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Let go of bar and trackers; draw the loss."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.speaks:
+            plot_loss(self.cfg.workdir)
+
+
+def conclude(t: Trainable, report: Report) -> None:
+    """Print the final losses, a sample, and the command that samples."""
+    if not report.speaks:
+        return
+    workdir = t.cfg.workdir
+    final = {} if report.val_loss is None else {"val/loss": report.val_loss}
+    report.say("  ".join([f"done: {t.cfg.train.total_steps} steps", *(f"{k} {v:.4f}" for k, v in final.items())]))
+    if jax.process_count() == 1:
+        sample = load_run(workdir).complete([""], 400, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
+        report.say(f"\n{sample.text}\n")
+    report.say(f"python sample.py {workdir} --prompt '...'    samples more; the loss is drawn in {workdir}/loss.png")
