@@ -1,12 +1,13 @@
 """The commands. Each parses, prepares the process, and hands over; none imports JAX before that."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.configfile import load_config
 from gptjax.errors import UserError, nearest, report_user_errors
@@ -58,7 +59,7 @@ def sample_from(
     from gptjax.generate import LanguageModel, Sampling, load_run
 
     lm: LanguageModel = load_run(model)
-    how = Sampling(temperature, top_k, top_p, min_p)
+    how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
     longest = max(len(lm.tokenizer.encode(p)) for p in prompts)
     if longest + max_new_tokens > lm.config.context_length:
@@ -105,12 +106,28 @@ def sample(args: list[str]) -> int:
 
 
 def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
-    """Call a function with a command line that its signature and docstring describe."""
-    parser = ArgumentParser(prog=name, description=(function.__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_function_arguments(function, as_group=False)
-    values = parser.instantiate(parser.parse_args(args))
+    """Call a function with a command line that its signature and docstring describe.
+
+    Raises:
+        UserError: arguments that it does not take.
+    """
+    parser = ArgumentParser(
+        prog=name, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    flags = {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.annotation is bool}
+    words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in _pairs(args)]
+    try:
+        values = parser.instantiate(parser.parse_args(words))
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
     function(**vars(values))
     return 0
+
+
+def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
+    """Every argument with the one after it."""
+    return list(zip(args, [*args[1:], None], strict=True))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}

@@ -47,11 +47,11 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl, one object a line. Opened again, it is cut back to the step that was restored."""
+    """metrics.jsonl, one object a line. Opened again, it is cut back to the step that was restored (0: to nothing)."""
 
     def __init__(self, workdir: str, step: int):
         path = Path(workdir, "metrics.jsonl")
-        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if path.exists() else []
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if step and path.exists() else []
         temporary = path.with_suffix(".jsonl.new")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)

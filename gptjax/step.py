@@ -165,7 +165,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if cfg.model.dropout else None
         (cross_entropy, weight), grads = accumulate(state.params, batch, key)
         loss, grads = cross_entropy / weight, jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
 
         directions, opt_state = t.optimizer.update(grads, state.opt_state, state.params)
         lr = learning_rate(cfg.optim, state.step, state.total_steps)

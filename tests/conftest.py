@@ -1,0 +1,115 @@
+"""Eight virtual devices for every test, and small things that many tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# A pool of twice as many threads: with fewer, collectives starve (docs/design.md).
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["NPROC"] = "16"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from gptjax.config import Config
+from gptjax.configfile import config_from_dict
+from gptjax.sharding import make_mesh
+from gptjax.step import make_trainable
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("GPTJAX_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+GPT2_LIKE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "context_length": 32, "vocab_size": 61, "vocab_multiple": 8}
+MODERN = {
+    **GPT2_LIKE,
+    "n_kv_heads": 2,
+    "positions": "rope",
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "mlp": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
+    "logit_softcap": 15.0,
+}
+
+
+def make_config(model: dict, **sections: dict) -> Config:
+    """A config of a tiny model; `train={...}` and so on add to the other sections."""
+    return config_from_dict({"model": model, "train": {"batch_sequences": 8}, "workdir": "unused", **sections})
+
+
+def trainable_on(cfg: Config, devices: int = 1, **axes: int):
+    """The config on a mesh of the first so many devices."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes
+    return make_trainable(cfg, make_mesh(sizes, jax.devices()[:devices]))
+
+
+@pytest.fixture
+def tinyshakespeare() -> Path:
+    path = DATA / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is not here; GPTJAX_TEST_DATA names its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    """About 30 kB of verse-like text, the same on every machine."""
+    words = [
+        "the",
+        "king",
+        "and",
+        "queen",
+        "of",
+        "night",
+        "do",
+        "speak",
+        "in",
+        "thee",
+        "my",
+        "lord",
+        "what",
+        "love",
+        "is",
+        "this",
+        "that",
+        "dies",
+    ]
+    lines, state = [], 1
+    for _ in range(1200):
+        picked = []
+        for _ in range(5):
+            state = state * 1103515245 % 2**31 + 12345
+            picked.append(words[state >> 16 & 15])
+        lines.append(" ".join(picked).capitalize())
+    path = tmp_path_factory.mktemp("corpus") / "verse.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
+def run_script(*args: object, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
+    """A command of the project in a process of its own, with one device."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | environment
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+TINY_RUN = [
+    *("configs/debug.yaml", "--model.n_layers=1", "--model.d_model=32", "--model.context_length=32"),
+    *("--train.log_interval_steps=1", "--train.eval_interval_steps=5", "--train.eval_sequences=8"),
+    "--checkpoint.save_interval_steps=5",
+]
+
+
+@pytest.fixture
+def tiny_run(corpus_file, token_cache) -> list[str]:
+    """Arguments of train.py for a run of seconds; the test adds --workdir."""
+    return ["train.py", *TINY_RUN, f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]

@@ -1,0 +1,170 @@
+"""The model against other people's numbers and code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import GPT2_LIKE, MODERN, make_config
+
+from gptjax.configfile import config_from_dict
+from gptjax.loss import LossSpec, next_token_loss
+from gptjax.nn.attention import attention, causal_mask
+from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
+from gptjax.presets import PRESETS
+
+
+def run(model: dict, tokens, params=None, **inputs):
+    """Logits and hidden states of a model with these config values."""
+    cfg = make_config(model).model
+    params = init_params(cfg, jax.random.key(0)) if params is None else params
+    bound = bind(abstract_model(cfg)[0], params)
+    hidden, kv = bound(jnp.asarray(tokens), **inputs)
+    return logits(bound, hidden), kv
+
+
+def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, GPT2_LIKE["vocab_size"], shape, dtype=np.int32)
+
+
+# Radford et al. 2019 (as released), Dubey et al. 2024 and Allal et al. 2025, from the models' cards.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "smollm2-135m": 134_515_008,
+}
+
+
+def test_every_preset_has_a_published_count():
+    assert set(PUBLISHED) == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(preset):
+    assert count_params(config_from_dict({"model": {"preset": preset}}).model)["total"] == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+def test_no_logit_depends_on_a_later_token(model):
+    """By gradient: the derivative of position t by the embedding of token s is zero exactly where s > t."""
+    cfg = make_config({**model, "init": "gpt2"}).model
+    graphdef, params = abstract_model(cfg)[0], init_params(cfg, jax.random.key(0))
+    T = 8
+    tokens = np.arange(T)[None]  # all different, so that each row of the embedding belongs to one position
+
+    def hidden_sums(embed):
+        hidden, _ = bind(graphdef, {**params, "embed": embed})(tokens)
+        return hidden[0] @ jnp.arange(1.0, cfg.d_model + 1)
+
+    slopes = jax.jit(jax.jacrev(hidden_sums))(params["embed"])[:, :T]
+    np.testing.assert_array_equal(np.abs(slopes).sum(-1) > 0, np.tri(T, dtype=bool))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_equals_jax_nn(heads):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, 4 if i == 0 else heads, 8)) for i in range(3))
+    positions = jnp.arange(9)[None]
+    ours = attention(q, k, v, causal_mask(positions, positions))
+    np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("other", [{"scan_layers": True}, {"remat": "full"}, {"remat": "dots"}], ids=str)
+def test_scan_and_remat_change_nothing(model, other):
+    tokens = some_tokens(2, 16)
+    cfg = make_config(model).model
+    params = init_params(cfg, jax.random.key(0))
+
+    def gradient(extra):
+        return jax.grad(lambda p: jnp.square(run({**model, **extra}, tokens, p)[0]).mean())(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
+        gradient({"scan_layers": False}),
+        gradient(other),
+    )
+
+
+def test_initial_loss_of_gpt2_is_that_of_its_initialisation():
+    """ln V + d 0.02^2 / 2: the tied head's logits are normal with variance d 0.02^2."""
+    model = {"n_layers": 2, "d_model": 768, "n_heads": 12, "context_length": 64, "vocab_size": 50257}
+    tokens = np.random.default_rng(0).integers(0, 50257, (4, 65))
+    found, _ = run(model, tokens[:, :-1])
+    loss = optax.softmax_cross_entropy_with_integer_labels(found, tokens[:, 1:]).mean()
+    assert abs(loss - (np.log(50257) + 768 * 0.02**2 / 2)) < 0.05
+
+
+def test_a_packed_document_does_not_see_its_neighbour():
+    a, b = some_tokens(1, 7, seed=1), some_tokens(1, 9, seed=2)
+    packed = np.concatenate([a, b], axis=1)
+    positions = np.concatenate([np.arange(7), np.arange(9)])[None]
+    segments = np.array([[0] * 7 + [1] * 9])
+    for model in (GPT2_LIKE, MODERN):
+        together, _ = run(model, packed, positions=positions, segments=segments)
+        np.testing.assert_allclose(together[:, :7], run(model, a)[0], atol=1e-5)
+        np.testing.assert_allclose(together[:, 7:], run(model, b)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 4])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_chunked_loss_equals_optax_in_value_and_gradient(n_chunks, cap):
+    B, T, D, V, vocab = 2, 8, 16, 24, 19
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
+    targets = rng.integers(0, vocab, (B, T))
+    weights = rng.integers(0, 2, (B, T)).astype(np.float32)
+
+    def reference(hidden, head):
+        raw = (hidden @ head)[..., :vocab]
+        raw = raw if cap is None else cap * jnp.tanh(raw / cap)
+        z = jax.nn.logsumexp(raw, axis=-1)
+        per_token = optax.softmax_cross_entropy_with_integer_labels(raw, targets) + 0.1 * z**2
+        return jnp.sum(weights * per_token)
+
+    def ours(hidden, head):
+        return next_token_loss(hidden, head, targets, weights, LossSpec(vocab, n_chunks, cap, z_loss=0.1))[0]
+
+    expected, expected_grads = jax.value_and_grad(reference, argnums=(0, 1))(hidden, head)
+    found, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, head)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours(hidden, head), expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, expected_grads)
+
+
+def test_the_chunked_loss_never_holds_all_logits():
+    """Read off the compiled program: no buffer of B x T x V floats, which the unchunked one has."""
+    B, T, D, V = 16, 64, 8, 1000
+
+    def program(n_chunks):
+        def loss(h, w):
+            return next_token_loss(h, w, jnp.zeros((B, T), int), jnp.ones((B, T)), LossSpec(V, n_chunks))[0]
+
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(jnp.zeros((B, T, D)), jnp.zeros((D, V)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert program(1) > B * T * V * 4
+    assert program(8) < program(1) / 3
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    tokens = some_tokens(2, 8)
+    model = {**GPT2_LIKE, "dropout": 0.5}
+    still, _ = run(model, tokens)
+    np.testing.assert_array_equal(still, run(GPT2_LIKE, tokens)[0])
+    moved, _ = run(model, tokens, dropout_key=jax.random.key(1))
+    assert np.abs(moved - still).max() > 1e-3
+
+
+def test_bfloat16_matmuls_keep_float32_weights_and_logits():
+    cfg = make_config({**MODERN, "dtype": "bfloat16", "init": "gpt2"}).model
+    params = init_params(cfg, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    low, _ = run({**MODERN, "dtype": "bfloat16", "init": "gpt2"}, some_tokens(2, 16), params)
+    high, _ = run({**MODERN, "init": "gpt2"}, some_tokens(2, 16), params)
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, high, atol=0.05)
+    assert np.abs(low - high).max() > 0

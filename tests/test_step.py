@@ -1,0 +1,148 @@
+"""The compiled step: the same on every mesh, accumulated or not, compiled once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
+
+from gptjax.errors import UserError
+from gptjax.step import init_state, make_eval_step, make_train_step
+
+MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_decay": 0.9}
+
+
+def some_batch(t, seed: int, B: int = 8, T: int = 32) -> dict:
+    ids = np.random.default_rng(seed).integers(0, GPT2_LIKE["vocab_size"], (B, T + 1), dtype=np.int32)
+    weights = np.random.default_rng(seed).integers(0, 2, (B, T)).astype(np.float32)
+    return jax.device_put({"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}, t.batch_sharding)
+
+
+def run_steps(t, steps: int, same_batch: bool = False):
+    state, step, losses = init_state(t), make_train_step(t), []
+    for number in range(steps):
+        state, metrics = step(state, some_batch(t, 0 if same_batch else number))
+        losses.append(float(metrics["train/loss"]))
+    return np.array(losses), state, step
+
+
+CONFIGS = {"adamw": make_config(GPT2_LIKE), "muon": make_config(MODERN, optim=MUON)}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def one_device(request):
+    cfg = CONFIGS[request.param]
+    t = trainable_on(cfg)
+    return cfg, jax.tree.map(np.asarray, init_state(t).params), run_steps(t, 20)[0]
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"tensor": 2, "data": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"context": 2, "fsdp": 4},
+    ],
+    ids=lambda axes: ",".join(f"{k}={v}" for k, v in axes.items()),
+)
+def test_every_mesh_gives_the_losses_of_one_device(one_device, axes):
+    cfg, first, expected = one_device
+    t = trainable_on(cfg, 8, **axes)
+    jax.tree.map(np.testing.assert_array_equal, init_state(t).params, first)
+    losses, state, step = run_steps(t, 20)
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    assert step.compiled._cache_size() == 1
+    wanted = jax.tree.map(lambda leaf: leaf.sharding, t.state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
+
+
+def test_tensor_parallel_by_four_with_four_key_value_heads():
+    cfg = make_config(GPT2_LIKE)
+    expected = run_steps(trainable_on(cfg), 20)[0]
+    np.testing.assert_allclose(run_steps(trainable_on(cfg, 8, tensor=4, data=2), 20)[0], expected, atol=1e-5)
+
+
+def test_fsdp_holds_an_eighth_of_weights_and_moments_on_each_device():
+    cfg = make_config(GPT2_LIKE)
+    t = trainable_on(cfg, 8, fsdp=8)
+    _, state, _ = run_steps(t, 1)
+    held = dict.fromkeys(jax.devices(), 0)
+    whole = 0
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        whole += leaf.nbytes
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    spared = 0.05 * whole  # norms and biases, which every device holds in full
+    assert all(size <= whole / 8 + spared for size in held.values())
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2}], ids=["one", "four"])
+def test_accumulating_four_microbatches_changes_nothing(axes):
+    """Masked tokens make the microbatches unequal, so a mean of means would show."""
+    devices = 4 if axes else 1
+    results = []
+    for parts in (1, 4):
+        cfg = make_config(MODERN, train={"batch_sequences": 16, "microbatches": parts}, optim={"clip_norm": None})
+        t = trainable_on(cfg, devices, **axes)
+        state, step = init_state(t), make_train_step(t)
+        for number in range(3):
+            state, metrics = step(state, some_batch(t, number, B=16))
+        results.append((state.params, metrics["train/loss"], metrics["grad_norm"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    cfg = make_config(GPT2_LIKE, optim={"peak_lr": 0.01, "schedule": "constant"})
+    losses, state, _ = run_steps(trainable_on(cfg), 150, same_batch=True)
+    assert losses[-1] < 0.1
+    t = trainable_on(cfg)
+    loss, weight = make_eval_step(t)(state.params, some_batch(t, 0))
+    assert float(loss / weight) == pytest.approx(losses[-1], abs=0.05)
+
+
+def test_a_step_without_a_finite_gradient_leaves_the_state_alone():
+    t = trainable_on(make_config(GPT2_LIKE, optim={"ema_decay": 0.9}))
+    state, step = init_state(t), make_train_step(t)
+    before = jax.tree.map(np.asarray, state)
+    bad = some_batch(t, 0)
+    bad["weights"] = bad["weights"] * jnp.nan
+    after, metrics = step(state, bad)
+    assert metrics["skipped"] == 1
+    assert after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, before._replace(step=0), after._replace(step=0))
+    after, metrics = step(after, some_batch(t, 1))
+    assert metrics["skipped"] == 0
+    assert np.abs(after.params["embed"] - before.params["embed"]).max() > 0
+
+
+def test_the_ema_follows_the_weights():
+    t = trainable_on(make_config(GPT2_LIKE, optim={"ema_decay": 0.5}))
+    state, step = init_state(t), make_train_step(t)
+    expected = np.asarray(state.params["embed"])
+    for number in range(4):
+        state, _ = step(state, some_batch(t, number))
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["embed"])
+    np.testing.assert_allclose(state.ema["embed"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_another_total_does_not_compile_again():
+    t = trainable_on(make_config(GPT2_LIKE))
+    state, step = init_state(t), make_train_step(t)
+    state, first = step(state, some_batch(t, 0))
+    state = state._replace(total_steps=jnp.asarray(5, jnp.int32, device=state.total_steps.sharding))
+    _, second = step(state, some_batch(t, 1))
+    assert step.compiled._cache_size() == 1
+    assert second["lr"] < first["lr"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [({"tensor": 8}, "model.n_heads 4"), ({"data": 3}, "train.batch_sequences"), ({"context": 3}, "context_length")],
+)
+def test_a_mesh_that_does_not_divide_is_refused(axes, named):
+    devices = int(np.prod(list(axes.values())))
+    with pytest.raises(UserError, match=named):
+        trainable_on(make_config(GPT2_LIKE), devices, **axes)

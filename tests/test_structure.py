@@ -1,0 +1,96 @@
+"""The shape of the code: floors, lengths, and the linter."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "gptjax"
+
+# A file imports only from the floors above its own line here. Files of one folder may import each other.
+FLOORS = [
+    ["errors", "presets"],
+    ["config"],
+    ["configfile", "sharding", "tokenizers", "process"],
+    ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
+    ["nn.layers", "data"],
+    ["nn.transformer"],
+    ["step", "generate", "convert"],
+    ["trainer"],
+    ["finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
+    ["cli"],
+    ["__main__", "__init__"],
+]
+ALONE = {"orbax": {"checkpoint"}, "grain": {"data"}, "wandb": {"metrics"}, "tensorboardX": {"metrics"}}
+
+
+def room(module: str) -> str:
+    """The entry of FLOORS to which a module, named without `gptjax.`, belongs."""
+    known = {name for floor in FLOORS for name in floor}
+    return next((module[:end] for end in _ends(module) if module[:end] in known), module)
+
+
+def _ends(module: str) -> list[int]:
+    return [i for i in range(len(module), 0, -1) if i == len(module) or module[i] == "."]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("nn", "__init__"):
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_downwards(module):
+    height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    own = room(module)
+    assert own in height, f"{module} has no floor; add it to FLOORS"
+    for imported in imports(modules()[module]):
+        top = imported.split(".")[0]
+        assert own in ALONE.get(top, {own}), f"{module} imports {top}"
+        if top == "gptjax" and imported != "gptjax":
+            target = room(imported.removeprefix("gptjax."))
+            assert target == own or height[target] < height[own], f"{module} imports {imported}"
+
+
+def test_no_file_is_over_500_lines():
+    files = [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    long = {str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_the_core_is_at_most_3000_lines_and_each_application_1200():
+    sizes: dict[str, int] = {}
+    for name, path in modules().items():
+        sizes[room(name)] = sizes.get(room(name), 0) + len(path.read_text().splitlines())
+    applications = FLOORS[8]
+    assert all(sizes.get(name, 0) <= 1200 for name in applications)
+    core = {name for floor in FLOORS[:8] for name in floor} - {"convert", "data"}
+    assert sum(sizes.get(name, 0) for name in core) <= 3000
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(command):
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
