@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl, one object a line. Opened again, it is cut back to the step that was restored (0: to nothing)."""
+    """metrics.jsonl, one object a line. Opened again, it is cut back to the restored step (0: to nothing)."""
 
     def __init__(self, workdir: str, step: int):
         path = Path(workdir, "metrics.jsonl")

@@ -1,6 +1,8 @@
 """What a process must settle before JAX looks for devices: their number, its peers, and the compilation cache."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 from gptjax.config import DistributedConfig
@@ -18,6 +20,7 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
         UserError: the other processes could not be reached.
     """
     set_cpu_devices(cpu_devices, os.environ)
+    keep_freed_memory()
     import jax
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/xla").expanduser()))
@@ -30,6 +33,20 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
         jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
     except Exception as error:
         raise UserError(f"cannot join distributed.coordinator {distributed.coordinator}: {error}") from None
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that a step frees for the next one; elsewhere do nothing.
+
+    XLA's CPU buffers are large enough for malloc to take each from the kernel anew, page by page: that was a quarter
+    of a small model's step (docs/performance.md). The numbers are M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of
+    malloc.h.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    for option, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)) if mallopt else ():
+        mallopt(option, value)
 
 
 def set_cpu_devices(count: int | None, environ: "os._Environ[str] | dict[str, str]") -> None:

@@ -1,0 +1,47 @@
+"""What is settled before JAX starts."""
+
+import os
+import sys
+
+import pytest
+from conftest import run_script
+
+from gptjax.process import set_cpu_devices
+
+
+def test_virtual_devices_get_a_pool_of_twice_as_many_threads():
+    environment = {"XLA_FLAGS": "--xla_cpu_foo=1"}
+    set_cpu_devices(8, environment)
+    assert environment["XLA_FLAGS"] == "--xla_cpu_foo=1 --xla_force_host_platform_device_count=8"
+    assert int(environment["NPROC"]) >= 16
+
+
+def test_flags_that_set_devices_win():
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    set_cpu_devices(8, environment)
+    assert environment == {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    set_cpu_devices(None, empty := {})
+    assert not empty
+
+
+FAULTS = """
+import resource, sys
+from gptjax.process import keep_freed_memory
+if {keep}: keep_freed_memory()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jnp.tanh(x @ x) + jnp.sin(x))
+x = jnp.ones((1024, 1024))
+for _ in range(5): x = step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20): x = step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
+def test_a_step_does_not_take_its_memory_from_the_kernel_again():
+    faults = {}
+    for keep in (False, True):
+        result = run_script("-c", FAULTS.format(keep=keep), JAX_PLATFORMS="cpu")
+        faults[keep] = int(result.stdout)
+    assert faults[True] < faults[False] / 5
