@@ -31,9 +31,9 @@ if {keep}: keep_freed_memory()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.tanh(x @ x) + jnp.sin(x))
 x = jnp.ones((1024, 1024))
-for _ in range(5): x = step(x).block_until_ready()
+for _ in range(50): x = step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20): x = step(x).block_until_ready()
+for _ in range(50): x = step(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
