@@ -25,7 +25,7 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/xla").expanduser()))
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if distributed is None or distributed.coordinator is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
