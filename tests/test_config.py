@@ -1,6 +1,7 @@
 """Configs: files, command line, and the errors in both."""
 
 import dataclasses
+import inspect
 
 import pytest
 import yaml
@@ -61,7 +62,7 @@ def test_every_field_is_documented():
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(field.default_factory):
                 yield from undocumented(field.default_factory)
-            elif f"\n        {field.name}: " not in cls.__doc__:
+            elif f"\n    {field.name}: " not in inspect.cleandoc(cls.__doc__):
                 yield f"{cls.__name__}.{field.name}"
 
     assert not list(undocumented(Config))

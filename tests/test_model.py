@@ -10,6 +10,7 @@ from conftest import GPT2_LIKE, MODERN, make_config
 from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.attention import attention, causal_mask
+from gptjax.nn.layers import standard_normal
 from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
 from gptjax.presets import PRESETS
 
@@ -96,6 +97,15 @@ def test_initial_loss_of_gpt2_is_that_of_its_initialisation():
     found, _ = run(model, tokens[:, :-1])
     loss = optax.softmax_cross_entropy_with_integer_labels(found, tokens[:, 1:]).mean()
     assert abs(loss - (np.log(50257) + 768 * 0.02**2 / 2)) < 0.05
+
+
+def test_first_values_have_the_quantiles_of_a_normal():
+    values = np.asarray(standard_normal(jax.random.key(0), (1000, 1000)))
+    shares = np.array([0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999])
+    np.testing.assert_allclose(np.quantile(values, shares), jax.scipy.stats.norm.ppf(shares), atol=0.05)
+    assert abs(values.mean()) < 0.005
+    assert abs(values.std() - 1) < 0.005
+    assert len(np.unique(values)) > 2**16 * 0.99
 
 
 def test_a_packed_document_does_not_see_its_neighbour():
