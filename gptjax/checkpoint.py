@@ -53,14 +53,13 @@ class Checkpoints:
         return sorted(self.manager.all_steps(), reverse=True)
 
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to write; the arrays may be given away as soon as this returns."""
+        """Begin to write; the arrays may be given away as soon as this returns. An imported model has no `rest`."""
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+        if rest is not None:
+            items["rest"] = ocp.args.StandardSave(rest)
         self.manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                rest=ocp.args.StandardSave(rest),
-                meta=ocp.args.JsonSave(meta),
-            ),
+            args=ocp.args.Composite(**items),
             metrics=None if val_loss is None else {"val/loss": val_loss},
         )
 

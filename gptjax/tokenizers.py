@@ -112,6 +112,8 @@ class HuggingFaceTokenizer:
             leave by `to_dict` as they came.
 
     Attributes:
+        eos_token: the text of `eos_id`.
+        bos_id: the token that begins a text, where the files name one.
         chat_template: Jinja text that lays out a conversation; None without one.
 
     Raises:
@@ -134,10 +136,11 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(ids.values(), default=-1)
         facts = {**_json_object(files, "special_tokens_map.json"), **_json_object(files, "tokenizer_config.json")}
-        given = facts.get("eos_token")
-        given = given.get("content") if isinstance(given, dict) else given
+        given = _token_text(facts.get("eos_token"))
         named = self.USUAL_EOS if given is None else (given,)
-        self.eos_id = next((ids[token] for token in named if token in ids), None)
+        self.eos_token = next((token for token in named if token in ids), None)
+        self.eos_id = ids.get(self.eos_token)
+        self.bos_id = ids.get(_token_text(facts.get("bos_token")))
         template = files.get("chat_template.jinja", facts.get("chat_template"))
         if isinstance(template, list):  # several, by name
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
@@ -158,6 +161,28 @@ class HuggingFaceTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "files": self.files}
+
+
+class NoTokenizer:
+    """The place of a tokenizer that did not come with its model: the weights can be used, text cannot."""
+
+    kind = "none"
+    vocab_size = 0
+    eos_id = None
+
+    def encode(self, text: str) -> np.ndarray:
+        raise UserError("this model came without a tokenizer; put its tokenizer.json beside its weights")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    encode_prompt = encode
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self.encode(""))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind}
 
 
 def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
@@ -190,7 +215,12 @@ def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
 
 
 def byte_level_bpe(
-    vocab: Mapping[str, int], merges: Sequence[str], split: Sequence[Any], special: Sequence[str]
+    vocab: Mapping[str, int],
+    merges: Sequence[str],
+    split: Sequence[Any],
+    special: Sequence[str],
+    whole: Sequence[str] = (),
+    first: str | None = None,
 ) -> str:
     """The tokenizer.json of a byte-level BPE (Radford et al. 2019, section 2.2).
 
@@ -199,6 +229,8 @@ def byte_level_bpe(
         merges: "left right", the first to be merged first.
         split: pre-tokenizers of the library `tokenizers`, which cut a text into words.
         special: tokens of the vocabulary that are no text; those which it lacks are left out.
+        whole: tokens of the vocabulary that are text and never cut.
+        first: the special token that goes before a prompt; None for none.
 
     Raises:
         UserError: merges of tokens that the vocabulary lacks.
@@ -211,6 +243,11 @@ def byte_level_bpe(
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(split))
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens([token for token in special if token in vocab])
+    made.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in whole])
+    if first is not None:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{first}:0 $A:0", special_tokens=[(first, vocab[first])]
+        )
     return made.to_str()
 
 
@@ -223,6 +260,11 @@ _SENTENCEPIECE_HINT = {
 
 def _has_sentencepiece(folder: Path) -> bool:
     return (folder / "tokenizer.model").exists()
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """A special token is written as its text, or as an object with its `content`."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _json_object(files: Mapping[str, str], name: str) -> dict[str, Any]:
@@ -239,6 +281,7 @@ KINDS = {
     "byte": lambda spec: ByteTokenizer(),
     "char": lambda spec: CharTokenizer(spec["alphabet"]),
     "hf": lambda spec: HuggingFaceTokenizer(spec["files"]),
+    "none": lambda spec: NoTokenizer(),
 }
 
 
