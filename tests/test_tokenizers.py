@@ -1,43 +1,13 @@
 """Tokenizers of Hugging Face models: the ids of transformers, from any of the forms in which they come."""
 
 import json
-from pathlib import Path
 
 import pytest
-import tokenizers
 
 from gptjax.errors import UserError
 from gptjax.tokenizers import HuggingFaceTokenizer, make_tokenizer, read_huggingface_tokenizer, tokenizer_from_dict
 
 TEXTS = ["The king and queen", "of night do 1234 speak\n\n  in thee", "Käse, 日本 🎈", "", " <|endoftext|> lord"]
-
-
-@pytest.fixture(scope="module")
-def hf_directory(tmp_path_factory, corpus_file) -> Path:
-    """A byte-level BPE of 400 ids, which puts <|begin|> before a text, with the files that models carry."""
-    folder = tmp_path_factory.mktemp("hf")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        show_progress=False,
-        special_tokens=["<|endoftext|>", "<|begin|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    made.train([str(corpus_file)], trainer)
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", made.token_to_id("<|begin|>"))]
-    )
-    made.enable_truncation(5)  # as some published files have left it
-    made.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": {"content": "<|endoftext|>", "__type": "AddedToken"},
-        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_the_ids_are_those_of_transformers(hf_directory):

@@ -36,7 +36,7 @@ def import_model(path_or_id: str, out: str) -> None:
         UserError: as `open_model`; `out` is not empty or cannot be written.
     """
     model = open_model(path_or_id)
-    if "origin" not in model.meta:
+    if model.is_run:
         raise UserError(f"{path_or_id!r} is a run already; give a Hugging Face directory or id, or a .gguf file")
     with new_folder(out) as folder:
         files = tokenizer_files(model.tokenizer)

@@ -6,6 +6,7 @@ Sources: the configuration_*.py and modeling_*.py of `transformers` for the same
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -328,10 +329,14 @@ def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
     # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.
     spare = {"bias", "qkv_bias"} if family.form.get("bias") is True else set()
     return {
-        field: f"model.{field} {facts[field]} where {family.title} has {wanted}"
+        field: f"model.{field} {_in_yaml(facts[field])} where {family.title} has {_in_yaml(wanted)}"
         for field, wanted in family.form.items()
         if facts[field] != wanted and not (field in spare and not facts[field])
     }
+
+
+def _in_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def family_for(cfg: ModelConfig, origin: str | None = None) -> str:

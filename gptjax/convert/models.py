@@ -32,7 +32,8 @@ class Model(NamedTuple):
         path: where it lies.
         meta: of a run, the plain values in its checkpoint; of an import, `origin`: its `model_type` and
             generation_config.json.
-        padding_is_free: whether `read` may be asked for another padding of the vocabulary, and for fewer positions.
+        is_run: whether it is one of our runs. Elsewhere, `read` may be asked for another padding of the vocabulary
+            and for fewer learned positions than there are.
         read: abstract weights with their shardings -> weights; each device is given its shards alone.
     """
 
@@ -40,7 +41,7 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
     path: Path
     meta: dict[str, Any]
-    padding_is_free: bool
+    is_run: bool
     read: Callable[[Params], Params]
 
 
@@ -96,7 +97,7 @@ def _open_run(workdir: str) -> Model:
         return params[1]
 
     config = config_from_dict(meta["config"]).model
-    return Model(config, tokenizer_from_dict(meta["tokenizer"]), Path(workdir), meta, False, read)
+    return Model(config, tokenizer_from_dict(meta["tokenizer"]), Path(workdir), meta, True, read)
 
 
 def _open_huggingface(folder: Path) -> Model:
@@ -124,7 +125,7 @@ def _open_tensors(path: Path, config: dict[str, Any], source: Source, tokenizer:
     generation = path / "generation_config.json"
     origin = {"model_type": config["model_type"], "generation": read_json(generation) if generation.exists() else {}}
     return Model(
-        model, tokenizer, path, {"origin": origin}, True, lambda abstract: read_params(layout, source, abstract)
+        model, tokenizer, path, {"origin": origin}, False, lambda abstract: read_params(layout, source, abstract)
     )
 
 
@@ -156,10 +157,10 @@ def initial_params(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer, a
     model = open_model(path_or_id)
     given, now = (_resolved(cfg) for cfg in (model.config, wanted))
     differing = {field for field in given if given[field] != now[field]} - {*FREE, "context_length", "vocab_multiple"}
-    fewer = now["context_length"] < given["context_length"] and model.padding_is_free
+    fewer = now["context_length"] < given["context_length"] and not model.is_run
     if wanted.positions == "learned" and given["context_length"] != now["context_length"] and not fewer:
         differing.add("context_length")
-    if given["vocab_multiple"] != now["vocab_multiple"] and not model.padding_is_free:
+    if given["vocab_multiple"] != now["vocab_multiple"] and model.is_run:
         differing.add("vocab_multiple")
     if strange := [f"model.{f} {given[f]} there, {now[f]} here" for f in given if f in differing - {*NOTED}]:
         raise UserError(f"init_from {path_or_id!r} is another model: {', '.join(strange)}; set these keys as there")

@@ -155,7 +155,7 @@ def write_safetensors(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
     value: Callable[[str], np.ndarray],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write tensors in this order, holding one at a time; with an index, where one file would be too long.
 
@@ -166,7 +166,7 @@ def write_safetensors(
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > (max_shard_bytes or MAX_SHARD_BYTES):
             shards.append([])
         shards[-1].append(name)
     of_many = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
