@@ -13,17 +13,6 @@ out = sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else None
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 os.environ["NPROC"] = str(2 * int(devices))
 
-from gptjax.process import prepare_process
-
-prepare_process()
-import jax
-
-from gptjax.configfile import config_from_dict
-from gptjax.convert import import_model, open_model
-from gptjax.nn.transformer import count_params
-from gptjax.sharding import make_mesh
-from gptjax.step import make_trainable
-
 
 def anonymous_bytes() -> int:
     with open("/proc/self/status") as lines:
@@ -42,6 +31,17 @@ class Peak(threading.Thread):
 
 
 def main() -> None:
+    from gptjax.process import prepare_process
+
+    prepare_process()
+    import jax
+
+    from gptjax.configfile import config_from_dict
+    from gptjax.convert import import_model, open_model
+    from gptjax.nn.transformer import count_params
+    from gptjax.sharding import make_mesh
+    from gptjax.step import make_trainable
+
     model = open_model(directory)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     form = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__ if name != "rope_scaling"}
@@ -52,20 +52,16 @@ def main() -> None:
     peak.start()
     if out is None:
         params = jax.block_until_ready(model.read(trainable.state.params))
-        held = sorted({sum(s.data.nbytes for s in shards) for shards in _by_device(params).values()})
-        print(f"each of {len(jax.devices())} devices holds {held[0] / size:.4f} to {held[-1] / size:.4f} of it")
+        held = dict.fromkeys(jax.devices(), 0)
+        for leaf in jax.tree.leaves(params):
+            for shard in leaf.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        shares = sorted(n / size for n in held.values())
+        print(f"each of {len(jax.devices())} devices holds {shares[0]:.4f} to {shares[-1]:.4f} of it")
     else:
         import_model(directory, out)
     grown = peak.value - before
     print(f"{grown / size:.3f} of {size / 1e9:.2f} GB at the peak, in {time.perf_counter() - began:.0f} s")
-
-
-def _by_device(params) -> dict:
-    found: dict = {}
-    for leaf in jax.tree.leaves(params):
-        for shard in leaf.addressable_shards:
-            found.setdefault(shard.device, []).append(shard)
-    return found
 
 
 main()
