@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import gptjax
 from gptjax import cli
+from gptjax.config import RopeScaling
 from gptjax.convert import import_model, open_model
 from gptjax.convert.safetensors import INDEX, NAME, SafetensorsFolder, read_header, write_safetensors
 from gptjax.errors import UserError
+from gptjax.generate import Sampling
 
 CONFIG = {
     "model_type": "llama",
@@ -273,7 +276,7 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, kind: str, tokenizer: dict) -> dict[str, np.ndarray]:
+def write_gguf(path: Path, kind: str, tokenizer: dict, rope: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """A Llama of CONFIG in a quantization; returns the tensors as the file holds them, under Hugging Face's names."""
     gguf = pytest.importorskip("gguf", reason="pip install -e '.[hf]'")
     writer = gguf.GGUFWriter(path, "llama")
@@ -284,7 +287,7 @@ def write_gguf(path: Path, kind: str, tokenizer: dict) -> dict[str, np.ndarray]:
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(10000.0 if rope is None else 500000.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     vocab = tokenizer["model"]["vocab"]
@@ -295,6 +298,8 @@ def write_gguf(path: Path, kind: str, tokenizer: dict) -> dict[str, np.ndarray]:
     writer.add_eos_token_id(vocab["<|endoftext|>"])
     writer.add_add_bos_token(True)
     writer.add_chat_template("{{ messages }}")
+    if rope is not None:
+        writer.add_tensor("rope_freqs.weight", rope)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     held = {}
     for name, value in llama_tensors().items():
@@ -329,6 +334,33 @@ def test_a_gguf_file_is_the_model_that_it_was_made_from(kind, hf_directory, tmp_
         assert all(np.array_equal(held[name], original[name]) for name in original)
 
 
+def test_llama3s_rope_scaling_is_read_back_from_its_divisors(hf_directory, tmp_path):
+    # As convert_hf_to_gguf.py computes them: 1 for short wavelengths, the factor for long ones, a blend between.
+    wavelengths = 2 * np.pi * 500000.0 ** (np.arange(0, 16, 2) / 16)
+    smooth = np.clip((8192 / wavelengths - 1) / (4 - 1), 0, 1)
+    divisors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
+    assert divisors[0] == 1 < divisors[4] < 32 == divisors[-1]
+    spec = json.loads((hf_directory / "tokenizer.json").read_text())
+    write_gguf(tmp_path / "model.gguf", "F16", spec, divisors)
+    assert open_model(str(tmp_path / "model.gguf")).config.rope_scaling == RopeScaling("llama3", 32.0)
+    write_gguf(tmp_path / "other.gguf", "F16", spec, divisors * 1.01)
+    with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama 3\.1's"):
+        open_model(str(tmp_path / "other.gguf"))
+
+
+def test_a_continuation_keeps_the_space_that_llamas_tokenizer_drops_before_a_text(llama, corpus_file):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.train([str(corpus_file)], tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    made.save(str(llama / "tokenizer.json"))
+    model = gptjax.load(str(llama))
+    found = model.complete(["The king"] * 64, 2, Sampling(temperature=1.0))
+    start = made.encode("The king").ids
+    assert all("The king" + c.text == made.decode(start + c.tokens) for c in found)
+    assert any(c.text.startswith(" ") for c in found)
+
+
 def test_the_tokenizer_of_a_gguf_file_is_rebuilt(hf_directory, tmp_path):
     spec = json.loads((hf_directory / "tokenizer.json").read_text())
     write_gguf(tmp_path / "model.gguf", "F16", spec)
@@ -338,8 +370,6 @@ def test_the_tokenizer_of_a_gguf_file_is_rebuilt(hf_directory, tmp_path):
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, spec["pre_tokenizer"]],
     }
-    import tokenizers
-
     theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
     theirs.no_truncation()
     for text in ("The king of 1234 nights\n\n  is<|endoftext|> this", "Käse 日本", ""):

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
+from gptjax.config import RopeScaling
 from gptjax.errors import UserError
+from gptjax.nn.layers import rotary_angles
 from gptjax.tokenizers import HuggingFaceTokenizer, NoTokenizer, Tokenizer, byte_level_bpe
 
 # Our config.json's key, by GGUF's (after `llama.`).
@@ -62,6 +64,7 @@ SPLITS: dict[str, list[Any]] = {
     "llama-bpe": _pattern(r"\p{N}{1,3}"),
     "qwen2": _pattern(r"\p{N}"),
 }
+ROPE_FACTORS = "rope_freqs.weight"
 CONTROL, USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type`: no text, and text that is never cut
 
 
@@ -74,7 +77,7 @@ class GGUFTensors:
 
     def __init__(self, path: Path, reader: Any, config: Mapping[str, Any]):
         self._path, self._config = path, config
-        self._tensors = {_huggingface_name(path, t.name): t for t in reader.tensors}
+        self._tensors = {_huggingface_name(path, t.name): t for t in reader.tensors if t.name != ROPE_FACTORS}
         self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -137,11 +140,32 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Tokenizer]:
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         config["rope_scaling"] = {"rope_type": scaling, "factor": fields.get("llama.rope.scaling.factor", 1.0)}
+    factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
+    if factors is not None:
+        config["rope_scaling"] = _rope_scaling(path, config, fields, factors)
     tensors = GGUFTensors(path, reader, config)
     config["vocab_size"] = tensors.shapes.get("model.embed_tokens.weight", (0,))[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors.shapes
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     return config, tensors, _tokenizer(path, fields)
+
+
+def _rope_scaling(path: Path, config: Mapping[str, Any], fields: Mapping[str, Any], factors: np.ndarray) -> dict:
+    """Llama 3.1's scaling, of which a GGUF file keeps the divisor of every frequency. Its three other numbers are the
+    same in all that Meta has published; raises UserError where the divisors do not follow from them."""
+    scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    width = fields.get("llama.rope.dimension_count", 2 * len(factors))
+    stretched, plain = (
+        np.arctan2(sin, cos).ravel()
+        for cos, sin in (
+            rotary_angles(np.ones((1, 1), np.int32), width, config["rope_theta"], form)
+            for form in (RopeScaling("llama3", scaling["factor"]), None)
+        )
+    )
+    if len(factors) != len(plain) or not np.allclose(plain / stretched, factors, rtol=1e-3):
+        raise UserError(f"{str(path)!r}: its {ROPE_FACTORS} is not Llama 3.1's scaling, and cannot be run here")
+    return scaling
 
 
 def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:

@@ -58,10 +58,10 @@ def open_model(path_or_id: str) -> Model:
         if path.suffix == ".gguf":
             return _open_tensors(path, *read_gguf(path))
         raise UserError(f"{path_or_id!r} is a file; give the directory of a model or run, or a .gguf file")
-    if (path / "checkpoints").is_dir():
-        return _open_run(path_or_id)
     if (path / "config.json").exists():
         return _open_huggingface(path)
+    if (path / "checkpoints").is_dir():
+        return _open_run(path_or_id)
     inside = sorted(f.name for f in path.glob("*"))[:3] if path.is_dir() else []
     here = f"holds {', '.join(inside)}, but " if inside else "is empty: " if path.is_dir() else "does not exist: "
     raise UserError(
