@@ -290,6 +290,13 @@ def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
     return KINDS[spec["kind"]](spec)
 
 
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers are sure to give equal ids; what else their files say may differ."""
+    specs = [tokenizer.to_dict() for tokenizer in (a, b)]
+    texts = [spec.get("files", {}).get("tokenizer.json") for spec in specs]
+    return specs[0] == specs[1] or (texts[0] is not None and texts[0] == texts[1])
+
+
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a config names; `texts` is the corpus, from which `char` takes its alphabet.
 

@@ -236,7 +236,14 @@ def test_a_model_trained_here_has_the_same_loss_in_transformers(corpus_file, tok
     card = (tmp_path / "out" / "README.md").read_text()
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     final = next(row["val/loss"] for row in reversed(written) if "val/loss" in row)
-    for fact in (str(corpus_file), f"| validation loss | {final:.4f} |", "20 steps", "Limits", "adamw", "# run"):
+    for fact in (
+        str(corpus_file),
+        f"| validation loss, nats a token | {final:.4f} |",
+        "20 steps",
+        "Limits",
+        "adamw",
+        "# run",
+    ):
         assert fact in card
 
 

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.tokenizers import HuggingFaceTokenizer, make_tokenizer, read_huggingface_tokenizer, tokenizer_from_dict
+from gptjax.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    HuggingFaceTokenizer,
+    make_tokenizer,
+    read_huggingface_tokenizer,
+    same_ids,
+    tokenizer_from_dict,
+)
 
 TEXTS = ["The king and queen", "of night do 1234 speak\n\n  in thee", "Käse, 日本 🎈", "", " <|endoftext|> lord"]
 
@@ -27,6 +35,10 @@ def test_a_tokenizer_travels_as_plain_values_byte_for_byte(hf_directory):
     again = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
     assert again.files["tokenizer.json"].encode() == (hf_directory / "tokenizer.json").read_bytes()
     assert again.eos_id == ours.eos_id
+    assert same_ids(again, ours)
+    assert same_ids(HuggingFaceTokenizer({"tokenizer.json": ours.files["tokenizer.json"]}), ours)
+    assert not same_ids(ByteTokenizer(), ours)
+    assert not same_ids(CharTokenizer("ab"), CharTokenizer("abc"))
     assert again.encode(TEXTS[1]).tolist() == ours.encode(TEXTS[1]).tolist()
 
 

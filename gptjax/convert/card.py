@@ -22,8 +22,9 @@ def model_card(model: Model, family: str, dtype: str) -> str:
         *front,
         f"# {name}",
         f"A {family}-form language model, written by `gptjax convert to-hf` in {dtype}. {shape}",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model, tokenizer = (c.from_pretrained("{name}") for c in (AutoModelForCausalLM, AutoTokenizer))\n```',
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this folder lies\n'
+        "tokenizer, model = (c.from_pretrained(folder) for c in (AutoTokenizer, AutoModelForCausalLM))\n```",
         "## Training",
         *_training(model, config),
         "## Limits",
@@ -50,14 +51,18 @@ def _training(model: Model, config: dict[str, Any]) -> list[str]:
     data, optim, train = config["data"], config["optim"], config["train"]
     begun = f" It began from the weights of `{config['init_from']}`." if config.get("init_from") else ""
     tokens = f"{int(last['tokens']):,} tokens in {int(last['step']):,} steps" if "tokens" in last else "some steps"
-    names = {"train/loss": "training loss", "val/loss": "validation loss", "val/bpb": "validation bits per byte"}
+    names = {
+        "train/loss": "training loss, nats a token",
+        "val/loss": "validation loss, nats a token",
+        "val/bpb": "validation loss, bits a byte",
+    }
     table = [f"| {title} | {last[key]:.4f} |" for key, title in names.items() if key in last]
     return [
         f"- **Data**: `{data['path']}`; the last {data['val_frac']:.0%} of its tokens are held out.{begun}\n"
         f"- **Recipe**: {tokens}, {train['batch_sequences']} sequences a step; {optim['name']}, peak learning rate "
         f"{optim['peak_lr']}, {optim['schedule']} schedule, weight decay {optim['weight_decay']}, seed "
         f"{config['seed']}.",
-        "\n".join(["| last measured | nats a token |", "|---|---|", *table]),
+        "\n".join(["| measured last | |", "|---|---|", *table]),
     ]
 
 

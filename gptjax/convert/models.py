@@ -20,7 +20,7 @@ from gptjax.convert.weights import Layout, Source, check_tensors, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.transformer import Params, abstract_model
-from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, tokenizer_from_dict
+from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
 
 
 class Model(NamedTuple):
@@ -163,10 +163,12 @@ def initial_params(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer, a
     if given["vocab_multiple"] != now["vocab_multiple"] and model.is_run:
         differing.add("vocab_multiple")
     if strange := [f"model.{f} {given[f]} there, {now[f]} here" for f in given if f in differing - {*NOTED}]:
-        raise UserError(f"init_from {path_or_id!r} is another model: {', '.join(strange)}; set these keys as there")
+        raise UserError(
+            f"init_from {path_or_id!r} is a model of another shape or form: {', '.join(strange)}; set these as there"
+        )
     for field in differing & {*NOTED}:
         print(f"note: init_from {path_or_id!r} has model.{field} {given[field]}, and this run {now[field]}")
-    if model.tokenizer.kind != NoTokenizer.kind and model.tokenizer.to_dict() != tokenizer.to_dict():
+    if model.tokenizer.kind != NoTokenizer.kind and not same_ids(model.tokenizer, tokenizer):
         raise UserError(
             f"init_from {path_or_id!r} has another tokenizer than data.tokenizer makes of this corpus, so its ids "
             f"mean other text; set data.tokenizer to {_tokenizer_of(model)}"
