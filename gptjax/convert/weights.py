@@ -151,13 +151,8 @@ def _read_weight(layout: Layout, source: Source, path: Path, leaf: jax.ShapeDtyp
     for layer in range(leaf.shape[0] if stacked else 1):
         view = layout.view(path, source.read(layout.place(path).name.format(layer)))
         for bounds, buffer in buffers.items():
-            inner, target = bounds, buffer
-            if stacked:
-                (start, stop), *inner = bounds
-                if not start <= layer < stop:
-                    continue
-                target = buffer[layer - start]
-            part = view[tuple(slice(start, stop) for start, stop in inner)]
+            target = buffer[layer] if stacked else buffer
+            part = view[tuple(slice(start, stop) for start, stop in bounds[stacked:])]
             target[tuple(slice(0, n) for n in part.shape)] = part
     arrays = [jax.device_put(buffers[bounds], device) for device, bounds in of_device.items()]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
