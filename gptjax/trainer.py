@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys
-from gptjax.convert import initial_params
+from gptjax.convert import initial_model
 from gptjax.data import Batches, Corpus, load_corpus, validation_batches, window_examples
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, load_run
@@ -219,11 +219,11 @@ def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainStat
 
 def first_state(t: Trainable, corpus: Corpus) -> TrainState:
     """A new state, from random weights or from the weights of `init_from`."""
-    state = init_state(t)
     if t.cfg.init_from is None:
-        return state
-    state = state._replace(params=None, ema=None)  # to make room
-    params = initial_params(t.cfg.init_from, t.cfg.model, corpus.tokenizer, t.state.params)
+        return init_state(t)
+    model = initial_model(t.cfg.init_from, t.cfg.model, corpus.tokenizer)
+    state = init_state(t)._replace(params=None, ema=None)  # the random weights make room
+    params = model.read(t.state.params)
     return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))
 
 

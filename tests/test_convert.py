@@ -16,7 +16,7 @@ import gptjax
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, config_to_yaml
-from gptjax.convert import export_model, import_model, initial_params, open_model
+from gptjax.convert import export_model, import_model, initial_model, open_model
 from gptjax.convert.families import family_for
 from gptjax.data import load_corpus, validation_batches
 from gptjax.errors import UserError
@@ -182,7 +182,7 @@ def test_weights_go_straight_to_eight_devices_an_eighth_each(name, built):
         {"model": {"vocab_multiple": 512, **_exact(model.config)}, "train": {"batch_sequences": 8}}
     )
     t = trainable_on(cfg, devices=8, fsdp=8)
-    params = initial_params(str(built[name]), cfg.model, model.tokenizer, t.state.params)
+    params = initial_model(str(built[name]), cfg.model, model.tokenizer).read(t.state.params)
     of_device = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(params):
         for shard in leaf.addressable_shards:
@@ -288,10 +288,10 @@ def test_a_form_that_no_family_has_is_refused_with_the_fields_in_the_way():
 def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, token_cache):
     """From GPT-2's with half its context and another padding: the loss before the first step is theirs."""
     source = built["gpt2"]
-    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4, "context_length": 128, "vocab_size": VOCAB}
+    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4, "context_length": 128, "scan_layers": True}
     data = {"path": str(corpus_file), "cache_dir": str(token_cache), "tokenizer": str(source)}
     values = {"data": data, "init_from": str(source), "train": {"eval_sequences": 8}, "optim": {"ema_decay": 0.9}}
-    cfg = make_config({**shape, "vocab_multiple": 512}, **values)
+    cfg = make_config({**shape, "vocab_size": VOCAB, "vocab_multiple": 512}, **values)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_sequences=8))
     corpus = load_corpus(cfg.data)
     t = trainable_on(cfg, devices=2, fsdp=2)
@@ -313,7 +313,9 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
 
     with pytest.raises(UserError, match=r"another tokenizer.*set data\.tokenizer to "):
         first_state(t, dataclasses.replace(corpus, tokenizer=ByteTokenizer()))
-    other = trainable_on(make_config({**shape, "norm_eps": 1e-6, "d_mlp": 64}, init_from=str(source)))
+    other = trainable_on(
+        make_config({**shape, "vocab_size": VOCAB, "norm_eps": 1e-6, "d_mlp": 64}, init_from=str(source))
+    )
     with pytest.raises(UserError, match=r"model\.d_mlp 256 there, 64 here, model\.norm_eps 1e-05 there, 1e-06 here"):
         first_state(other, corpus)
 

@@ -148,8 +148,8 @@ FREE = ("preset", "init", "dropout", "dtype", "remat", "scan_layers")
 NOTED = ("rope_theta", "rope_scaling", "logit_softcap")
 
 
-def initial_params(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer, abstract: Params) -> Params:
-    """The weights of a model for a run of this config, straight onto the run's shardings.
+def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) -> Model:
+    """The model from whose weights a run of this config can start.
 
     Raises:
         UserError: the model or its tokenizer is another one than the run's.
@@ -173,7 +173,7 @@ def initial_params(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer, a
             f"init_from {path_or_id!r} has another tokenizer than data.tokenizer makes of this corpus, so its ids "
             f"mean other text; set data.tokenizer to {_tokenizer_of(model)}"
         )
-    return model.read(abstract)
+    return model
 
 
 def _resolved(cfg: ModelConfig) -> dict[str, Any]:
