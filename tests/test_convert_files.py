@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -203,7 +204,8 @@ def test_weights_without_a_tokenizer_compute_and_say_so_when_asked_for_text(llam
         model.generate("The")
     import_model(str(llama), str(tmp_path / "run"))
     assert not (tmp_path / "run" / "tokenizer.json").exists()
-    np.testing.assert_array_equal(gptjax.load(str(tmp_path / "run")).logits([[1, 2]]), model.logits([[1, 2]]))
+    again = gptjax.load(str(tmp_path / "run"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, model.params))
 
 
 def test_an_id_is_found_in_the_cache_or_the_way_to_it_is_said(llama, tmp_path, monkeypatch):
@@ -327,8 +329,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_from(kind, hf_directory, tmp_
     ours = gptjax.load(str(tmp_path / "model.gguf"))
     same = gptjax.load(str(write_model(tmp_path / "same", held)))
     assert ours.config == same.config
-    ids = np.random.default_rng(0).integers(0, 400, (2, 32))
-    np.testing.assert_array_equal(ours.logits(ids), same.logits(ids))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours.params, same.params))
     if kind == "F32":
         original = llama_tensors()
         assert all(np.array_equal(held[name], original[name]) for name in original)
