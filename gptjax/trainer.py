@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys
+from gptjax.convert import initial_model
 from gptjax.data import Batches, Corpus, load_corpus, validation_batches, window_examples
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, load_run
@@ -46,7 +48,7 @@ def train(cfg: Config) -> int:
     examples = window_examples(corpus.train, cfg.model.context_length, cfg.seed)
     batches = Batches(examples, cfg.train.batch_sequences, rows_here(t))
     checkpoints = open_workdir(cfg)
-    state = restore(t, checkpoints, corpus) or first_state(t)
+    state = restore(t, checkpoints, corpus) or first_state(t, corpus)
     train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
 
     start, total = int(state.step), cfg.train.total_steps
@@ -215,17 +217,14 @@ def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainStat
     return found[1]._replace(total_steps=total)
 
 
-def first_state(t: Trainable) -> TrainState:
+def first_state(t: Trainable, corpus: Corpus) -> TrainState:
     """A new state, from random weights or from the weights of `init_from`."""
-    state = init_state(t)
     if t.cfg.init_from is None:
-        return state
-    model = load_run(t.cfg.init_from)
-    given, wanted = (jax.tree.map(lambda x: x.shape, params) for params in (model.params, state.params))
-    if given != wanted:
-        raise UserError(f"init_from {t.cfg.init_from!r} is a model of another shape; give the same model.* keys")
-    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), model.params, state.params)
-    return state._replace(params=params, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params))
+        return init_state(t)
+    model = initial_model(t.cfg.init_from, t.cfg.model, corpus.tokenizer)
+    state = init_state(t)._replace(params=None, ema=None)  # the random weights make room
+    params = model.read(t.state.params)
+    return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))
 
 
 class StopSignal:

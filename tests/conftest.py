@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, and small things that many tests share."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
+import tokenizers
 
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict
@@ -87,6 +89,35 @@ def corpus_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "verse.txt"
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def hf_directory(tmp_path_factory, corpus_file) -> Path:
+    """A byte-level BPE of 400 ids, which puts <|begin|> before a text, with the files that models carry."""
+    folder = tmp_path_factory.mktemp("hf")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|begin|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train([str(corpus_file)], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", made.token_to_id("<|begin|>"))]
+    )
+    made.enable_truncation(5)  # as some published files have left it
+    made.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": {"content": "<|endoftext|>", "__type": "AddedToken"},
+        "bos_token": "<|begin|>",
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

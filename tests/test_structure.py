@@ -18,7 +18,8 @@ FLOORS = [
     ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
     ["nn.layers", "data"],
     ["nn.transformer"],
-    ["step", "generate", "convert"],
+    ["step", "generate"],
+    ["convert"],
     ["trainer"],
     ["finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
     ["cli"],
@@ -82,9 +83,9 @@ def test_the_core_is_at_most_3000_lines_and_each_application_1200():
     sizes: dict[str, int] = {}
     for name, path in modules().items():
         sizes[room(name)] = sizes.get(room(name), 0) + len(path.read_text().splitlines())
-    applications = FLOORS[8]
+    applications = FLOORS[9]
     assert all(sizes.get(name, 0) <= 1200 for name in applications)
-    core = {name for floor in FLOORS[:8] for name in floor} - {"convert", "data"}
+    core = {name for floor in FLOORS[:9] for name in floor} - {"convert", "data"}
     assert sum(sizes.get(name, 0) for name in core) <= 3000
 
 

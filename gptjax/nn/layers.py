@@ -92,13 +92,16 @@ def rotary_angles(positions: jax.Array, width: int, theta: float, scaling: RopeS
 
     Args:
         positions: [B, T] int32.
-        scaling: Llama 3.1's: long wavelengths are divided by a factor, short ones kept, between them a blend.
+        scaling: linear divides every frequency by a factor (Chen et al. 2023, arXiv 2306.15595); llama3 the low
+            ones only, keeps the high ones, and blends between them.
 
     Returns:
         two arrays [B, T, 1, width / 2], float32.
     """
     frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    if scaling is not None:
+    if scaling is not None and scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None:
         turns = scaling.original_context * frequency / (2 * jnp.pi)  # in the context of the pre-training
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = jnp.clip((turns - low) / (high - low), 0, 1)

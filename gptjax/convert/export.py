@@ -1,0 +1,143 @@
+"""Models into runs, and runs out into Hugging Face directories. Both are written beside their place, then renamed."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import yaml
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import CheckpointConfig
+from gptjax.configfile import config_from_dict, config_to_yaml
+from gptjax.convert.card import model_card
+from gptjax.convert.families import FAMILIES, export_config, exported_form, family_for
+from gptjax.convert.models import on_first_device, open_model
+from gptjax.convert.safetensors import write_safetensors
+from gptjax.convert.weights import Layout, write_value
+from gptjax.errors import UserError
+from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
+END = "<|endoftext|>"  # the name that the byte tokenizer's end of a document is given
+
+
+def import_model(path_or_id: str, out: str) -> None:
+    """Write a Hugging Face model or a GGUF file as a run: config.yaml, its tokenizer, and a checkpoint at step 0.
+
+    Raises:
+        UserError: as `open_model`; `out` is not empty or cannot be written.
+    """
+    model = open_model(path_or_id)
+    if model.is_run:
+        raise UserError(f"{path_or_id!r} is a run already; give a Hugging Face directory or id, or a .gguf file")
+    with new_folder(out) as folder:
+        files = tokenizer_files(model.tokenizer)
+        data = {"tokenizer": os.path.join(out, "tokenizer.json")} if files else {}
+        # The config is one to train on with: it starts from these weights and speaks in these ids.
+        values = {"model": dataclasses.asdict(model.config), "data": data, "init_from": out, "workdir": out}
+        config = config_to_yaml(config_from_dict(values))
+        for name, text in {**files, "config.yaml": config}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        meta = {"config": yaml.safe_load(config), "tokenizer": model.tokenizer.to_dict(), "corpus": None}
+        checkpoints = Checkpoints(str(folder), CheckpointConfig())
+        params = model.read(on_first_device(model.config))
+        checkpoints.save(0, params, None, {**meta, "val/loss": None, "origin": model.meta["origin"]}, None)
+        checkpoints.close()
+
+
+def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Write a run's model as a directory that `transformers` loads: config, weights, tokenizer, model card.
+
+    Raises:
+        UserError: as `open_model`; no family has the model's form; `out` is not empty or cannot be written.
+    """
+    model = open_model(run)
+    origin = model.meta.get("origin", {})
+    kind = family_for(model.config, origin.get("model_type"))
+    layout = Layout(FAMILIES[kind], exported_form(model.config, kind))
+    ends = {"bos_token_id": getattr(model.tokenizer, "bos_id", None), "eos_token_id": model.tokenizer.eos_id}
+    config = export_config(model.config, kind, dtype) | ends
+    with new_folder(out) as folder:
+        params = model.read(on_first_device(model.config))
+        shapes = {name: held.shape for name, held in layout.tensors.items()}
+        write_safetensors(folder, shapes, DTYPES[dtype], lambda name: write_value(layout, params, name))
+        generation = origin.get("generation") or ends
+        for name, values in {"config.json": config, "generation_config.json": generation}.items():
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        for name, text in tokenizer_files(model.tokenizer).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(model_card(model, FAMILIES[kind].title, dtype), encoding="utf-8")
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files, by name, from which `AutoTokenizer` makes equal ids; none for a model without a tokenizer."""
+    return _TOKENIZER_FILES[tokenizer.kind](tokenizer)
+
+
+def _own_files(text: str, **facts: Any) -> dict[str, str]:
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **facts}
+    return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(facts, indent=2) + "\n"}
+
+
+def _byte_files(tokenizer: Tokenizer) -> dict[str, str]:
+    letters = _printable_bytes()
+    vocab = {letters[byte]: byte for byte in range(256)} | {END: tokenizer.eos_id}
+    whole = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _own_files(byte_level_bpe(vocab, [], [whole], [END]), eos_token=END)
+
+
+def _printable_bytes() -> list[str]:
+    """The character that GPT-2's byte-level vocabulary writes for each byte (Radford et al., encoder.py)."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return [chr(byte) if byte in kept else chr(256 + moved.index(byte)) for byte in range(256)]
+
+
+def _char_files(tokenizer: Tokenizer) -> dict[str, str]:
+    alphabet = tokenizer.to_dict()["alphabet"]
+    # Without merges every character stays alone. One outside the alphabet is dropped: here it is an error instead.
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    made.decoder = tokenizers.decoders.Fuse()
+    return _own_files(made.to_str())
+
+
+def _hf_files(tokenizer: HuggingFaceTokenizer) -> dict[str, str]:
+    eos = None if tokenizer.eos_id is None else tokenizer.eos_token
+    return _own_files("", eos_token=eos) | tokenizer.files
+
+
+_TOKENIZER_FILES: dict[str, Callable[[Any], dict[str, str]]] = {
+    "byte": _byte_files,
+    "char": _char_files,
+    "hf": _hf_files,
+    "none": lambda tokenizer: {},
+}
+
+
+@contextlib.contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """A folder that is renamed to `out` when all went well, and removed when not.
+
+    Raises:
+        UserError: `out` is there already and not empty, or cannot be written.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--out {out!r} is there already and not empty; give a new folder")
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write --out {out!r}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

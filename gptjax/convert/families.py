@@ -1,0 +1,381 @@
+"""Hugging Face's model families: what their config.json and their tensors are called here. One table each.
+
+To add one: a `Family`, and a line in `FAMILIES`.
+
+Sources: the configuration_*.py and modeling_*.py of `transformers` for the same `model_type`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gptjax.config import ModelConfig
+from gptjax.configfile import config_from_dict
+from gptjax.errors import UserError, nearest
+
+
+class Tensor(NamedTuple):
+    """Where a weight lies.
+
+    Attributes:
+        name: of the tensor; `{}` stands for the layer.
+        dims: the tensor's dimensions, in order, each a product of axes (docs/design.md's letters): `HK,D`. P counts
+            the parts that are fused into one tensor, N is the width of a norm or bias.
+        part: which of the fused parts.
+    """
+
+    name: str
+    dims: str
+    part: int | None = None
+
+
+class Family(NamedTuple):
+    """A family of models.
+
+    Attributes:
+        title: its name for people.
+        architecture: the class in `transformers`.
+        keys: (our field, their key, what a config.json without the key means).
+        form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
+        demands: their keys, with the values under which the model is the one that we run. The first is exported.
+        window: their key for a sliding window, and the key that must be true for it to count; None: has none.
+        prefix: of the tensors' names, which a file of the bare model lacks.
+        tensors: by our weight's path.
+        ignored: endings of tensors that hold no weights.
+        preset: one of ours that the family can express.
+    """
+
+    title: str
+    architecture: str
+    keys: tuple[tuple[str, str, Any], ...]
+    form: dict[str, Any]
+    demands: dict[str, tuple[Any, ...]]
+    window: tuple[str, str | None] | None
+    prefix: str
+    tensors: dict[str, Tensor]
+    ignored: tuple[str, ...]
+    preset: str
+
+
+_GPT2 = Family(
+    title="GPT-2",
+    architecture="GPT2LMHeadModel",
+    keys=(
+        ("n_layers", "n_layer", 12),
+        ("d_model", "n_embd", 768),
+        ("n_heads", "n_head", 12),
+        ("d_mlp", "n_inner", None),
+        ("context_length", "n_positions", 1024),
+        ("vocab_size", "vocab_size", 50257),
+        ("norm_eps", "layer_norm_epsilon", 1e-5),
+        ("tie_embeddings", "tie_word_embeddings", True),
+    ),
+    form={
+        "positions": "learned",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "bias": True,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "n_kv_heads": "n_heads",
+        "head_dim": "d_model / n_heads",
+        "logit_softcap": None,
+    },
+    demands={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    window=None,
+    prefix="transformer.",
+    tensors={
+        "embed": Tensor("transformer.wte.weight", "V,D"),
+        "positions": Tensor("transformer.wpe.weight", "T,D"),
+        "blocks.attention_norm.scale": Tensor("transformer.h.{}.ln_1.weight", "N"),
+        "blocks.attention_norm.bias": Tensor("transformer.h.{}.ln_1.bias", "N"),
+        "blocks.attention.query": Tensor("transformer.h.{}.attn.c_attn.weight", "D,PHK", 0),
+        "blocks.attention.key": Tensor("transformer.h.{}.attn.c_attn.weight", "D,PGK", 1),
+        "blocks.attention.value": Tensor("transformer.h.{}.attn.c_attn.weight", "D,PGK", 2),
+        "blocks.attention.query_bias": Tensor("transformer.h.{}.attn.c_attn.bias", "PHK", 0),
+        "blocks.attention.key_bias": Tensor("transformer.h.{}.attn.c_attn.bias", "PGK", 1),
+        "blocks.attention.value_bias": Tensor("transformer.h.{}.attn.c_attn.bias", "PGK", 2),
+        "blocks.attention.out": Tensor("transformer.h.{}.attn.c_proj.weight", "HK,D"),
+        "blocks.attention.out_bias": Tensor("transformer.h.{}.attn.c_proj.bias", "N"),
+        "blocks.mlp_norm.scale": Tensor("transformer.h.{}.ln_2.weight", "N"),
+        "blocks.mlp_norm.bias": Tensor("transformer.h.{}.ln_2.bias", "N"),
+        "blocks.mlp.up": Tensor("transformer.h.{}.mlp.c_fc.weight", "D,F"),
+        "blocks.mlp.up_bias": Tensor("transformer.h.{}.mlp.c_fc.bias", "F"),
+        "blocks.mlp.down": Tensor("transformer.h.{}.mlp.c_proj.weight", "F,D"),
+        "blocks.mlp.down_bias": Tensor("transformer.h.{}.mlp.c_proj.bias", "N"),
+        "final_norm.scale": Tensor("transformer.ln_f.weight", "N"),
+        "final_norm.bias": Tensor("transformer.ln_f.bias", "N"),
+        "head": Tensor("lm_head.weight", "V,D"),
+    },
+    ignored=(".attn.bias", ".attn.masked_bias"),  # the causal mask, in files of 2019
+    preset="gpt2",
+)
+
+_LLAMA = Family(
+    title="Llama",
+    architecture="LlamaForCausalLM",
+    keys=(
+        ("n_layers", "num_hidden_layers", 32),
+        ("d_model", "hidden_size", 4096),
+        ("n_heads", "num_attention_heads", 32),
+        ("n_kv_heads", "num_key_value_heads", None),
+        ("head_dim", "head_dim", None),
+        ("d_mlp", "intermediate_size", 11008),
+        ("context_length", "max_position_embeddings", 2048),
+        ("vocab_size", "vocab_size", 32000),
+        ("norm_eps", "rms_norm_eps", 1e-6),
+        ("tie_embeddings", "tie_word_embeddings", False),
+        ("bias", "attention_bias", False),
+        ("bias", "mlp_bias", False),
+    ),
+    form={
+        "positions": "rope",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "qk_norm": False,
+        "qkv_bias": "bias",
+        "logit_softcap": None,
+        "d_model": "a multiple of n_heads",
+    },
+    demands={"hidden_act": ("silu",)},
+    window=None,
+    prefix="model.",
+    tensors={
+        "embed": Tensor("model.embed_tokens.weight", "V,D"),
+        "blocks.attention_norm.scale": Tensor("model.layers.{}.input_layernorm.weight", "N"),
+        "blocks.attention.query": Tensor("model.layers.{}.self_attn.q_proj.weight", "HK,D"),
+        "blocks.attention.key": Tensor("model.layers.{}.self_attn.k_proj.weight", "GK,D"),
+        "blocks.attention.value": Tensor("model.layers.{}.self_attn.v_proj.weight", "GK,D"),
+        "blocks.attention.out": Tensor("model.layers.{}.self_attn.o_proj.weight", "D,HK"),
+        "blocks.attention.query_bias": Tensor("model.layers.{}.self_attn.q_proj.bias", "HK"),
+        "blocks.attention.key_bias": Tensor("model.layers.{}.self_attn.k_proj.bias", "GK"),
+        "blocks.attention.value_bias": Tensor("model.layers.{}.self_attn.v_proj.bias", "GK"),
+        "blocks.attention.out_bias": Tensor("model.layers.{}.self_attn.o_proj.bias", "N"),
+        "blocks.attention.query_norm.scale": Tensor("model.layers.{}.self_attn.q_norm.weight", "N"),
+        "blocks.attention.key_norm.scale": Tensor("model.layers.{}.self_attn.k_norm.weight", "N"),
+        "blocks.mlp_norm.scale": Tensor("model.layers.{}.post_attention_layernorm.weight", "N"),
+        "blocks.mlp.gate": Tensor("model.layers.{}.mlp.gate_proj.weight", "F,D"),
+        "blocks.mlp.up": Tensor("model.layers.{}.mlp.up_proj.weight", "F,D"),
+        "blocks.mlp.down": Tensor("model.layers.{}.mlp.down_proj.weight", "D,F"),
+        "blocks.mlp.gate_bias": Tensor("model.layers.{}.mlp.gate_proj.bias", "F"),
+        "blocks.mlp.up_bias": Tensor("model.layers.{}.mlp.up_proj.bias", "F"),
+        "blocks.mlp.down_bias": Tensor("model.layers.{}.mlp.down_proj.bias", "N"),
+        "final_norm.scale": Tensor("model.norm.weight", "N"),
+        "head": Tensor("lm_head.weight", "V,D"),
+    },
+    ignored=(".rotary_emb.inv_freq",),
+    preset="smollm2-135m",
+)
+# The others are Llama's form with a change or two, so their tensors have Llama's names.
+_UNBIASED = tuple(key for key in _LLAMA.keys if key[0] != "bias")
+_ANY_HEADS = {field: value for field, value in _LLAMA.form.items() if field != "d_model"}
+
+
+def _with_defaults(keys: tuple[tuple[str, str, Any], ...], **defaults: Any) -> tuple[tuple[str, str, Any], ...]:
+    return tuple((ours, theirs, defaults.get(theirs, default)) for ours, theirs, default in keys)
+
+
+# By the `model_type` of a config.json. An export takes the first that has the model's form.
+FAMILIES: dict[str, Family] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "arcee": _LLAMA._replace(
+        title="Arcee",
+        architecture="ArceeForCausalLM",
+        keys=_with_defaults(_LLAMA.keys, hidden_size=2560, intermediate_size=18432, rms_norm_eps=1e-5),
+        form={**_LLAMA.form, "mlp": "relu2"},
+        demands={"hidden_act": ("relu2",)},
+    ),
+    "mistral": _LLAMA._replace(
+        title="Mistral",
+        architecture="MistralForCausalLM",
+        keys=_with_defaults(
+            _UNBIASED, num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072
+        ),
+        form={**_ANY_HEADS, "bias": False},
+        window=("sliding_window", None),
+    ),
+    "qwen2": _LLAMA._replace(
+        title="Qwen2",
+        architecture="Qwen2ForCausalLM",
+        keys=_with_defaults(
+            tuple(key for key in _UNBIASED if key[0] != "head_dim"),
+            num_key_value_heads=32,
+            intermediate_size=22016,
+            max_position_embeddings=32768,
+            vocab_size=151936,
+        ),
+        form={**_ANY_HEADS, "bias": False, "qkv_bias": True, "head_dim": "d_model / n_heads"},
+        window=("sliding_window", "use_sliding_window"),
+    ),
+    "qwen3": _LLAMA._replace(
+        title="Qwen3",
+        architecture="Qwen3ForCausalLM",
+        keys=_with_defaults(
+            _UNBIASED,
+            num_key_value_heads=32,
+            intermediate_size=22016,
+            max_position_embeddings=32768,
+            vocab_size=151936,
+            head_dim=128,
+        ),
+        form={**_ANY_HEADS, "bias": False, "qk_norm": True},
+        demands={"hidden_act": ("silu",), "attention_bias": (False,)},
+        window=("sliding_window", "use_sliding_window"),
+    ),
+}
+
+# Their `rope_type`, with our names of its values and theirs.
+ROPE_TYPES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_context": "original_max_position_embeddings",
+    },
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json names; raises UserError for one that is not known."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        known = ", ".join(f"{key} ({f.title})" for key, f in FAMILIES.items())
+        raise UserError(
+            f"config.json: model_type {kind!r} is not known{nearest(str(kind), FAMILIES)}; known: {known}"
+        )
+    return FAMILIES[kind]
+
+
+def import_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Our config of the model that a config.json describes.
+
+    Raises:
+        UserError: a family that is not known, or a variant of one that this project cannot run.
+    """
+    family = family_of(config)
+    for key, allowed in family.demands.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"config.json: {key} {config[key]!r} cannot be run here, only {allowed[0]!r}")
+    model: dict[str, Any] = {}
+    for ours, theirs, default in family.keys:
+        value = config.get(theirs, default)
+        if model.setdefault(ours, value) != value:
+            raise UserError(
+                f"config.json: {theirs} {value!r} cannot be run here, only {model[ours]!r} as in the rest"
+            )
+    form = {"positions", "norm", "mlp", "qk_norm"} & family.form.keys()
+    model = {"bias": family.form["bias"], **model} if isinstance(family.form.get("bias"), bool) else model
+    model |= {field: family.form[field] for field in form}
+    if family.form["qkv_bias"] is True and model["bias"] is False:
+        model["qkv_bias"] = True
+    if model["positions"] == "rope":
+        model |= _import_rope(config)
+    if family.window is not None:
+        key, switch = family.window
+        window = config.get(key)
+        if window and (switch is None or config.get(switch, False)):
+            # Within its window, attention with one is attention without.
+            model["context_length"] = min(model["context_length"], window)
+    try:
+        return config_from_dict({"model": model}).model
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from None
+
+
+def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps it all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")
+    turned = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if turned != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor {turned} cannot be run here, only 1.0")
+    missing = [theirs for theirs in ROPE_TYPES[kind].values() if theirs not in given]
+    if missing:
+        raise UserError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
+    scaling = {ours: given[theirs] for ours, theirs in ROPE_TYPES[kind].items()}
+    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling} if scaling else None}
+
+
+def _facts(cfg: ModelConfig) -> dict[str, Any]:
+    """A model's form, in the terms of `Family.form`."""
+    even_heads = cfg.d_head * cfg.n_heads == cfg.d_model
+    qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+    return {
+        **{name: getattr(cfg, name) for name in ("positions", "norm", "mlp", "bias", "qk_norm", "logit_softcap")},
+        "qkv_bias": "bias" if qkv_bias == cfg.bias else qkv_bias,
+        "n_kv_heads": "n_heads" if cfg.kv_heads == cfg.n_heads else cfg.kv_heads,
+        "head_dim": "d_model / n_heads" if even_heads else cfg.d_head,
+        "d_model": "a multiple of n_heads" if cfg.d_model % cfg.n_heads == 0 else cfg.d_model,
+    }
+
+
+def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
+    """The fields by which a model is not of a family's form, with both values for people."""
+    facts = _facts(cfg)
+    if facts["qkv_bias"] == "bias" and family.form["qkv_bias"] != "bias":
+        facts["qkv_bias"] = cfg.bias
+    # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.
+    spare = {"bias", "qkv_bias"} if family.form.get("bias") is True else set()
+    return {
+        field: f"model.{field} {_in_yaml(facts[field])} where {family.title} has {_in_yaml(wanted)}"
+        for field, wanted in family.form.items()
+        if facts[field] != wanted and not (field in spare and not facts[field])
+    }
+
+
+def _in_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def family_for(cfg: ModelConfig, origin: str | None = None) -> str:
+    """The `model_type` under which a model can be exported; `origin`, where it came from, if that still fits.
+
+    Raises:
+        UserError: no family has this form. It names the fields that stand in the way of the nearest.
+    """
+    kinds = [origin, *FAMILIES] if origin in FAMILIES else list(FAMILIES)
+    obstacles = {kind: _obstacles(FAMILIES[kind], cfg) for kind in kinds}
+    best = min(kinds, key=lambda kind: len(obstacles[kind]))
+    if obstacles[best]:
+        raise UserError(
+            f"no Hugging Face family has this model's form; in the way: {', '.join(obstacles[best].values())} "
+            f"(model.preset {FAMILIES[best].preset} would export)"
+        )
+    return best
+
+
+def exported_form(cfg: ModelConfig, kind: str) -> ModelConfig:
+    """The same model with every tensor of the family: norms with weights, and biases where the family has them."""
+    form = FAMILIES[kind].form
+    biases = {"bias": True, "qkv_bias": None} if form.get("bias") is True else {}
+    return dataclasses.replace(cfg, norm_weights=True, **biases)
+
+
+def export_config(cfg: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
+    """The config.json of a model; `transformers` 4 and 5 read it to the same model."""
+    family = FAMILIES[kind]
+    resolved = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "d_mlp": cfg.mlp_width}
+    values = {theirs: resolved.get(ours, getattr(cfg, ours)) for ours, theirs, _ in family.keys}
+    values |= {key: allowed[0] for key, allowed in family.demands.items()}
+    if cfg.positions == "rope":
+        scaling = cfg.rope_scaling
+        values["rope_theta"] = cfg.rope_theta
+        values["rope_scaling"] = scaling and {
+            "rope_type": scaling.kind,
+            **{theirs: getattr(scaling, ours) for ours, theirs in ROPE_TYPES[scaling.kind].items()},
+        }
+    if family.window is not None:
+        values[family.window[0]] = None
+    return {"architectures": [family.architecture], "model_type": kind, **values, "torch_dtype": dtype}

@@ -1,0 +1,66 @@
+"""Names of models to folders: a path, or an id of the Hugging Face hub, from its cache here or by a download."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from gptjax.errors import UserError
+
+# What a download brings: weights, config and tokenizer, and never a pickle.
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+# Ids that moved: the cache may have them under either name.
+MOVED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+
+
+def find_model(path_or_id: str) -> Path:
+    """The file or folder of a model.
+
+    Raises:
+        UserError: it is neither here nor in the cache, and cannot be downloaded.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists() or not _is_id(path_or_id):
+        return path
+    return _cached(path_or_id) or _download(path_or_id)
+
+
+def _is_id(name: str) -> bool:
+    """`org/name`, or a name alone; and no folder of ours before the slash, which would make it a path."""
+    owner, slash, _ = name.partition("/")
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name)) and not (slash and Path(owner).is_dir())
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps models, by its own rules."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+
+
+def _cached(name: str) -> Path | None:
+    for known in (name, MOVED.get(name, name)):
+        folder = cache_folder() / f"models--{known.replace('/', '--')}"
+        main = folder / "refs" / "main"
+        commits = [main.read_text().strip()] if main.exists() else []
+        newest = sorted((folder / "snapshots").glob("*"), key=lambda f: f.stat().st_mtime, reverse=True)
+        for snapshot in (*(folder / "snapshots" / commit for commit in commits), *newest):
+            # A snapshot may hold no more than what someone once asked for, such as the tokenizer.
+            if (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors")):
+                return snapshot
+    return None
+
+
+def _download(name: str) -> Path:
+    instead = "or copy its config.json, *.safetensors and tokenizer.json into a folder, and give that"
+    here = f"{name!r} is no path here, and is not in the Hugging Face cache {cache_folder()}"
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError(f"{here}; to download it: pip install 'gptjax[hf]', {instead}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=["*/*"]))
+    except Exception as error:  # of the network, of the hub, of the disk: many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{here}, and cannot be downloaded ({type(error).__name__}: {reason}); try again, {instead}"
+        ) from None

@@ -1,0 +1,188 @@
+"""A model from wherever it lies: a run, a Hugging Face directory or id, a GGUF file. Weights are read last, onto the
+shardings that the caller names."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.config import ModelConfig
+from gptjax.configfile import config_from_dict
+from gptjax.convert.families import FAMILIES, family_of, import_config
+from gptjax.convert.gguf import read_gguf
+from gptjax.convert.hub import find_model
+from gptjax.convert.safetensors import SafetensorsFolder
+from gptjax.convert.weights import Layout, Source, check_tensors, read_params
+from gptjax.errors import UserError
+from gptjax.generate import LanguageModel
+from gptjax.nn.transformer import Params, abstract_model
+from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
+
+
+class Model(NamedTuple):
+    """A model that was found; its weights are not read yet.
+
+    Attributes:
+        config: of the model.
+        tokenizer: its own.
+        path: where it lies.
+        meta: of a run, the plain values in its checkpoint; of an import, `origin`: its `model_type` and
+            generation_config.json.
+        is_run: whether it is one of our runs. Elsewhere, `read` may be asked for another padding of the vocabulary
+            and for fewer learned positions than there are.
+        read: abstract weights with their shardings -> weights; each device is given its shards alone.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    path: Path
+    meta: dict[str, Any]
+    is_run: bool
+    read: Callable[[Params], Params]
+
+
+def open_model(path_or_id: str) -> Model:
+    """The model of a run's directory, a Hugging Face directory or id, or a GGUF file.
+
+    Raises:
+        UserError: there is no model, or one that is damaged or cannot be run here.
+    """
+    if "://" in path_or_id:  # a run in a bucket
+        return _open_run(path_or_id)
+    path = find_model(path_or_id)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _open_tensors(path, *read_gguf(path))
+        raise UserError(f"{path_or_id!r} is a file; give the directory of a model or run, or a .gguf file")
+    if (path / "config.json").exists():
+        return _open_huggingface(path)
+    if (path / "checkpoints").is_dir():
+        return _open_run(path_or_id)
+    inside = sorted(f.name for f in path.glob("*"))[:3] if path.is_dir() else []
+    here = f"holds {', '.join(inside)}, but " if inside else "is empty: " if path.is_dir() else "does not exist: "
+    raise UserError(
+        f"{path_or_id!r} {here}no checkpoint of a run, and no config.json of a Hugging Face model; train first, or "
+        "give the directory of one"
+    )
+
+
+def load(path_or_id: str) -> LanguageModel:
+    """The model, on the first device, ready to be asked. Raises UserError as `open_model`."""
+    model = open_model(path_or_id)
+    return LanguageModel(model.config, model.read(on_first_device(model.config)), model.tokenizer)
+
+
+def on_first_device(cfg: ModelConfig) -> Params:
+    """Abstract weights of a model, all on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract_model(cfg)[1]
+    )
+
+
+def _open_run(workdir: str) -> Model:
+    checkpoints = Checkpoints(workdir)
+    found = newest_readable(checkpoints, checkpoints.meta)
+    if found is None:
+        raise UserError(f"{workdir!r} holds no checkpoint; train first, or give the directory of a run")
+    meta = found[1]
+
+    def read(abstract: Params) -> Params:
+        params = newest_readable(checkpoints, lambda step: checkpoints.restore_params(step, abstract))
+        checkpoints.close()
+        return params[1]
+
+    config = config_from_dict(meta["config"]).model
+    return Model(config, tokenizer_from_dict(meta["tokenizer"]), Path(workdir), meta, True, read)
+
+
+def _open_huggingface(folder: Path) -> Model:
+    config = read_json(folder / "config.json")
+    source = SafetensorsFolder(folder, family_of(config).prefix)
+    carried = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    has_tokenizer = any((folder / name).exists() for name in carried)
+    tokenizer = read_huggingface_tokenizer(folder) if has_tokenizer else NoTokenizer()
+    return _open_tensors(folder, config, source, tokenizer)
+
+
+def _open_tensors(path: Path, config: dict[str, Any], source: Source, tokenizer: Tokenizer) -> Model:
+    """A model from a config.json's values, tensors under its family's names, and a tokenizer."""
+    try:
+        model = import_config(config)
+        layout = Layout(FAMILIES[config["model_type"]], model)
+        check_tensors(layout, source.shapes)
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {error}") from None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{str(path)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model only "
+            f"{model.vocab_size} embeddings; are the two of one model?"
+        )
+    generation = path / "generation_config.json"
+    origin = {"model_type": config["model_type"], "generation": read_json(generation) if generation.exists() else {}}
+    return Model(
+        model, tokenizer, path, {"origin": origin}, False, lambda abstract: read_params(layout, source, abstract)
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; raises UserError where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
+# Fields in which a model may differ from the one it starts from: they change how it is run or trained.
+FREE = ("preset", "init", "dropout", "dtype", "remat", "scan_layers")
+# These change what it computes, as those who stretch a context or cap the logits want it: a note says so.
+NOTED = ("rope_theta", "rope_scaling", "logit_softcap")
+
+
+def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) -> Model:
+    """The model from whose weights a run of this config can start.
+
+    Raises:
+        UserError: the model or its tokenizer is another one than the run's.
+    """
+    model = open_model(path_or_id)
+    given, now = (_resolved(cfg) for cfg in (model.config, wanted))
+    differing = {field for field in given if given[field] != now[field]} - {*FREE, "context_length", "vocab_multiple"}
+    fewer = now["context_length"] < given["context_length"] and not model.is_run
+    if wanted.positions == "learned" and given["context_length"] != now["context_length"] and not fewer:
+        differing.add("context_length")
+    if given["vocab_multiple"] != now["vocab_multiple"] and model.is_run:
+        differing.add("vocab_multiple")
+    if strange := [f"model.{f} {given[f]} there, {now[f]} here" for f in given if f in differing - {*NOTED}]:
+        raise UserError(
+            f"init_from {path_or_id!r} is a model of another shape or form: {', '.join(strange)}; set these as there"
+        )
+    for field in differing & {*NOTED}:
+        print(f"note: init_from {path_or_id!r} has model.{field} {given[field]}, and this run {now[field]}")
+    if model.tokenizer.kind != NoTokenizer.kind and not same_ids(model.tokenizer, tokenizer):
+        raise UserError(
+            f"init_from {path_or_id!r} has another tokenizer than data.tokenizer makes of this corpus, so its ids "
+            f"mean other text; set data.tokenizer to {_tokenizer_of(model)}"
+        )
+    return model
+
+
+def _resolved(cfg: ModelConfig) -> dict[str, Any]:
+    bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+    derived = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "d_mlp": cfg.mlp_width, "qkv_bias": bias}
+    return dataclasses.asdict(cfg) | derived
+
+
+def _tokenizer_of(model: Model) -> str:
+    if (model.path / "tokenizer.json").exists() or (model.path / "vocab.json").exists():
+        return str(model.path)
+    return str(model.meta.get("config", {}).get("data", {}).get("tokenizer", model.tokenizer.kind))

@@ -1,0 +1,181 @@
+"""A family's tensors to our weights, straight onto their shardings, and back, one tensor at a time."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.convert.families import Family, Tensor
+from gptjax.errors import UserError
+from gptjax.nn.transformer import Params, abstract_model
+
+# The letter of each logical axis in `Tensor.dims`.
+LETTERS = {
+    "vocab": "V",
+    "embed": "D",
+    "heads": "H",
+    "kv_heads": "G",
+    "head_dim": "K",
+    "mlp": "F",
+    "position": "T",
+    "norm": "N",
+}
+PARTS = 3  # of a fused tensor: query, key and value
+
+Path = tuple[str, ...]
+
+
+class Source(Protocol):
+    """Tensors somewhere on disk, under the names of the family."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """The values, of any float type."""
+
+
+class Held(NamedTuple):
+    """A tensor: its shape, the layer it belongs to (None: to none), and the weights that lie in it."""
+
+    shape: tuple[int, ...]
+    layer: int | None
+    paths: list[Path]
+
+
+class Layout:
+    """How the weights of a model lie in its family's tensors.
+
+    Args:
+        cfg: of the model as it lies on disk; its vocabulary is not padded there.
+
+    Attributes:
+        tensors: by name, those of the layers in the order of the layers.
+    """
+
+    def __init__(self, family: Family, cfg: ModelConfig):
+        self.family, self.cfg = family, cfg
+        _, params, metadata = abstract_model(cfg)
+        self.sizes = {"V": cfg.vocab_size, "D": cfg.d_model, "H": cfg.n_heads, "G": cfg.kv_heads, "K": cfg.d_head}
+        self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "P": PARTS}
+        self.axes = {path: meta["axes"][path[0] == "blocks" :] for path, meta in metadata.items()}
+        self.widths = {path: leaf_at(params, path).shape[-1] for path in metadata}
+        self.tensors = self._tensors(metadata)
+
+    def place(self, path: Path) -> Tensor:
+        """Where a weight lies."""
+        return self.family.tensors[".".join(path)]
+
+    def _tensors(self, paths: Iterable[Path]) -> dict[str, Held]:
+        parts: dict[str, list[Path]] = {}
+        for path in paths:
+            parts.setdefault(self.place(path).name, []).append(path)
+        found = {}
+        for name, held in parts.items():
+            dims = self.place(held[0]).dims.split(",")
+            shape = tuple(math.prod(self._size(held[0], letter) for letter in dim) for dim in dims)
+            for layer in range(self.cfg.n_layers) if "{}" in name else (None,):
+                found[name.format(layer)] = Held(shape, layer, held)
+        return dict(sorted(found.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer))
+
+    def view(self, path: Path, tensor: np.ndarray) -> np.ndarray:
+        """A tensor's part for a weight, as a view in the order of our axes."""
+        dims, part = self.place(path).dims.replace(",", ""), self.place(path).part
+        unfolded = tensor.reshape([self._size(path, letter) for letter in dims])
+        if part is not None:
+            unfolded = unfolded[(slice(None),) * dims.index("P") + (part,)]
+            dims = dims.replace("P", "")
+        return unfolded.transpose([dims.index(LETTERS[axis]) for axis in self.axes[path]])
+
+    def _size(self, path: Path, letter: str) -> int:
+        return self.widths[path] if letter == "N" else self.sizes[letter]
+
+
+def leaf_at(tree: Any, path: Path) -> Any:
+    """The leaf of a nested dict under these keys."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def check_tensors(layout: Layout, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError where tensors are missing, are there and should not be, or have another shape."""
+    wanted = {name: held.shape for name, held in layout.tensors.items()}
+    ignored = layout.family.ignored
+    if layout.cfg.tie_embeddings:
+        ignored = (*ignored, layout.family.tensors["head"].name)  # a copy of the embedding, or nothing
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted and not name.endswith(ignored)]
+    wrong = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
+    for names, what in ((missing, "lacks"), (wrong, "has of the wrong shape"), (extra, "has, and should not,")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"the model {what} {', '.join(names[:3])}{more}; is its config.json another model's?")
+
+
+def read_params(layout: Layout, source: Source, abstract: Params) -> Params:
+    """The weights, each device holding its shards alone.
+
+    A weight's shards that belong to this host are filled layer by layer from views of the tensors: beside them,
+    memory holds no more than one tensor.
+
+    Args:
+        abstract: our weights' shapes and shardings. The vocabulary may be padded further (with zeros), and learned
+            positions may be fewer, than on disk.
+    """
+    params: Params = {}
+    for path in layout.axes:
+        branch = params
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = _read_weight(layout, source, path, leaf_at(abstract, path))
+    return params
+
+
+def _read_weight(layout: Layout, source: Source, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    stacked = path[0] == "blocks"
+    of_device = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
+    }
+    buffers = {
+        bounds: _aligned_zeros([stop - start for start, stop in bounds], leaf.dtype)
+        for bounds in set(of_device.values())
+    }
+    for layer in range(leaf.shape[0] if stacked else 1):
+        view = layout.view(path, source.read(layout.place(path).name.format(layer)))
+        for bounds, buffer in buffers.items():
+            target = buffer[layer] if stacked else buffer
+            part = view[tuple(slice(start, stop) for start, stop in bounds[stacked:])]
+            target[tuple(slice(0, n) for n in part.shape)] = part
+    arrays = [jax.device_put(buffers[bounds], device) for device, bounds in of_device.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+
+def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Zeros at an address that JAX's CPU devices take as it is, so that they need no copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def write_value(layout: Layout, params: Params, name: str) -> np.ndarray:
+    """A tensor of the family, float32. What the model lacks is what changes nothing: scales of 1, biases of 0."""
+    shape, layer, paths = layout.tensors[name]
+    tensor = np.full(shape, 1.0 if paths[0][-1] == "scale" else 0.0, np.float32)
+    for path in paths:
+        try:
+            weight = leaf_at(params, path)
+        except KeyError:
+            continue
+        value = np.asarray(weight if layer is None else weight[layer])
+        target = layout.view(path, tensor)
+        target[...] = value[tuple(slice(0, n) for n in target.shape)]  # without the rows that pad the vocabulary
+    return tensor
