@@ -56,15 +56,16 @@ def test_shakespeare_is_38_plays_of_plain_text(tmp_path):
     corpus = load(tmp_path, "shakespeare")
     text = corpus.tokenizer.decode(corpus.train.tolist() + corpus.val.tolist())
     assert text.count("\nHAMLET:\n") > 300
-    assert not set("#*_\\") & set(text)
+    assert text.count("\n===\n") == 38
+    assert not set("#\\") & set(text)
     assert " \n" not in text
-    assert len(text) == 4_987_693
-    assert corpus.tokenizer.vocab_size == 80
+    assert len(text) == 5_000_673
+    assert corpus.tokenizer.vocab_size == 83
 
 
 def test_play_text():
     markdown = "# Title\n\n### SCENE I. A hall.\n\n_Enter GHOST_\n\n**GHOST**  \nMark me.  \n_\\[Sings\\]_ List!\n"
-    assert play_text(markdown) == "Title\n\nSCENE I. A hall.\n\nEnter GHOST\n\nGHOST:\nMark me.\n[Sings] List!\n\n"
+    assert play_text(markdown) == "Title\n\nSCENE I. A hall.\n\n_Enter GHOST_\n\nGHOST:\nMark me.\n_[Sings]_ List!\n\n===\n\n"
 
 
 def test_documents_of_a_jsonl_file_are_ended(tmp_path):
