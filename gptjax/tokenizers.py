@@ -3,8 +3,13 @@
 To add one: a class with these members, and a line in `KINDS`.
 """
 
+import base64
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +26,13 @@ class Tokenizer(Protocol):
         kind: its name in `KINDS`.
         vocab_size: ids lie in [0, vocab_size).
         eos_id: the id that ends a document; None where the tokenizer has none.
+        special_tokens: ids by name of the tokens that are no text.
     """
 
     kind: str
     vocab_size: int
     eos_id: int | None
+    special_tokens: dict[str, int]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32 [n]. Raises UserError for text that has no ids."""
@@ -49,6 +56,7 @@ class ByteTokenizer:
     kind = "byte"
     vocab_size = 257
     eos_id = 256
+    special_tokens = {"<|endoftext|>": 256}  # noqa: RUF012
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -73,6 +81,7 @@ class CharTokenizer:
     eos_id = None
 
     def __init__(self, alphabet: str):
+        self.special_tokens: dict[str, int] = {}
         self.alphabet = "".join(sorted(set(alphabet)))
         self.vocab_size = len(self.alphabet)
         codes = np.array([ord(c) for c in self.alphabet], np.int64)
@@ -132,6 +141,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()  # both may have been left on by whoever saved the file
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in added.items() if token.special}
         self.vocab_size = 1 + max(ids.values(), default=-1)
         facts = {**_json_object(files, "special_tokens_map.json"), **_json_object(files, "tokenizer_config.json")}
         given = facts.get("eos_token")
@@ -235,10 +246,147 @@ def _json_object(files: Mapping[str, str], name: str) -> dict[str, Any]:
     return values
 
 
+class TiktokenTokenizer:
+    """A byte-level BPE as OpenAI publishes them, run by the library `tiktoken`.
+
+    Names of special tokens in a text are text: a web page that quotes <|endoftext|> does not end there.
+
+    Args:
+        name: of the encoding.
+        pattern: regular expression that cuts a text into words.
+        ranks: id by the bytes of a token; lower ones are merged first, and none is missing.
+        special_tokens: ids by name.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
+        tiktoken = _import_tiktoken()
+        self.special_tokens = dict(special_tokens)
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+        self._spec = (name, pattern, ranks)
+        self.vocab_size = self._encoding.n_vocab
+        self.eos_id = special_tokens.get("<|endoftext|>")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        # Some vocabularies have ids that name nothing, and a young model draws them.
+        return self._encoding.decode([i for i in ids if i < len(self._spec[2])])
+
+    def to_dict(self) -> dict[str, Any]:
+        name, pattern, ranks = self._spec
+        tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
+        common = {"kind": self.kind, "name": name, "pattern": pattern}
+        return {**common, "special_tokens": self.special_tokens, "ranks": tokens}
+
+    @classmethod
+    def from_dict(cls, spec: dict[str, Any]) -> "TiktokenTokenizer":
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split())}
+        return cls(spec["name"], spec["pattern"], ranks, spec["special_tokens"])
+
+
+# tiktoken's name of an encoding, and the published files it is made of. tiktoken knows their SHA-256.
+_OPENAI = "https://openaipublic.blob.core.windows.net/"
+TIKTOKEN_FILES = {
+    "gpt2": ("gpt2", [f"{_OPENAI}gpt-2/encodings/main/{name}" for name in ("encoder.json", "vocab.bpe")]),
+    "cl100k": ("cl100k_base", [f"{_OPENAI}encodings/cl100k_base.tiktoken"]),
+    "o200k": ("o200k_base", [f"{_OPENAI}encodings/o200k_base.tiktoken"]),
+}
+
+
+def published_tokenizer(name: str) -> TiktokenTokenizer:
+    """One of TIKTOKEN_FILES: from the folder that the environment's TIKTOKEN_CACHE_DIR names, or from the network.
+
+    The folder holds the files under their own names, or as tiktoken itself keeps them.
+
+    Raises:
+        UserError: the files are not there and cannot be had, or are not the published ones.
+    """
+    _import_tiktoken()
+    from tiktoken_ext import openai_public
+
+    encoding, urls = TIKTOKEN_FILES[name]
+    files = " and ".join(url.rpartition("/")[2] for url in urls)
+    try:
+        with _under_tiktokens_names(urls):
+            made = openai_public.ENCODING_CONSTRUCTORS[encoding]()
+    except Exception as error:  # of the network, of its proxies, or a file that is not the published one
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"the tokenizer {name} needs {files}, which could not be read or fetched ({type(error).__name__}: {reason}); "
+            f"without a network put {' and '.join(urls)} into a folder and set TIKTOKEN_CACHE_DIR to it"
+        ) from None
+    return TiktokenTokenizer(encoding, made["pat_str"], made["mergeable_ranks"], made["special_tokens"])
+
+
+@contextmanager
+def _under_tiktokens_names(urls: Sequence[str]) -> Iterator[None]:
+    """Where TIKTOKEN_CACHE_DIR holds files under their own names, show them to tiktoken as it expects them: under
+    the SHA-1 of their addresses. It removes what it finds damaged, so it is shown links."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder or not all(Path(folder, url.rpartition("/")[2]).exists() for url in urls):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as shown:
+        for url in urls:
+            link = Path(shown, hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest())
+            link.symlink_to(Path(folder, url.rpartition("/")[2]).resolve())
+        os.environ["TIKTOKEN_CACHE_DIR"] = shown
+        try:
+            yield
+        finally:
+            os.environ["TIKTOKEN_CACHE_DIR"] = folder
+
+
+def _import_tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("this tokenizer needs the package tiktoken: pip install 'gptjax[data]'") from None
+    return tiktoken
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """A byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019) learnt from texts.
+
+    The same texts in the same order give the same merges. Text is cut into words as GPT-2 does; every text has ids,
+    since each byte has one. <|endoftext|> has the last id.
+
+    Raises:
+        UserError: a vocabulary without room for the 256 bytes and the end of text, or no text.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and <|endoftext|> need 257")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = _GPT2_SPLIT
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(texts, trainer)
+    if made.get_vocab_size() < 257 and vocab_size > 257:
+        raise UserError("there is no text to train a tokenizer on")
+    made.add_special_tokens(["<|endoftext|>"])
+    return HuggingFaceTokenizer({"tokenizer.json": made.to_str()})
+
+
 KINDS = {
     "byte": lambda spec: ByteTokenizer(),
     "char": lambda spec: CharTokenizer(spec["alphabet"]),
     "hf": lambda spec: HuggingFaceTokenizer(spec["files"]),
+    "tiktoken": TiktokenTokenizer.from_dict,
 }
 
 
@@ -260,10 +408,13 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return CharTokenizer("".join(alphabet))
     if name == "byte":
         return ByteTokenizer()
+    if name in TIKTOKEN_FILES:
+        return published_tokenizer(name)
     path = Path(name).expanduser()
     if path.exists():
         return read_huggingface_tokenizer(path)
+    known = ("byte", "char", *TIKTOKEN_FILES)
     raise UserError(
-        f"data.tokenizer {name!r} is not known{nearest(name, ('byte', 'char'))}; give byte, char, or the path of a "
+        f"data.tokenizer {name!r} is not known{nearest(name, known)}; give {', '.join(known)}, or the path of a "
         "tokenizer.json or of a Hugging Face directory"
     )
