@@ -1,5 +1,6 @@
 """The commands. Each parses, prepares the process, and hands over; none imports JAX before that."""
 
+import importlib
 import inspect
 import json
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.configfile import load_config
@@ -114,7 +116,11 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
     parser = ArgumentParser(
         prog=name, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False, allow_abbrev=False
     )
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    lists = [p.name for p in inspect.signature(function).parameters.values() if p.annotation == list[str]]
+    for name in lists:  # as many as are given; what else has no default is then an option
+        described = next(p for p in docstring_parser.parse(function.__doc__ or "").params if p.arg_name == name)
+        parser.add_argument(name, nargs="+", type=str, help=described.description)
+    parser.add_function_arguments(function, as_group=False, as_positional=not lists, skip=set(lists))
     flags = {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.annotation is bool}
     words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in _pairs(args)]
     try:
@@ -130,7 +136,27 @@ def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
     return list(zip(args, [*args[1:], None], strict=True))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+@report_user_errors
+def data(args: list[str]) -> int:
+    """prepare and inspect corpora, and train tokenizers"""
+    commands = {
+        "prepare": ("prepare", "tokenize text into shards that training reads"),
+        "inspect": ("inspect", "say what a prepared folder holds"),
+        "train-tokenizer": ("vocabulary", "learn a byte-level BPE from text"),
+    }
+    name = args[0] if args else "--help"
+    if name in ("-h", "--help"):
+        print("usage: gptjax data COMMAND ...   (gptjax data COMMAND --help says more)\n")
+        for command, (_, about) in commands.items():
+            print(f"  {command:16}{about}")
+        return 0
+    if name not in commands:
+        raise UserError(f"unknown command data {name!r}{nearest(name, commands)}; there are: {', '.join(commands)}")
+    module = importlib.import_module(f"gptjax.prepare.{commands[name][0]}")
+    return _call(getattr(module, name.replace("-", "_")), f"gptjax data {name}", args[1:])
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample, "data": data}
 
 
 @report_user_errors

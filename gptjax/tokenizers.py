@@ -190,7 +190,7 @@ def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
             merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             pairs = [line for line in merges if line and not line.startswith("#version")]
             vocab = _json_object({"vocab.json": (folder / "vocab.json").read_text(encoding="utf-8")}, "vocab.json")
-            files["tokenizer.json"] = byte_level_bpe(vocab, pairs, [_GPT2_SPLIT], ["<|endoftext|>"])
+            files["tokenizer.json"] = byte_level_bpe(vocab, pairs, [GPT2_SPLIT], ["<|endoftext|>"])
         else:
             raise UserError(f"{str(path)!r} holds no tokenizer.json{_SENTENCEPIECE_HINT[_has_sentencepiece(folder)]}")
         return HuggingFaceTokenizer(files)
@@ -225,7 +225,7 @@ def byte_level_bpe(
     return made.to_str()
 
 
-_GPT2_SPLIT = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+GPT2_SPLIT = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
 _SENTENCEPIECE_HINT = {
     True: ", only tokenizer.model; in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one",
     False: "; give a Hugging Face directory or a tokenizer.json",
@@ -323,7 +323,7 @@ def published_tokenizer(name: str) -> TiktokenTokenizer:
     except Exception as error:  # of the network, of its proxies, or a file that is not the published one
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"the tokenizer {name} needs {files}, which could not be read or fetched ({type(error).__name__}: {reason}); "
+            f"the tokenizer {name} needs {files}, and they cannot be had ({type(error).__name__}: {reason}); "
             f"without a network put {' and '.join(urls)} into a folder and set TIKTOKEN_CACHE_DIR to it"
         ) from None
     return TiktokenTokenizer(encoding, made["pat_str"], made["mergeable_ranks"], made["special_tokens"])
@@ -354,32 +354,6 @@ def _import_tiktoken() -> Any:
     except ImportError:
         raise UserError("this tokenizer needs the package tiktoken: pip install 'gptjax[data]'") from None
     return tiktoken
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """A byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019) learnt from texts.
-
-    The same texts in the same order give the same merges. Text is cut into words as GPT-2 does; every text has ids,
-    since each byte has one. <|endoftext|> has the last id.
-
-    Raises:
-        UserError: a vocabulary without room for the 256 bytes and the end of text, or no text.
-    """
-    if vocab_size < 257:
-        raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and <|endoftext|> need 257")
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        show_progress=False,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-    )
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = _GPT2_SPLIT
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.train_from_iterator(texts, trainer)
-    if made.get_vocab_size() < 257 and vocab_size > 257:
-        raise UserError("there is no text to train a tokenizer on")
-    made.add_special_tokens(["<|endoftext|>"])
-    return HuggingFaceTokenizer({"tokenizer.json": made.to_str()})
 
 
 KINDS = {

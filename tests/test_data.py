@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
-from gptjax.data import Batches, load_corpus, validation_batches, window_examples
-from gptjax.data.corpus import play_text
+from gptjax.data.batches import Batches, Endless, Windows, validation_batches
+from gptjax.data.corpus import Source, load_corpus
+from gptjax.data.reading import play_text
 from gptjax.errors import UserError
 from gptjax.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_dict
 
@@ -40,8 +41,12 @@ def test_an_unseen_character_is_named():
         CharTokenizer("abc").encode("bé")
 
 
-def load(tmp_path, path, **more):
-    return load_corpus(DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **more))
+def load(tmp_path, path, **more) -> Source:
+    return load_corpus(DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **more)).sources[0]
+
+
+def windows(tokens, context_length, seed) -> Endless:
+    return Endless(Windows(tokens, context_length, "training", seed), seed)
 
 
 def test_tinyshakespeare_splits_as_nanogpt_does(tmp_path, tinyshakespeare):
@@ -54,7 +59,7 @@ def test_tinyshakespeare_splits_as_nanogpt_does(tmp_path, tinyshakespeare):
 
 def test_shakespeare_is_38_plays_of_plain_text(tmp_path):
     corpus = load(tmp_path, "shakespeare")
-    text = corpus.tokenizer.decode(corpus.train.tolist() + corpus.val.tolist())
+    text = corpus.tokenizer.decode(corpus.train[:].tolist() + corpus.val[:].tolist())
     assert text.count("\nHAMLET:\n") > 300
     assert text.count("\n===\n") == 38
     assert not set("#\\") & set(text)
@@ -74,14 +79,14 @@ def test_play_text():
 def test_documents_of_a_jsonl_file_are_ended(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     corpus = load(tmp_path, tmp_path / "a.jsonl", tokenizer="byte", text_field="body", val_frac=0.5)
-    assert [*corpus.train, *corpus.val] == [*b"one", 256, *b"two", 256]
+    assert [*corpus.train[:], *corpus.val[:]] == [*b"one", 256, *b"two", 256]
 
 
 def test_the_cache_is_used_and_follows_the_source(tmp_path):
     source = tmp_path / "a.txt"
     source.write_text("abc" * 50)
     first = load(tmp_path, source)
-    kept = next((tmp_path / "cache").glob("*/tokens.bin"))
+    kept = next((tmp_path / "cache").glob("*/train.bin"))
     stamp = kept.stat().st_mtime_ns
     assert load(tmp_path, source).fingerprint == first.fingerprint
     assert kept.stat().st_mtime_ns == stamp
@@ -93,10 +98,10 @@ def test_the_cache_is_used_and_follows_the_source(tmp_path):
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 50)
-    whole = np.array(load(tmp_path, tmp_path / "a.txt").train)
-    tokens = next((tmp_path / "cache").glob("*/tokens.bin"))
+    whole = np.array(load(tmp_path, tmp_path / "a.txt").train[:])
+    tokens = next((tmp_path / "cache").glob("*/train.bin"))
     tokens.write_bytes(tokens.read_bytes()[:-7])
-    np.testing.assert_array_equal(load(tmp_path, tmp_path / "a.txt").train, whole)
+    np.testing.assert_array_equal(load(tmp_path, tmp_path / "a.txt").train[:], whole)
 
 
 BAD = {
@@ -120,30 +125,31 @@ def test_bad_sources_are_named_and_leave_no_cache(tmp_path, name):
 
 def test_a_corpus_shorter_than_a_window_is_refused():
     with pytest.raises(UserError, match="8 training tokens, fewer than one window of 9"):
-        window_examples(np.arange(8, dtype=np.uint16), 8, seed=0)
+        windows(np.arange(8, dtype=np.uint16), 8, seed=0)
     with pytest.raises(UserError, match="8 validation tokens"):
         validation_batches(np.arange(8, dtype=np.uint16), 8, 2, None, range(2))
-    assert window_examples(np.arange(9, dtype=np.uint16), 8, seed=0)[5].tolist() == list(range(9))
+    example = windows(np.arange(9, dtype=np.uint16), 8, seed=0)[5]
+    assert (example["tokens"].tolist(), example["targets"].tolist()) == (list(range(8)), list(range(1, 9)))
 
 
 def test_an_epoch_reads_every_window_once_and_the_next_in_another_order():
     tokens = np.arange(1003, dtype=np.uint16)
-    examples = window_examples(tokens, 10, seed=7)
+    examples = windows(tokens, 10, seed=7)
     count = (1003 - 10) // 10
     epochs = [[examples[e * count + i] for i in range(count)] for e in range(3)]
-    for windows in epochs:
-        starts = sorted(w[0] for w in windows)
+    for epoch in epochs:
+        starts = sorted(w["tokens"][0] for w in epoch)
         assert set(np.diff(starts)) == {10}
-        assert all(np.array_equal(np.diff(w), np.ones(10)) for w in windows)
-    assert len({tuple(w[0] for w in windows) for windows in epochs}) == 3
-    assert len({min(w[0] for w in windows) % 10 for windows in epochs}) > 1
+        assert all(np.array_equal(w["tokens"] + 1, w["targets"]) for w in epoch)
+    assert len({tuple(w["tokens"][0] for w in epoch) for epoch in epochs}) == 3
+    assert len({min(w["tokens"][0] for w in epoch) % 10 for epoch in epochs}) > 1
 
 
 def test_a_batch_is_a_function_of_seed_and_step_on_any_number_of_hosts():
     tokens = np.random.default_rng(0).integers(0, 99, 5000).astype(np.uint16)
 
     def rows(seed, rows):
-        return Batches(window_examples(tokens, 16, seed), 8, rows)
+        return Batches(windows(tokens, 16, seed), 8, rows)
 
     whole = rows(1, range(8))
     straight = [b["tokens"] for b in itertools.islice(whole.iterate(0, prefetch=2), 100)]

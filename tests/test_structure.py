@@ -20,7 +20,7 @@ FLOORS = [
     ["nn.transformer"],
     ["step", "generate", "convert"],
     ["trainer"],
-    ["finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
+    ["prepare", "finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
     ["cli"],
     ["__main__", "__init__"],
 ]
