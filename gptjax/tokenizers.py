@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         """Ids, int32 [n]. Raises UserError for text that has no ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode`, text by text."""
+        """Ids of documents to learn from: names of special tokens in them are text, and end nothing."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """`encode`, with the special tokens that the model expects around a text (often one before it)."""
@@ -140,6 +140,8 @@ class HuggingFaceTokenizer:
             raise UserError(f"tokenizer.json is not a tokenizer of Hugging Face: {error}") from None
         self._tokenizer.no_truncation()  # both may have been left on by whoever saved the file
         self._tokenizer.no_padding()
+        self._documents = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        self._documents.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in added.items() if token.special}
@@ -158,7 +160,7 @@ class HuggingFaceTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._documents.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def encode_prompt(self, text: str) -> np.ndarray:

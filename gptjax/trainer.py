@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def train(cfg: Config) -> int:
     start, total = int(state.step), cfg.train.total_steps
     report = Report(t, corpus, start)
     incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
-    with StopSignal() as stop:
+    with StopSignal() as stop, closing(incoming):
         if start == 0:
             report.write(0, evaluate(state))
         for step in range(start + 1, total + 1):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from gptjax.config import DataConfig
 from gptjax.data.corpus import Corpus
@@ -176,11 +177,14 @@ class Batches:
         first = step * self.batch_sequences
         return as_batch([self.examples[first + row] for row in self.rows])
 
-    def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches from a step on, made ready by a thread, or by so many processes, each with its own steps."""
+    def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> grain.DatasetIterator:
+        """The batches from a step on, made ready by a thread, or by so many processes, each with its own steps.
+        Close it, so that these end."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         batches = grain.MapDataset.source(self)[start_step:].to_iter_dataset(options)
         if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain hands its own ones to the processes, and absl wants them settled
             each = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
             batches = batches.mp_prefetch(each)
         return iter(batches)

@@ -142,7 +142,7 @@ def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
         name,
         train if packed else train.tokens,
         val if packed else val.tokens,
-        len(val.tokens) - (val.documents if packed else 0),
+        len(val.tokens) - (sum(shard["documents"] for shard in val.shards) if packed else 0),
         val.text_bytes,
         tokenizer,
         manifest["fingerprint"],
@@ -200,7 +200,7 @@ def _tokenize(cfg: DataConfig, path: str, files: list[tuple[str, str]], folder: 
     end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
     pieces: list[np.ndarray] = []
     for text, whole in _texts(cfg, files):
-        pieces += [tokenizer.encode(text), *(end if whole else [])] if text else []
+        pieces += [*tokenizer.encode_batch([text]), *(end if whole else [])] if text else []
     if not pieces:
         raise UserError(f"data.path {path!r} is empty: there is no text in it")
     tokens = np.concatenate(pieces).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)

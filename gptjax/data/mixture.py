@@ -31,9 +31,15 @@ class Assignment:
         for _, weights in schedule:
             shares = accumulate(weights)
             self.bounds.append([0, *(round(RANGE * share / sum(weights)) for share in shares)])
-        self.before = [[0] * (len(self.bounds[0]) - 1)]  # examples of each source before each start
-        for i, start in enumerate(self.starts[1:]):
-            self.before.append([self._count(i, source, start) for source in range(len(self.bounds[0]) - 1)])
+        # For each period: how many places below each bound came before it, and how many examples of each source.
+        self.passed = [
+            [self._below(bound, start) for bound in bounds]
+            for bounds, start in zip(self.bounds, self.starts, strict=True)
+        ]
+        sources = range(len(self.bounds[0]) - 1)
+        self.before = [[0 for _ in sources]]
+        for period, end in enumerate(self.starts[1:]):
+            self.before.append([self._count(period, source, end) for source in sources])
 
     def __getitem__(self, n: int) -> tuple[int, int]:
         period = int(np.searchsorted(self.starts, n, side="right")) - 1
@@ -43,10 +49,8 @@ class Assignment:
 
     def _count(self, period: int, source: int, n: int) -> int:
         """How many of the examples before n are of a source, for an n in or right after a period."""
-        low, high = self.bounds[period][source : source + 2]
-        start = self.starts[period]
-        inside = [self._below(bound, end) for bound in (low, high) for end in (start, n)]
-        return self.before[period][source] + (inside[3] - inside[2]) - (inside[1] - inside[0])
+        low, high = (self._below(self.bounds[period][i], n) - self.passed[period][i] for i in (source, source + 1))
+        return self.before[period][source] + high - low
 
     def _below(self, bound: int, n: int) -> int:
         """How many of the examples before n have a place below a bound."""

@@ -143,7 +143,7 @@ def pieces_of(sources: list[list[tuple[str, str]]], how: Reading, val_frac: floa
                 if format == "parquet":
                     yield from _row_groups(source, file, size, how)
                 elif format == "text" and how.separator is None:
-                    yield from _text_pieces(source, file, size, size - int(size * val_frac) if alone else None)
+                    yield from _text_pieces(source, file, size, int(size * (1 - val_frac)) if alone else None)
                 elif format == "jsonl" or (format == "text" and not _overlaps_itself(how.separator or "")):
                     for start in range(0, size, UNIT_BYTES):
                         stop = min(start + UNIT_BYTES, size)
