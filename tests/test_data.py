@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -312,3 +313,42 @@ def test_validation_windows_cover_the_split_once():
         np.testing.assert_array_equal(whole["tokens"], np.concatenate([p["tokens"] for p in parts]))
     limited = list(validation_batches(tokens, 8, 5, 3, range(5)))
     assert sum(b["weights"].sum() for b in limited) == 24
+
+
+HOST = """
+import hashlib, json, sys
+from contextlib import closing
+from conftest import run_script
+
+from gptjax.config import DataConfig, MixtureSource
+from gptjax.data.batches import Batches, training_examples
+from gptjax.data.corpus import load_corpus
+
+if __name__ == "__main__":
+    paths, first, last, workers = json.loads(sys.argv[1]), *map(int, sys.argv[2:])
+    cfg = DataConfig(mixture=tuple(MixtureSource(path, 1.0 + n, {50: 2.0}) for n, path in enumerate(paths)))
+    batches = Batches(training_examples(load_corpus(cfg), cfg, 32, 8, 1), 8, range(first, last))
+    with closing(batches.iterate(0, 8, workers)) as incoming:
+        for step in range(201):
+            batch = next(incoming)
+            rows = [[batch[key][row].tobytes() for key in sorted(batch)] for row in range(last - first)]
+            print(" ".join(hashlib.sha256(b"".join(row)).hexdigest() for row in rows))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_processes_of_their_own_read_the_same_global_batches(prepared, tmp_path, workers):
+    """Steps 0 ... 200 on 1, 2 and 4 processes."""
+    (tmp_path / "host.py").write_text(HOST)
+    paths = json.dumps([str(prepared[name]) for name in ("web", "code", "books")])
+    found = {}
+    for hosts in (1, 2, 4):
+        share = 8 // hosts
+        outputs = [
+            run_script(tmp_path / "host.py", paths, h * share, (h + 1) * share, workers).stdout for h in range(hosts)
+        ]
+        steps = zip(*(output.splitlines() for output in outputs), strict=True)
+        found[hosts] = [" ".join(step) for step in steps]
+    assert len(set(found[1])) == 201
+    assert found[1] == found[2] == found[4]
