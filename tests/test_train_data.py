@@ -9,26 +9,7 @@ import pytest
 from conftest import TINY_RUN, run_script
 from test_train import assert_refused, losses
 
-WORDS = ["the", "king", "and", "queen", "of", "night", "do", "speak", "in", "thee", "my", "lord", "what", "love"]
-    "the",
-    "king",
-    "and",
-    "queen",
-    "of",
-    "night",
-    "do",
-    "speak",
-    "in",
-    "thee",
-    "my",
-    "lord",
-    "what",
-    "love",
-    "is",
-    "this",
-    "that",
-    "dies",
-]
+WORDS = Path(__file__).with_name("conftest.py").read_text().split()
 
 
 @pytest.fixture(scope="module")
