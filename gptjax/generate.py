@@ -210,8 +210,10 @@ class LanguageModel:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode_prompt(prompt).tolist()
-        # From nothing: as after the end of a document, or after the alphabet's first character (a new line).
-        return ids or [self.tokenizer.eos_id or 0]
+        if ids:
+            return ids
+        # From nothing: as after the end of a document, or after a blank line (the alphabet begins with a new line).
+        return [0, 0] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
 
     def _begin(self, known: list[list[int]], room: int, ended: np.ndarray, drawn: int) -> Progress:
         """Read what is known, into a cache with room for so many tokens more."""

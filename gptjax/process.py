@@ -25,7 +25,7 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/xla").expanduser()))
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if distributed is None or distributed.coordinator is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -35,17 +35,25 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
         raise UserError(f"cannot join distributed.coordinator {distributed.coordinator}: {error}") from None
 
 
+# What glibc's malloc.h calls them, and their values in bytes (but for the last, a count).
+MALLOC_OPTIONS = {
+    "M_MMAP_THRESHOLD": (-3, 2**30),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**26),
+    "M_ARENA_MAX": (-8, 1),  # any other than the first arena holds 64 MiB at most, and XLA allocates in threads
+}
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that a step frees for the next one; elsewhere do nothing.
 
     XLA's CPU buffers are large enough for malloc to take each from the kernel anew, page by page: that was a quarter
-    of a small model's step (docs/performance.md). The numbers are M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of
-    malloc.h.
+    of a small model's step, and two fifths of a larger one's (docs/performance.md).
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    for option, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)) if mallopt else ():
+    for option, value in MALLOC_OPTIONS.values() if mallopt else ():
         mallopt(option, value)
 
 

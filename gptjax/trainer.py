@@ -341,6 +341,6 @@ def conclude(t: Trainable, report: Report) -> None:
     final = {} if report.val_loss is None else {"val/loss": report.val_loss}
     report.say("  ".join([f"done: {t.cfg.train.total_steps} steps", *(f"{k} {v:.4f}" for k, v in final.items())]))
     if jax.process_count() == 1:
-        sample = load_run(workdir).complete([""], 400, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
+        sample = load_run(workdir).complete([""], 700, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
         report.say(f"\n{sample.text}\n")
     report.say(f"python sample.py {workdir} --prompt '...'    samples more; the loss is drawn in {workdir}/loss.png")
