@@ -288,8 +288,8 @@ class TiktokenTokenizer:
     def to_dict(self) -> dict[str, Any]:
         name, pattern, ranks = self._spec
         tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
-        common = {"kind": self.kind, "name": name, "pattern": pattern}
-        return {**common, "special_tokens": self.special_tokens, "ranks": tokens}
+        parts = {"name": name, "pattern": pattern, "special_tokens": self.special_tokens, "ranks": tokens}
+        return {"kind": self.kind, **parts}
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any]) -> "TiktokenTokenizer":

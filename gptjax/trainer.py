@@ -209,8 +209,7 @@ def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainStat
         if meta["tokenizer"] != corpus.tokenizer.to_dict():
             raise UserError("the corpus has another tokenizer than this run began with; give another --workdir")
         if meta["corpus"] != corpus.fingerprint and not t.cfg.data.change_mixture:
-            what = "mixture" if t.cfg.data.mixture else repr(t.cfg.data.path)
-            raise UserError(f"the corpus {what} is not the one this run began with; give another --workdir")
+            raise UserError("the corpus is not the one this run began with; give another --workdir")
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
         return (
             rest._replace(params=weights) if rest.ema is None and t.state.ema is None else rest._replace(ema=weights)

@@ -316,8 +316,6 @@ def test_validation_windows_cover_the_split_once():
 HOST = """
 import hashlib, json, sys
 from contextlib import closing
-from conftest import run_script
-
 from gptjax.config import DataConfig, MixtureSource
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import load_corpus
