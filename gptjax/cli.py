@@ -133,7 +133,7 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
 
 def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
     """Every argument with the one after it."""
-    return list(zip(args, [*args[1:], None], strict=True))
+    return list(zip(args, [*args[1:], None], strict=False))  # without arguments the second is longer
 
 
 @report_user_errors

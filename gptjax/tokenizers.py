@@ -263,10 +263,10 @@ class TiktokenTokenizer:
     kind = "tiktoken"
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
-        tiktoken = _import_tiktoken()
+        Encoding = _import_tiktoken().Encoding
         self.special_tokens = dict(special_tokens)
         self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
         self._spec = (name, pattern, ranks)
         self.vocab_size = self._encoding.n_vocab
@@ -323,9 +323,9 @@ def published_tokenizer(name: str) -> TiktokenTokenizer:
         with _under_tiktokens_names(urls):
             made = openai_public.ENCODING_CONSTRUCTORS[encoding]()
     except Exception as error:  # of the network, of its proxies, or a file that is not the published one
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(
-            f"the tokenizer {name} needs {files}, and they cannot be had ({type(error).__name__}: {reason}); "
+            f"the tokenizer {name} needs {files}, and they cannot be had ({reason}); "
             f"without a network put {' and '.join(urls)} into a folder and set TIKTOKEN_CACHE_DIR to it"
         ) from None
     return TiktokenTokenizer(encoding, made["pat_str"], made["mergeable_ranks"], made["special_tokens"])

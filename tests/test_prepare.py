@@ -23,7 +23,7 @@ from gptjax.data.corpus import load_corpus
 from gptjax.data.reading import Piece, Reading, documents
 from gptjax.data.shards import Split, load_manifest
 from gptjax.errors import UserError
-from gptjax.prepare import commit
+from gptjax.prepare import commit, prepare
 from gptjax.prepare.inspect import inspect
 from gptjax.prepare.packing import best_fit
 from gptjax.prepare.prepare import Options, prepare_data
@@ -362,7 +362,7 @@ def test_a_full_disk_stops_with_one_line_and_the_work_goes_on_later(tmp_path, co
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     stopped = subprocess.run([*command], preexec_fn=limit, check=False, **how)
     assert stopped.returncode == 2
-    assert "cannot write to" in stopped.stderr and "make room" in stopped.stderr
+    assert "cannot write to" in stopped.stderr and "make room, and the same command goes on" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
     again = subprocess.run(command, check=False, **how)
@@ -382,6 +382,20 @@ def test_a_folder_of_other_data_is_left_as_it_is(tmp_path):
     with pytest.raises(UserError, match="its sources have changed"):
         made(tmp_path / "out", source)
     assert contents(tmp_path / "out") == before
+
+
+def test_unfinished_work_on_other_options_is_begun_anew_unless_it_is_much(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in some_texts(300)) + "{broken\n")
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    with pytest.raises(UserError, match="is not JSON"):
+        made(tmp_path / "out", source)
+    monkeypatch.setattr(prepare, "SPARED_BYTES", 0)
+    with pytest.raises(UserError, match="holds unfinished work on other sources or options"):
+        made(tmp_path / "out", source, skip_bad=True)
+    monkeypatch.undo()
+    assert made(tmp_path / "out", source, skip_bad=True)["counts"]["bad"] == 1
+    assert "begun anew" in capsys.readouterr().err
 
 
 def test_damaged_shards_are_refused_before_training(tmp_path):

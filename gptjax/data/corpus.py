@@ -167,11 +167,12 @@ def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
 
 
 def _fingerprint(cfg: DataConfig, path: str, files: list[tuple[str, str]]) -> str:
+    named = cfg.tokenizer or "char"
+    tokenizer = named if named == "char" else make_tokenizer(named, []).to_dict()
     digest = hashlib.sha256(
-        json.dumps([FORMAT, path == "shakespeare", cfg.tokenizer, cfg.text_field, cfg.val_frac]).encode()
+        json.dumps([FORMAT, path == "shakespeare", tokenizer, cfg.text_field, cfg.val_frac]).encode()
     )
-    named = Path(cfg.tokenizer or "char").expanduser()
-    for file in [*(f for f, _ in files), *([str(named)] if named.is_file() else [])]:
+    for file, _ in files:
         with readable(file), epath.Path(file).open("rb") as stream:
             digest.update(f"{epath.Path(file).name}\0".encode())
             for data in iter(partial(stream.read, 2**20), b""):

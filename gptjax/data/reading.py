@@ -203,7 +203,7 @@ class readable:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):  # of gcsfs or s3fs
-            raise UserError(f"{self.file} needs the package {error.name}: pip install 'gptjax[cloud]'") from None
+            raise UserError(f"cannot read {self.file}: {error}: pip install 'gptjax[cloud]'") from None
         arrow = type(error).__module__.startswith("pyarrow")
         if isinstance(error, OSError | EOFError | zlib.error) or arrow or type(error).__name__ == "ZstdError":
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -38,6 +38,7 @@ DOWNLOADS = {
         "public domain",
     ),
 }
+BUCKETS = ("gs://", "s3://")
 DOWNLOAD_DIR = "~/.cache/gptjax/downloads"
 
 
@@ -57,6 +58,8 @@ def source_files(source: str) -> list[tuple[str, str]]:
         return [(str(f), "play") for f in sorted((Path(package.origin).parent / "plays").rglob("*.md"))]
     if source in DOWNLOADS:
         return [(str(fetch(source)), "text")]
+    if "://" in source and not source.startswith(BUCKETS):
+        raise UserError(f"data.path {source!r} is not an address of {', '.join(BUCKETS)}; fetch it to a file first")
     path = epath.Path(source) if "://" in source else epath.Path(source).expanduser()
     with readable(source):
         if not path.exists():

@@ -7,6 +7,7 @@ Three phases, each a function of the sources alone, so that neither the number o
 3. Duplicates are found, and the units' documents are copied in order into shards. The manifest is written last.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -32,12 +33,13 @@ from tqdm import tqdm
 
 from gptjax.data.reading import Piece, Reading, documents, readable
 from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, check_files, load_manifest
-from gptjax.data.sources import DOWNLOADS, pieces_of, source_files, units_of
+from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, pieces_of, source_files, units_of
 from gptjax.errors import UserError
 from gptjax.prepare.commit import DOCUMENT, UnitFiles, find_duplicates, write_shards
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 BATCH_CHARS = 2**20  # of documents that are encoded together
+SPARED_BYTES = 2**30  # of the sources: so much unfinished work on other options is never thrown away
 WORK = "work"  # folder inside the output: the plan, and what units gave
 ORIGIN = ".plan"  # file there: which plan the output is of, times of its sources included
 
@@ -89,6 +91,8 @@ def prepare(
         workers: processes; one for each core unless given.
         json: print the manifest's counts as JSON.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1")
     options = Options(Reading(text_field, separator), val_frac, pack_length, skip_bad, licence)
     manifest = prepare_data(sources, out, tokenizer, options, workers or os.cpu_count() or 1)
     print(_json(summary(out, manifest)) if json else describe(out, manifest))
@@ -167,6 +171,7 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
     return {
         "format": FORMAT,
         "tokenizer": tokenizer,
+        "tokenizer_spec": _identity(make_tokenizer(tokenizer, []).to_dict()) if tokenizer != "char" else None,
         "options": {
             **options.reading._asdict(),
             "val_frac": options.val_frac,
@@ -197,17 +202,20 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
     """Write plan and tokenizer down, or see that they are those of the work that is there.
 
     Raises:
-        UserError: the work that is there is another.
+        UserError: the work that is there is another, and of more than SPARED_BYTES.
     """
     path = work / "plan.json"
     if path.exists():
-        if path.read_text() != json.dumps(plan):
+        if path.read_text() == json.dumps(plan):
+            return
+        if len(list(work.glob("unit-*.json"))) * UNIT_BYTES > SPARED_BYTES:
             raise UserError(
                 f"{work} holds unfinished work on other sources or options, or its sources have changed; remove it "
                 "to begin anew, or give another --out"
             )
-        return
-    work.mkdir(exist_ok=True)
+        print(f"{work} is begun anew: sources or options have changed", file=sys.stderr)
+        shutil.rmtree(work)
+    work.mkdir()
     texts = (d.text for unit in plan["units"] for piece in unit for d in _readable_only(Piece(*piece), options))
     _write_whole(work / TOKENIZER, json.dumps(make_tokenizer(tokenizer, texts).to_dict()).encode())
     _write_whole(path, json.dumps(plan).encode())
@@ -234,11 +242,12 @@ def _writing_to(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        free = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free there; " if folder.exists() else ""
-        raise UserError(
-            f"cannot write to {error.filename or folder}: {error.strerror or error}; {free}make room or give another "
-            "--out; the same command then goes on"
-        ) from None
+        where, reason = error.filename or folder, error.strerror or error
+        remedy = "give another --out"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(folder).free
+            remedy = f"{free / 1e9:.1f} GB are free: make room, and the same command goes on"
+        raise UserError(f"cannot write to {where}: {reason}; {remedy}") from None
 
 
 @contextmanager
