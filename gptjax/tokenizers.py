@@ -263,12 +263,9 @@ class TiktokenTokenizer:
     kind = "tiktoken"
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
-        Encoding = _import_tiktoken().Encoding
-        self.special_tokens = dict(special_tokens)
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-        )
-        self._spec = (name, pattern, ranks)
+        self.special_tokens, self._spec = dict(special_tokens), (name, pattern, ranks)
+        facts = {"mergeable_ranks": ranks, "special_tokens": self.special_tokens}
+        self._encoding = _import_tiktoken().Encoding(name, pat_str=pattern, **facts)
         self.vocab_size = self._encoding.n_vocab
         self.eos_id = special_tokens.get("<|endoftext|>")
 
