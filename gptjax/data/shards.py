@@ -22,6 +22,7 @@ from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
 FORMAT = 1  # of the manifest; raise it when older data is read wrongly
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.spec.json"
+WORK = "work"  # folder inside while it is being prepared: the plan, and what units of work gave
 CHECKED_BYTES = (
     2**30
 )  # a split of at most so many bytes is hashed before use; of a larger one only sizes are compared
@@ -120,8 +121,13 @@ def _between(ends: np.ndarray, index: int) -> tuple[int, int]:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path is a folder that `gptjax data prepare` finished."""
-    return (Path(path).expanduser() / MANIFEST).is_file()
+    """Whether a path is a folder that `gptjax data prepare` finished; raises UserError where it only began."""
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        return True
+    if (folder / WORK / "plan.json").exists():
+        raise UserError(f"{folder} is not prepared to its end; run the same gptjax data prepare again")
+    return False
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from etils import epath
 from tqdm import tqdm
 
 from gptjax.data.reading import Piece, Reading, documents, readable
-from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, check_files, load_manifest
+from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, load_manifest
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, pieces_of, source_files, units_of
 from gptjax.errors import UserError
 from gptjax.prepare.commit import DOCUMENT, UnitFiles, find_duplicates, write_shards
@@ -40,7 +40,6 @@ from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 BATCH_CHARS = 2**20  # of documents that are encoded together
 SPARED_BYTES = 2**30  # of the sources: so much unfinished work on other options is never thrown away
-WORK = "work"  # folder inside the output: the plan, and what units gave
 ORIGIN = ".plan"  # file there: which plan the output is of, times of its sources included
 
 
