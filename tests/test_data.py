@@ -217,7 +217,7 @@ def test_a_stop_anywhere_does_not_change_what_comes_after(any_data):
         assert found == straight[start:stop]
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_worker_processes_give_the_batches_of_a_thread(prepared, workers):
     cfg = mixture(prepared, 0.6, 0.3, {0: 0.1, 20: 0.9})
     found = {}

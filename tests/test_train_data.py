@@ -9,18 +9,23 @@ import pytest
 from conftest import TINY_RUN, run_script
 from test_train import assert_refused, losses
 
+from gptjax.data.reading import Reading
+from gptjax.prepare.prepare import Options, prepare_data
+
 WORDS = Path(__file__).with_name("conftest.py").read_text().split()
+
+
+def prepare_bytes(source: Path, out: Path, pack: int | None = None, val_frac: float = 0.2, tokenizer: str = "byte"):
+    prepare_data([str(source)], str(out), tokenizer, Options(Reading(), val_frac, pack, False, None))
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> dict[str, Path]:
     folder, rng, found = tmp_path_factory.mktemp("prepared"), random.Random(0), {}
-    for name, pack in (("one", ()), ("two", ()), ("packed", ("--pack_length", "32"))):
+    for name, pack in (("one", None), ("two", None), ("packed", 32)):
         lines = [json.dumps({"text": name + " " + " ".join(rng.choices(WORDS, k=9))}) for _ in range(300)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-        args = (folder / f"{name}.jsonl", "--out", folder / name, "--tokenizer", "byte", "--val_frac", "0.2", *pack)
-        result = run_script("-m", "gptjax", "data", "prepare", *args)
-        assert result.returncode == 0, result.stderr
+        prepare_bytes(folder / f"{name}.jsonl", folder / name, pack)
         found[name] = folder / name
     return found
 
@@ -64,7 +69,14 @@ def test_another_mixture_is_refused_unless_asked_for(mixed, prepared, tmp_path):
     assert losses(workdir)[-1]["step"] == 35
 
 
-@pytest.mark.parametrize("mesh", [(), pytest.param(("data", "fsdp"), marks=pytest.mark.slow)], ids=["one", "four"])
+def test_a_run_learns_from_packed_rows(prepared, tmp_path):
+    result = run_script("train.py", *TINY_RUN, f"--data.path={prepared['packed']}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run")[-1]["val/loss"] < losses(tmp_path / "run")[0]["val/loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(), ("data", "fsdp")], ids=["one", "four"])
 def test_a_run_on_packed_rows_goes_on_as_if_nothing_had_stopped_it(prepared, tmp_path, mesh):
     """On one device, and on four."""
     args = ["train.py", *TINY_RUN, f"--data.path={prepared['packed']}", "--optim.schedule=constant"]
@@ -74,7 +86,6 @@ def test_a_run_on_packed_rows_goes_on_as_if_nothing_had_stopped_it(prepared, tmp
         assert result.returncode == 0, result.stderr
     for row, expected in zip(losses(tmp_path / "run"), losses(tmp_path / "straight"), strict=True):
         assert row == pytest.approx(expected, abs=1e-5 if mesh else 0, rel=0)
-    assert losses(tmp_path / "run")[-1]["val/loss"] < losses(tmp_path / "run")[0]["val/loss"]
 
 
 BAD = {
@@ -95,13 +106,14 @@ def test_what_does_not_fit_the_data_is_one_line(prepared, tmp_path, name):
 def test_another_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
     """The config is the same; the folder was prepared anew."""
     args = ["train.py", *TINY_RUN, f"--data.path={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}"]
+    args += ["--checkpoint.save_interval_steps=2"]
     source = prepared["one"].with_suffix(".jsonl")
-    how = ("-m", "gptjax", "data", "prepare", source, "--out", tmp_path / "data", "--val_frac", "0.2")
-    assert run_script(*how, "--tokenizer", "byte").returncode == 0
-    assert run_script(*args, "--train.total_steps=5").returncode == 0
-    shutil.rmtree(tmp_path / "data")
-    assert run_script(*how, "--tokenizer", "char").returncode == 0
-    assert_refused(run_script(*args, "--model.vocab_size=257", "--train.total_steps=6"), "another")
-    shutil.rmtree(tmp_path / "data")
-    assert run_script(*how, "--tokenizer", "byte", "--val_frac", "0.3").returncode == 0
-    assert_refused(run_script(*args, "--train.total_steps=6"), "is not the one this run began with")
+    prepare_bytes(source, tmp_path / "data")
+    assert run_script(*args, "--train.total_steps=2").returncode == 0
+    for other, message in (
+        ({"tokenizer": "char"}, "has another tokenizer than this run began with"),
+        ({"val_frac": 0.3}, "is not the one this run began with"),
+    ):
+        shutil.rmtree(tmp_path / "data")
+        prepare_bytes(source, tmp_path / "data", **other)
+        assert_refused(run_script(*args, "--model.vocab_size=257", "--train.total_steps=6"), message)
