@@ -156,7 +156,8 @@ def open_workdir(cfg: Config) -> Checkpoints:
         earlier = config_from_dict(yaml.safe_load(path.read_text()))
         if keys := differing_keys(earlier, cfg):
             listed = ", ".join(f"{key} ({was} there, {now} here)" for key, (was, now) in keys.items())
-            raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir")
+            hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
+            raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:

@@ -62,7 +62,7 @@ def test_worker_processes_change_nothing_and_end_quietly(mixed, tmp_path):
 def test_another_mixture_is_refused_unless_asked_for(mixed, prepared, tmp_path):
     workdir = Path(shutil.copytree(mixed[0], tmp_path / "copy"))
     changed = ["train.py", *TINY_RUN, mixture(prepared, {"weight": 1}, {"weight": 1}), f"--workdir={workdir}"]
-    assert_refused(run_script(*changed, "--train.total_steps=35"), "another config: data.mixture")
+    assert_refused(run_script(*changed, "--train.total_steps=35"), "another --workdir, or --data.change_mixture true")
     result = run_script(*changed, "--train.total_steps=35", "--data.change_mixture=true")
     assert result.returncode == 0, result.stderr
     assert losses(workdir)[:31] == losses(mixed[0])
