@@ -1,5 +1,6 @@
 """The commands. Each parses, prepares the process, and hands over; none imports JAX before that."""
 
+import importlib
 import inspect
 import json
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.configfile import load_config
@@ -115,7 +117,11 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
     parser = ArgumentParser(
         prog=name, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False, allow_abbrev=False
     )
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    lists = [p.name for p in inspect.signature(function).parameters.values() if p.annotation == list[str]]
+    for name in lists:  # as many as are given; what else has no default is then an option
+        described = next(p for p in docstring_parser.parse(function.__doc__ or "").params if p.arg_name == name)
+        parser.add_argument(name, nargs="+", type=str, help=described.description)
+    parser.add_function_arguments(function, as_group=False, as_positional=not lists, skip=set(lists))
     flags = {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.annotation is bool}
     words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in _pairs(args)]
     try:
@@ -128,7 +134,7 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
 
 def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
     """Every argument with the one after it."""
-    return list(zip(args, [*args[1:], None], strict=True))
+    return list(zip(args, [*args[1:], None], strict=False))  # without arguments the second is longer
 
 
 def from_hf(model: str, *, out: str) -> None:
@@ -166,22 +172,53 @@ CONVERSIONS: dict[str, Callable[..., None]] = {"from-hf": from_hf, "to-hf": to_h
 @report_user_errors
 def convert(args: list[str]) -> int:
     """take a model from Hugging Face or GGUF, or back"""
-    name = _choose("gptjax convert", CONVERSIONS, args)
+    name = _choose("gptjax convert", _about(CONVERSIONS), args)
     return 0 if name is None else _call(CONVERSIONS[name], f"gptjax convert {name}", args[1:])
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample, "convert": convert}
+# Command -> where its function is, and what it is for; imported when it is asked for.
+DATA_COMMANDS = {
+    "prepare": ("prepare", "tokenize text into shards that training reads"),
+    "inspect": ("inspect", "say what a prepared folder holds"),
+    "train-tokenizer": ("vocabulary", "learn a byte-level BPE from text"),
+}
+
+
+@report_user_errors
+def data(args: list[str]) -> int:
+    """prepare and inspect corpora, and train tokenizers"""
+    name = _choose("gptjax data", {command: about for command, (_, about) in DATA_COMMANDS.items()}, args)
+    if name is None:
+        return 0
+    module = importlib.import_module(f"gptjax.prepare.{DATA_COMMANDS[name][0]}")
+    return _call(getattr(module, name.replace("-", "_")), f"gptjax data {name}", args[1:])
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "sample": sample,
+    "convert": convert,
+    "data": data,
+}
 
 
 @report_user_errors
 def main() -> int:
     """The console command `gptjax`."""
-    name = _choose("gptjax", COMMANDS, sys.argv[1:])
+    name = _choose("gptjax", _about(COMMANDS), sys.argv[1:])
     return 0 if name is None else COMMANDS[name](sys.argv[2:])
 
 
-def _choose(program: str, commands: Mapping[str, Callable[..., Any]], args: list[str]) -> str | None:
+def _about(commands: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
+    """What each command is for, from its docstring's first line."""
+    return {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
+
+
+def _choose(program: str, commands: Mapping[str, str], args: list[str]) -> str | None:
     """The command that comes first; None where help was asked for, and given.
+
+    Args:
+        commands: what each is for.
 
     Raises:
         UserError: no such command.
@@ -189,8 +226,8 @@ def _choose(program: str, commands: Mapping[str, Callable[..., Any]], args: list
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
         print(f"usage: {program} COMMAND ...   ({program} COMMAND --help says more)\n")
-        for command, function in commands.items():
-            print(f"  {command:10}{(function.__doc__ or '').splitlines()[0]}")
+        for command, about in commands.items():
+            print(f"  {command:16}{about}")
         return None
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; there are: {', '.join(commands)}")

@@ -19,7 +19,7 @@ from gptjax.presets import PRESETS
 FREE_ON_RESUME = (
     *("workdir", "profile", "mesh", "distributed", "log", "checkpoint", "init_from", "train.total_steps"),
     *("train.log_interval_steps", "train.eval_interval_steps", "train.eval_sequences", "data.cache_dir"),
-    *("data.prefetch_batches", "model.scan_layers", "model.preset"),
+    *("data.prefetch_batches", "data.workers", "data.change_mixture", "model.scan_layers", "model.preset"),
 )
 
 
@@ -75,9 +75,12 @@ def config_to_yaml(config: Config) -> str:
 
 
 def differing_keys(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys, but for FREE_ON_RESUME, in which two configs differ, each with both values."""
+    """The keys, but for FREE_ON_RESUME, in which two configs differ, each with both values.
+
+    The mixture is free where `b` asks for it.
+    """
     left, right = (_flatten(_plain(dataclasses.asdict(c))) for c in (a, b))
-    free = tuple(FREE_ON_RESUME)
+    free = (*FREE_ON_RESUME, *(("data.mixture",) if b.data.change_mixture else ()))
     return {
         key: (left.get(key), right.get(key))
         for key in sorted({*left, *right})

@@ -3,10 +3,15 @@
 To add one: a class with these members, and a line in `KINDS`.
 """
 
+import base64
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import tokenizers
@@ -21,17 +26,19 @@ class Tokenizer(Protocol):
         kind: its name in `KINDS`.
         vocab_size: ids lie in [0, vocab_size).
         eos_id: the id that ends a document; None where the tokenizer has none.
+        special_tokens: ids by name of the tokens that are no text.
     """
 
     kind: str
     vocab_size: int
     eos_id: int | None
+    special_tokens: dict[str, int]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32 [n]. Raises UserError for text that has no ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode`, text by text."""
+        """Ids of documents to learn from: names of special tokens in them are text, and end nothing."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """`encode`, with the special tokens that the model expects around a text (often one before it)."""
@@ -49,6 +56,7 @@ class ByteTokenizer:
     kind = "byte"
     vocab_size = 257
     eos_id = 256
+    special_tokens: ClassVar[dict[str, int]] = {"<|endoftext|>": 256}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -73,6 +81,7 @@ class CharTokenizer:
     eos_id = None
 
     def __init__(self, alphabet: str):
+        self.special_tokens: dict[str, int] = {}
         self.alphabet = "".join(sorted(set(alphabet)))
         self.vocab_size = len(self.alphabet)
         codes = np.array([ord(c) for c in self.alphabet], np.int64)
@@ -133,7 +142,11 @@ class HuggingFaceTokenizer:
             raise UserError(f"tokenizer.json is not a tokenizer of Hugging Face: {error}") from None
         self._tokenizer.no_truncation()  # both may have been left on by whoever saved the file
         self._tokenizer.no_padding()
+        self._documents = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        self._documents.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in added.items() if token.special}
         self.vocab_size = 1 + max(ids.values(), default=-1)
         facts = {**_json_object(files, "special_tokens_map.json"), **_json_object(files, "tokenizer_config.json")}
         given = _token_text(facts.get("eos_token"))
@@ -150,7 +163,7 @@ class HuggingFaceTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._documents.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -169,6 +182,7 @@ class NoTokenizer:
     kind = "none"
     vocab_size = 0
     eos_id = None
+    special_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str) -> np.ndarray:
         raise UserError("this model came without a tokenizer; put its tokenizer.json beside its weights")
@@ -204,7 +218,7 @@ def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
             merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             pairs = [line for line in merges if line and not line.startswith("#version")]
             vocab = _json_object({"vocab.json": (folder / "vocab.json").read_text(encoding="utf-8")}, "vocab.json")
-            files["tokenizer.json"] = byte_level_bpe(vocab, pairs, [_GPT2_SPLIT], ["<|endoftext|>"])
+            files["tokenizer.json"] = byte_level_bpe(vocab, pairs, [GPT2_SPLIT], ["<|endoftext|>"])
         else:
             raise UserError(f"{str(path)!r} holds no tokenizer.json{_SENTENCEPIECE_HINT[_has_sentencepiece(folder)]}")
         return HuggingFaceTokenizer(files)
@@ -251,7 +265,7 @@ def byte_level_bpe(
     return made.to_str()
 
 
-_GPT2_SPLIT = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+GPT2_SPLIT = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
 _SENTENCEPIECE_HINT = {
     True: ", only tokenizer.model; in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one",
     False: "; give a Hugging Face directory or a tokenizer.json",
@@ -277,11 +291,119 @@ def _json_object(files: Mapping[str, str], name: str) -> dict[str, Any]:
     return values
 
 
+class TiktokenTokenizer:
+    """A byte-level BPE as OpenAI publishes them, run by the library `tiktoken`.
+
+    Names of special tokens in a text are text: a web page that quotes <|endoftext|> does not end there.
+
+    Args:
+        name: of the encoding.
+        pattern: regular expression that cuts a text into words.
+        ranks: id by the bytes of a token; lower ones are merged first, and none is missing.
+        special_tokens: ids by name.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
+        self.special_tokens, self._spec = dict(special_tokens), (name, pattern, ranks)
+        facts = {"mergeable_ranks": ranks, "special_tokens": self.special_tokens}
+        self._encoding = _import_tiktoken().Encoding(name, pat_str=pattern, **facts)
+        self.vocab_size = self._encoding.n_vocab
+        self.eos_id = special_tokens.get("<|endoftext|>")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        # Some vocabularies have ids that name nothing, and a young model draws them.
+        return self._encoding.decode([i for i in ids if i < len(self._spec[2])])
+
+    def to_dict(self) -> dict[str, Any]:
+        name, pattern, ranks = self._spec
+        tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
+        parts = {"name": name, "pattern": pattern, "special_tokens": self.special_tokens, "ranks": tokens}
+        return {"kind": self.kind, **parts}
+
+    @classmethod
+    def from_dict(cls, spec: dict[str, Any]) -> "TiktokenTokenizer":
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split())}
+        return cls(spec["name"], spec["pattern"], ranks, spec["special_tokens"])
+
+
+# tiktoken's name of an encoding, and the published files it is made of. tiktoken knows their SHA-256.
+_OPENAI = "https://openaipublic.blob.core.windows.net/"
+TIKTOKEN_FILES = {
+    "gpt2": ("gpt2", [f"{_OPENAI}gpt-2/encodings/main/{name}" for name in ("encoder.json", "vocab.bpe")]),
+    "cl100k": ("cl100k_base", [f"{_OPENAI}encodings/cl100k_base.tiktoken"]),
+    "o200k": ("o200k_base", [f"{_OPENAI}encodings/o200k_base.tiktoken"]),
+}
+
+
+def published_tokenizer(name: str) -> TiktokenTokenizer:
+    """One of TIKTOKEN_FILES: from the folder that the environment's TIKTOKEN_CACHE_DIR names, or from the network.
+
+    The folder holds the files under their own names, or as tiktoken itself keeps them.
+
+    Raises:
+        UserError: the files are not there and cannot be had, or are not the published ones.
+    """
+    _import_tiktoken()
+    from tiktoken_ext import openai_public
+
+    encoding, urls = TIKTOKEN_FILES[name]
+    files = " and ".join(url.rpartition("/")[2] for url in urls)
+    try:
+        with _under_tiktokens_names(urls):
+            made = openai_public.ENCODING_CONSTRUCTORS[encoding]()
+    except Exception as error:  # of the network, of its proxies, or a file that is not the published one
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(
+            f"the tokenizer {name} needs {files}, and they cannot be had ({reason}); "
+            f"without a network put {' and '.join(urls)} into a folder and set TIKTOKEN_CACHE_DIR to it"
+        ) from None
+    return TiktokenTokenizer(encoding, made["pat_str"], made["mergeable_ranks"], made["special_tokens"])
+
+
+@contextmanager
+def _under_tiktokens_names(urls: Sequence[str]) -> Iterator[None]:
+    """Where TIKTOKEN_CACHE_DIR holds files under their own names, show them to tiktoken as it expects them: under
+    the SHA-1 of their addresses. It removes what it finds damaged, so it is shown links."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder or not all(Path(folder, url.rpartition("/")[2]).exists() for url in urls):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as shown:
+        for url in urls:
+            link = Path(shown, hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest())
+            link.symlink_to(Path(folder, url.rpartition("/")[2]).resolve())
+        os.environ["TIKTOKEN_CACHE_DIR"] = shown
+        try:
+            yield
+        finally:
+            os.environ["TIKTOKEN_CACHE_DIR"] = folder
+
+
+def _import_tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("this tokenizer needs the package tiktoken: pip install 'gptjax[data]'") from None
+    return tiktoken
+
+
 KINDS = {
     "byte": lambda spec: ByteTokenizer(),
     "char": lambda spec: CharTokenizer(spec["alphabet"]),
     "hf": lambda spec: HuggingFaceTokenizer(spec["files"]),
     "none": lambda spec: NoTokenizer(),
+    "tiktoken": TiktokenTokenizer.from_dict,
 }
 
 
@@ -291,10 +413,10 @@ def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers are sure to give equal ids; what else their files say may differ."""
-    specs = [tokenizer.to_dict() for tokenizer in (a, b)]
-    texts = [spec.get("files", {}).get("tokenizer.json") for spec in specs]
-    return specs[0] == specs[1] or (texts[0] is not None and texts[0] == texts[1])
+    """Whether every id stands for the same text in two tokenizers, whichever library runs them."""
+    if NoTokenizer.kind in (a.kind, b.kind):
+        return a.kind == b.kind
+    return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
@@ -310,10 +432,13 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return CharTokenizer("".join(alphabet))
     if name == "byte":
         return ByteTokenizer()
+    if name in TIKTOKEN_FILES:
+        return published_tokenizer(name)
     path = Path(name).expanduser()
     if path.exists():
         return read_huggingface_tokenizer(path)
+    known = ("byte", "char", *TIKTOKEN_FILES)
     raise UserError(
-        f"data.tokenizer {name!r} is not known{nearest(name, ('byte', 'char'))}; give byte, char, or the path of a "
+        f"data.tokenizer {name!r} is not known{nearest(name, known)}; give {', '.join(known)}, or the path of a "
         "tokenizer.json or of a Hugging Face directory"
     )

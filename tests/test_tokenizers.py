@@ -1,14 +1,21 @@
-"""Tokenizers of Hugging Face models: the ids of transformers, from any of the forms in which they come."""
+"""Tokenizers: published ids, the ids of transformers, and every text comes back."""
 
 import json
+import shutil
 
 import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from gptjax.convert.export import tokenizer_files
 from gptjax.errors import UserError
 from gptjax.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
     make_tokenizer,
     read_huggingface_tokenizer,
     same_ids,
@@ -24,7 +31,9 @@ def test_the_ids_are_those_of_transformers(hf_directory):
     ours = read_huggingface_tokenizer(hf_directory)
     for text, batched in zip(TEXTS, ours.encode_batch(TEXTS), strict=True):
         assert ours.encode_prompt(text).tolist() == theirs(text)["input_ids"]
-        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"] == batched.tolist()
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+        as_text = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert batched.tolist() == as_text
         assert ours.decode(ours.encode_prompt(text)) == text.replace("<|endoftext|>", "")
     assert (ours.vocab_size, ours.eos_id) == (len(theirs), theirs.eos_token_id)
     assert ours.chat_template == "{{ messages }}"
@@ -68,3 +77,104 @@ def test_damaged_and_missing_tokenizers_are_named(hf_directory, tmp_path):
         HuggingFaceTokenizer(
             {"tokenizer.json": (hf_directory / "tokenizer.json").read_text(), "tokenizer_config.json": "{"}
         )
+
+
+@pytest.fixture
+def gpt2(gpt2_cache) -> TiktokenTokenizer:
+    return make_tokenizer("gpt2", [])
+
+
+def test_gpt2_has_the_published_ids(gpt2, tinyshakespeare):
+    """transformers' documentation; nanoGPT's data/shakespeare/prepare.py: 301,966 + 36,059 tokens."""
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.encode("I gazed").tolist() == [40, 50255]  # the last merge of all
+    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
+    text = tinyshakespeare.read_text()
+    assert len(gpt2.encode(text)) == 338_025
+    cut = int(len(text) * 0.9)
+    assert [len(ids) for ids in gpt2.encode_batch([text[:cut], text[cut:]])] == [301_966, 36_059]
+    assert gpt2.decode(gpt2.encode(text).tolist()) == text
+
+
+def test_gpt2_agrees_with_its_files_run_by_another_library(gpt2, gpt2_cache):
+    theirs = tokenizers.ByteLevelBPETokenizer(str(gpt2_cache / "encoder.json"), str(gpt2_cache / "vocab.bpe"))
+    for text in [*TEXTS, "  ".join(map(chr, range(32, 3000)))]:
+        if "<|endoftext|>" not in text:
+            assert gpt2.encode(text).tolist() == theirs.encode(text).ids
+
+
+def test_gpt2_leaves_as_a_tokenizer_json_with_the_same_ids(gpt2, tinyshakespeare):
+    left = HuggingFaceTokenizer(tokenizer_files(gpt2))
+    text = tinyshakespeare.read_text()[:20_000] + "Käse, 日本 🎈  1234 \n\n it's"
+    assert left.encode(text).tolist() == gpt2.encode(text).tolist()
+    assert (left.vocab_size, left.eos_id) == (gpt2.vocab_size, gpt2.eos_id)
+    assert same_ids(left, gpt2)
+
+
+def test_names_of_special_tokens_in_a_text_are_text(gpt2):
+    ids = gpt2.encode("a<|endoftext|>").tolist()
+    assert gpt2.eos_id not in ids
+    assert gpt2.decode([*ids, gpt2.eos_id]) == "a<|endoftext|>"
+    assert gpt2.special_tokens == {"<|endoftext|>": 50256}
+
+
+def test_a_published_tokenizer_travels_without_its_files(gpt2, monkeypatch):
+    spec = json.dumps(gpt2.to_dict())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere")
+    again = tokenizer_from_dict(json.loads(spec))
+    assert again.encode(TEXTS[2]).tolist() == gpt2.encode(TEXTS[2]).tolist()
+    assert json.dumps(again.to_dict()) == spec
+
+
+def test_without_its_files_it_says_what_to_do(gpt2_cache, tmp_path, monkeypatch):
+    import tiktoken.load
+
+    def no_network(*_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken.load, "read_file", no_network)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name, file in (("gpt2", "vocab.bpe"), ("cl100k", "cl100k_base.tiktoken"), ("o200k", "o200k_base.tiktoken")):
+        with pytest.raises(UserError, match=rf"{name} needs .*{file}.*no route.*set TIKTOKEN_CACHE_DIR"):
+            make_tokenizer(name, [])
+    shutil.copytree(gpt2_cache, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "vocab.bpe").open("a") as stream:
+        stream.write("x y\n")
+    with pytest.raises(UserError, match="gpt2 needs"):  # a file that is not the published one
+        make_tokenizer("gpt2", [])
+    assert (tmp_path / "vocab.bpe").exists()
+
+
+@pytest.fixture
+def every_kind(hf_directory, gpt2, monkeypatch) -> dict[str, Tokenizer]:
+    """One of each. cl100k and o200k with their own word patterns and special tokens, over a few ranks alone, since
+    their files are in no package."""
+    from tiktoken_ext import openai_public
+
+    ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    small = {name: make_tokenizer(name, []) for name in ("cl100k", "o200k")}
+    return {"byte": make_tokenizer("byte", []), "hf": read_huggingface_tokenizer(hf_directory), "gpt2": gpt2, **small}
+
+
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.text())
+def test_every_text_comes_back(every_kind, text):
+    for tokenizer in every_kind.values():
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
+    characters = CharTokenizer(text)
+    assert characters.decode(characters.encode(text).tolist()) == text
+
+
+def test_every_kind_travels_and_ends_documents(every_kind):
+    expected = {"byte": 256, "gpt2": 50256, "cl100k": 100257, "o200k": 199999}
+    for name, tokenizer in every_kind.items():
+        again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+        ids = [some.tolist() for some in tokenizer.encode_batch(TEXTS)]
+        assert [some.tolist() for some in again.encode_batch(TEXTS)] == ids
+        assert again.eos_id == tokenizer.eos_id == expected.get(name, tokenizer.eos_id)
+        assert again.special_tokens["<|endoftext|>"] == again.eos_id
+        assert again.vocab_size == tokenizer.vocab_size > max(map(max, filter(None, ids)))
+        assert tokenizer.decode([tokenizer.eos_id]) == ""
+        assert not any(tokenizer.eos_id in some for some in ids)
+    assert every_kind["cl100k"].decode([100270]) == ""  # an id that names nothing

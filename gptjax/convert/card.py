@@ -39,6 +39,7 @@ _TOKENIZERS = {
     "byte": "UTF-8 bytes",
     "char": "one id a character",
     "hf": "the tokenizer in this folder",
+    "tiktoken": "a byte-level BPE of OpenAI's, in this folder",
     "none": "no tokenizer came with it",
 }
 _CHAR_LIMIT = " The tokenizer knows the characters of its corpus only: `AutoTokenizer` drops others without a word."

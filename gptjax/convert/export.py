@@ -1,7 +1,9 @@
 """Models into runs, and runs out into Hugging Face directories. Both are written beside their place, then renamed."""
 
+import base64
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -114,10 +116,35 @@ def _hf_files(tokenizer: HuggingFaceTokenizer) -> dict[str, str]:
     return _own_files("", eos_token=eos) | tokenizer.files
 
 
+def _tiktoken_files(tokenizer: Tokenizer) -> dict[str, str]:
+    spec, letters = tokenizer.to_dict(), _printable_bytes()
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split())}
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [" ".join(map(written, _merged_from(token, ranks))) for token in ranks if len(token) > 1]
+    vocab = {written(token): rank for token, rank in ranks.items()} | spec["special_tokens"]
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(spec["pattern"]), behavior="isolated")
+    as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _own_files(byte_level_bpe(vocab, merges, [words, as_bytes], list(spec["special_tokens"])), eos_token=END)
+
+
+def _merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts whose merge makes a token: what byte-pair encoding by the lower ranks alone leaves of it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 _TOKENIZER_FILES: dict[str, Callable[[Any], dict[str, str]]] = {
     "byte": _byte_files,
     "char": _char_files,
     "hf": _hf_files,
+    "tiktoken": _tiktoken_files,
     "none": lambda tokenizer: {},
 }
 

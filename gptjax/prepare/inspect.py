@@ -1,0 +1,182 @@
+"""`gptjax data inspect`: what a prepared folder holds, and what looks wrong with it."""
+
+import hashlib
+import json as json_library
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.data.shards import Split, check_files, is_prepared, load_manifest, load_tokenizer
+from gptjax.errors import UserError
+from gptjax.tokenizers import Tokenizer
+
+SAMPLED_TOKENS = 2**26  # of a split, spread evenly: enough for shares of a percent, seconds to read
+SAMPLED_DOCUMENTS = 2**20
+OPENING = 32  # tokens by which documents are compared
+SHORT = 16  # a document of fewer tokens teaches little
+NOTABLE = 0.02  # the share from which a warning is worth its line
+
+
+def inspect(
+    folder: str,
+    split: str = "train",
+    windows: int = 2,
+    context_length: int = 128,
+    top: int = 20,
+    seed: int = 0,
+    verify: bool = False,
+    json: bool = False,
+) -> None:
+    """Say what a prepared folder holds: documents, lengths, frequent tokens, and windows as the model sees them.
+
+    Args:
+        folder: what gptjax data prepare wrote.
+        split: train or val.
+        windows: how many windows to show.
+        context_length: their length in tokens; rows of packed data have their own.
+        top: how many of the most frequent tokens to show.
+        seed: chooses the windows.
+        verify: first read every file and compare it with its checksum.
+        json: print all of it as JSON.
+    """
+    if not is_prepared(folder):
+        raise UserError(f"{folder!r} is not a folder that gptjax data prepare finished; give its --out")
+    path = Path(folder).expanduser()
+    manifest = load_manifest(path)
+    if split not in manifest["splits"]:
+        raise UserError(f"--split {split!r} is not known; there are: {', '.join(manifest['splits'])}")
+    check_files(path, manifest, hashes=True if verify else None)
+    tokenizer = load_tokenizer(path, manifest)
+    half = Split(path, manifest, split)
+    lengths = document_lengths(half)
+    found = {
+        "folder": folder,
+        "split": split,
+        **{key: manifest[key] for key in ("tokenizer", "licence", "options", "sources", "counts")},
+        "tokens": len(half.tokens),
+        "documents": half.documents,
+        "bytes_per_token": half.text_bytes / len(half.tokens),
+        "length_histogram": histogram(lengths),
+        "top_tokens": frequent_tokens(half, tokenizer, top),
+        "warnings": warnings(half, manifest, lengths),
+        "windows": list(shown_windows(half, tokenizer, windows, context_length, seed)),
+    }
+    print(json_library.dumps(found, indent=1, ensure_ascii=False) if json else in_words(found))
+
+
+def document_lengths(half: Split) -> np.ndarray:
+    """Tokens of the documents (of the parts of documents, in packed data); of at most SAMPLED_DOCUMENTS of each
+    shard."""
+    ends = [half.document_ends(number)[:SAMPLED_DOCUMENTS] for number in range(len(half.paths))]
+    return np.concatenate([np.diff(some, prepend=0) for some in ends])
+
+
+def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """How many documents have from so many tokens up to twice as many."""
+    classes = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
+    return [{"from": 2**i, "below": 2 ** (i + 1), "documents": int(n)} for i, n in enumerate(classes) if n]
+
+
+def frequent_tokens(half: Split, tokenizer: Tokenizer, top: int) -> list[dict[str, Any]]:
+    """The most frequent tokens of SAMPLED_TOKENS, with their share of all."""
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    parts = 64
+    step = max(1, len(half.tokens) // parts)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for start in range(0, len(half.tokens), step):
+        some = half.tokens[start : start + min(step, SAMPLED_TOKENS // parts)]
+        counts += np.bincount(some, minlength=tokenizer.vocab_size)
+    order = np.argsort(-counts, kind="stable")[:top]
+    return [
+        {
+            "id": int(i),
+            "text": names.get(int(i)) or tokenizer.decode([int(i)]),
+            "frac": float(counts[i] / counts.sum()),
+        }
+        for i in order
+        if counts[i]
+    ]
+
+
+def warnings(half: Split, manifest: dict[str, Any], lengths: np.ndarray) -> list[str]:
+    """What a user would want to know before training on it."""
+    said = []
+    counts = manifest["counts"]
+    for key, what in (("duplicates", "repeated others and were dropped"), ("bad", "could not be read")):
+        total = counts["documents"] + counts["bad"]
+        if counts[key] >= NOTABLE * total:
+            said.append(f"{counts[key] / total:.1%} of the sources' documents {what}")
+    if (share := repeated_openings(half)) >= NOTABLE:
+        said.append(f"{share:.1%} of the documents begin with the same {OPENING} tokens as another: boilerplate?")
+    if (share := float((lengths < SHORT).mean())) >= NOTABLE:
+        said.append(f"{share:.1%} of the documents have fewer than {SHORT} tokens")
+    used = manifest["splits"]["train"].get("used_frac", 1.0)
+    if used < 0.98:
+        said.append(f"{1 - used:.1%} of the packed positions are empty; a longer --pack_length wastes less")
+    return said
+
+
+def repeated_openings(half: Split) -> float:
+    """Share of the documents of at least OPENING tokens whose first ones are those of another, too."""
+    openings: dict[bytes, int] = {}
+    for number in range(len(half.paths)):
+        base = int(half.tokens.ends[number]) - half.shards[number]["tokens"]
+        starts = np.concatenate([[0], half.document_ends(number)[:SAMPLED_DOCUMENTS]])
+        for start in starts[:-1][np.diff(starts) >= OPENING] + base:
+            data = half.tokens[int(start) : int(start) + OPENING].tobytes()
+            key = hashlib.blake2b(data, digest_size=8).digest()
+            openings[key] = openings.get(key, 0) + 1
+    return sum(n for n in openings.values() if n > 1) / max(1, sum(openings.values()))
+
+
+def shown_windows(half: Split, tokenizer: Tokenizer, count: int, length: int, seed: int) -> Iterator[list[str]]:
+    """Windows as the model reads them, each as the texts of its documents, special tokens by their names."""
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        if half.rows:
+            ids, lengths = half.row(int(rng.integers(half.rows)))
+        else:
+            start = int(rng.integers(max(1, len(half.tokens) - length)))
+            ids = half.tokens[start : start + length]
+            ends = np.flatnonzero(ids == tokenizer.eos_id) + 1 if tokenizer.eos_id is not None else []
+            lengths = np.diff([0, *ends, *([] if len(ends) and ends[-1] == len(ids) else [len(ids)])])
+        yield [_text(part, tokenizer, names) for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
+def _text(ids: np.ndarray, tokenizer: Tokenizer, names: dict[int, str]) -> str:
+    pieces, run = [], []
+    for id in [*ids.tolist(), None]:
+        if id is None or id in names:
+            pieces += [tokenizer.decode(run), names.get(id, "")]
+            run = []
+        else:
+            run.append(id)
+    return "".join(pieces)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The same for people."""
+    made_by = f"tokenizer {found['tokenizer']['name']}, licence {found['licence'] or 'not stated'}"
+    lines = [
+        f"{found['folder']} ({found['split']}): {found['tokens']:,} tokens in {found['documents']:,} documents, "
+        f"{found['bytes_per_token']:.2f} bytes a token, {made_by}",
+        "left out: {duplicates:,} duplicates, {empty:,} empty, {bad:,} not readable".format(**found["counts"]),
+        *(f"warning: {warning}" for warning in found["warnings"]),
+        "",
+        "tokens a document",
+    ]
+    most = max(row["documents"] for row in found["length_histogram"])
+    for row in found["length_histogram"]:
+        bar = "█" * round(40 * row["documents"] / most)
+        lines.append(f"{row['from']:>9,} to {row['below'] - 1:>9,} {row['documents']:>11,} {bar}")
+    lines += ["", "most frequent tokens"]
+    lines += [f"{row['frac']:9.2%}  {row['id']:>6}  {row['text']!r}" for row in found["top_tokens"]]
+    packed = found["options"]["pack_length"] is not None
+    for number, window in enumerate(found["windows"], 1):
+        lines += ["", f"{'row' if packed else 'window'} {number}"]
+        for text in window:
+            lines += [f"--- document ({'attention ends here' if packed else 'in the same window'})", text]
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""`gptjax data train-tokenizer`: a byte-level BPE from text."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+
+from gptjax.data.reading import Reading, documents
+from gptjax.data.sources import pieces_of, source_files
+from gptjax.errors import UserError
+from gptjax.tokenizers import GPT2_SPLIT, HuggingFaceTokenizer
+
+
+def train_tokenizer(
+    sources: list[str],
+    out: str,
+    vocab_size: int = 32768,
+    text_field: str = "text",
+    separator: str | None = None,
+    max_mb: int = 1000,
+) -> None:
+    """Learn a byte-level BPE from text and write it as a tokenizer.json, which --tokenizer takes.
+
+    Args:
+        sources: as of gptjax data prepare.
+        out: the file to write.
+        vocab_size: tokens, the 256 bytes and <|endoftext|> among them.
+        text_field: the field of a JSON line, or the column, that holds a document's text.
+        separator: what stands between the documents of text files.
+        max_mb: how much text is read; merges hardly change beyond.
+    """
+    how = Reading(text_field, separator)
+
+    def texts() -> Iterator[str]:
+        left = max_mb * 1_000_000
+        for piece in pieces_of([source_files(source) for source in sources], how, val_frac=0):
+            for document in documents(piece, how):
+                if left <= 0:
+                    return
+                left -= len(document.text)
+                yield document.text
+
+    tokenizer = learn(texts(), vocab_size)
+    path = Path(out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(tokenizer.files["tokenizer.json"], encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+    print(f"{out} has {tokenizer.vocab_size:,} tokens; gptjax data prepare ... --tokenizer {out} uses it")
+
+
+def learn(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """A byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019) learnt from texts.
+
+    The same texts in the same order give the same merges. Text is cut into words as GPT-2 does; every text has ids,
+    since each byte has one. <|endoftext|> has the last id.
+
+    Raises:
+        UserError: a vocabulary without room for the 256 bytes and the end of text, or no text.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and <|endoftext|> need 257")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = GPT2_SPLIT
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(texts, trainer)
+    if made.get_vocab_size() < 257 and vocab_size > 257:
+        raise UserError("there is no text to train a tokenizer on")
+    made.add_special_tokens(["<|endoftext|>"])
+    return HuggingFaceTokenizer({"tokenizer.json": made.to_str()})
