@@ -3,11 +3,13 @@ values (config, tokenizer, losses), so that one path is enough to sample from.""
 
 import logging
 import os
+import sys
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptjax.config import CheckpointConfig
@@ -58,11 +60,23 @@ class Checkpoints:
         items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(meta)}
         if rest is not None:
             items["rest"] = ocp.args.PyTreeSave(rest)
-        self.manager.save(
+        begun = self.manager.save(
             step,
             args=ocp.args.Composite(**items),
             metrics=None if val_loss is None else {"val/loss": val_loss},
         )
+        assert begun, f"Orbax did not save step {step}; it has {self.steps()}"
+
+    def set_aside_after(self, step: int) -> None:
+        """Move newer checkpoints, which could not be read, out of the way of those that will take their numbers."""
+        newer = [s for s in self.steps() if s > step]
+        if jax.process_index() == 0:
+            for damaged in newer:
+                kept = self.folder.parent / f"damaged-{damaged}"
+                kept.rmtree(missing_ok=True)
+                (self.folder / str(damaged)).rename(kept)
+        if newer and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
     def wait(self) -> None:
         """Return once everything begun is on disk."""
@@ -108,7 +122,8 @@ def newest_readable(checkpoints: Checkpoints, read: Any) -> tuple[int, Any] | No
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             reason = " ".join(str(error).split())[:200]
             print(
-                f"warning: checkpoint {step} in {checkpoints.folder} cannot be read ({reason}); trying the one before"
+                f"warning: checkpoint {step} in {checkpoints.folder} cannot be read ({reason}); trying an older one",
+                file=sys.stderr,
             )
     if steps:
         raise UserError(f"no checkpoint in {checkpoints.folder} can be read; delete the folder to start again")

@@ -122,6 +122,11 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
         described = next(p for p in docstring_parser.parse(function.__doc__ or "").params if p.arg_name == name)
         parser.add_argument(name, nargs="+", type=str, help=described.description)
     parser.add_function_arguments(function, as_group=False, as_positional=not lists, skip=set(lists))
+    known = [f"--{name}" for name in ("help", *inspect.signature(function).parameters)]
+    for argument in args:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise UserError(f"unknown option {option}{nearest(option, known)}; {name} --help lists them")
     flags = {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.annotation is bool}
     words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in _pairs(args)]
     try:

@@ -5,6 +5,8 @@ of virtual CPU devices must be fixed before JAX starts.
 """
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +16,24 @@ from gptjax.errors import UserError
 def _check(good: bool, name: str, value: Any, what: str) -> None:
     if not good:
         raise UserError(f"{name} {value} {what}")
+
+
+def _check_at_least(least: int, section: str, config: Any, name: str) -> None:
+    value = getattr(config, name)
+    _check(value is None or value >= least, f"{section}.{name}", value, f"must be at least {least}")
+
+
+def _check_positive(section: str, config: Any, name: str) -> None:
+    value = getattr(config, name)
+    _check(value is None or 0 < value < math.inf, f"{section}.{name}", value, "must be a number above 0")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _divisors(n: int) -> list[int]:
@@ -103,8 +123,12 @@ class ModelConfig:
     scan_layers: bool | None = None
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "context_length", "vocab_multiple"):
-            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("n_layers", "d_model", "n_heads", "context_length", "vocab_multiple", "vocab_size"):
+            _check_at_least(1, "model", self, name)
+        for name in ("n_kv_heads", "head_dim", "d_mlp"):
+            _check_at_least(1, "model", self, name)
+        for name in ("rope_theta", "norm_eps", "logit_softcap"):
+            _check_positive("model", self, name)
         _check(
             self.head_dim is not None or self.d_model % self.n_heads == 0,
             "model.n_heads",
@@ -125,12 +149,6 @@ class ModelConfig:
             "is odd: rotary positions turn pairs, so make it even",
         )
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
-        _check(
-            self.vocab_size is None or self.vocab_size >= 1,
-            "model.vocab_size",
-            self.vocab_size,
-            "must be >= 1",
-        )
 
     @property
     def kv_heads(self) -> int:
@@ -273,7 +291,13 @@ class OptimConfig:
     ema_decay: float | None = None
 
     def __post_init__(self):
-        _check(self.peak_lr > 0, "optim.peak_lr", self.peak_lr, "must be positive")
+        for name in ("peak_lr", "eps", "clip_norm"):
+            _check_positive("optim", self, name)
+        for name in ("final_lr_frac", "weight_decay"):
+            _check_at_least(0, "optim", self, name)
+        for pattern, scale in self.lr_scales.items():
+            _check(scale >= 0, f"optim.lr_scales {pattern!r}", scale, "must not be negative")
+            _check(_is_pattern(pattern), "optim.lr_scales", repr(pattern), "is not a regular expression")
         _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
         _check(0 < self.decay_frac <= 1, "optim.decay_frac", self.decay_frac, "must lie in (0, 1]")
         for name in ("b1", "b2", "momentum"):
@@ -308,13 +332,10 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("total_steps", "batch_sequences", "microbatches", "loss_chunks", "log_interval_steps"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        _check(
-            self.eval_interval_steps >= 1,
-            "train.eval_interval_steps",
-            self.eval_interval_steps,
-            "must be >= 1",
-        )
+            _check_at_least(1, "train", self, name)
+        for name in ("eval_interval_steps", "eval_sequences"):
+            _check_at_least(1, "train", self, name)
+        _check_at_least(0, "train", self, "z_loss")
         _check(
             self.batch_sequences % self.microbatches == 0,
             "train.microbatches",
@@ -339,7 +360,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for name in ("save_interval_steps", "keep_last"):
-            _check(getattr(self, name) >= 1, f"checkpoint.{name}", getattr(self, name), "must be at least 1")
+            _check_at_least(1, "checkpoint", self, name)
 
 
 @dataclass(frozen=True)
@@ -374,12 +395,8 @@ class MeshConfig:
             self.axes,
             "has -1 twice; only one axis can be the rest",
         )
-        _check(
-            self.cpu_devices is None or self.cpu_devices >= 1,
-            "mesh.cpu_devices",
-            self.cpu_devices,
-            "must be >= 1",
-        )
+        _check_at_least(1, "mesh", self, "cpu_devices")
+        _check((self.cpu_devices or 1) <= 512, "mesh.cpu_devices", self.cpu_devices, "must be at most 512")
 
 
 @dataclass(frozen=True)
@@ -445,6 +462,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         _check(
             self.model.context_length % self.train.loss_chunks == 0,
             "train.loss_chunks",
@@ -460,9 +478,9 @@ class Config:
             return range(0)
         start, _, stop = self.profile.partition(":")
         _check(
-            start.isdecimal() and stop.isdecimal() and int(start) < int(stop),
+            start.isdecimal() and stop.isdecimal() and 1 <= int(start) < int(stop) <= self.train.total_steps + 1,
             "profile",
             self.profile,
-            "is not START:STOP with START < STOP, such as 10:15",
+            f"is not START:STOP with 1 <= START < STOP <= {self.train.total_steps + 1}, such as 10:15",
         )
         return range(int(start), int(stop))

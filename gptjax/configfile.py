@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,19 @@ def load_config(args: list[str]) -> Config:
         UserError: unreadable file, unknown key (the nearest is named), wrong type, values at odds.
     """
     parser = _parser()
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
+        raise UserError("give a config file, such as configs/quickstart.yaml; --help lists every key")
+    if args[0] in ("-h", "--help"):
         parser.print_help()
-        raise SystemExit(0 if args else 2)
+        raise SystemExit(0)
     for argument in args[1:]:
         if argument.startswith("--"):
             _reject_unknown(argument[2:].partition("=")[0], {*_KEYS, "help"})
-    values = {"workdir": os.path.join("runs", Path(args[0]).stem), **read_yaml(args[0])}
+    values = read_yaml(args[0])
+    values["workdir"] = values.get("workdir") or os.path.join("runs", Path(args[0]).stem)
     # A preset of the command line must be there before the values that override it.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model.preset", dest="preset")
+    peek.add_argument("--model.preset", dest="preset", nargs="?")
     preset = peek.parse_known_args(args[1:])[0].preset
     if preset is not None:
         values["model"] = {**(values.get("model") or {}), "preset": preset}
@@ -59,7 +63,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping; raises UserError for what is not there or not a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -67,6 +71,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines")
     return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -115,12 +130,17 @@ def _fill(values: dict[str, Any]) -> dict[str, Any]:
         if key in _SECTIONS:
             if not isinstance(value, dict):
                 raise UserError(f"{key}: {value!r} must be a section of `key: value` lines")
-            for inner in value:
-                _reject_unknown(f"{key}.{inner}", _KEYS)
+            for inner, given in value.items():
+                name = f"{key}.{inner}"
+                _reject_unknown(name, _KEYS)
+                if given is None and name not in _MAY_BE_NULL:
+                    raise UserError(f"{name} is empty; give a value, or leave the key out")
+                for last in given if name == "model.rope_scaling" and isinstance(given, dict) else ():
+                    _reject_unknown(f"{name}.{last}", _KEYS)
     preset = values.get("model", {}).get("preset")
     if preset is None:
         return {"config_file": "-", **values}
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"model.preset {preset!r} is not known{nearest(str(preset), PRESETS)}")
     return {"config_file": "-", **values, "model": {**PRESETS[preset], **values["model"]}}
 
@@ -129,11 +149,17 @@ _SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.
 _KEYS = [f.name for f in dataclasses.fields(Config)]
 _KEYS += [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
 _KEYS += [f"model.rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)]
+_MAY_BE_NULL = {
+    f"{name}.{field}"
+    for name, cls in _SECTIONS.items()
+    for field, kind in typing.get_type_hints(cls).items()
+    if type(None) in typing.get_args(kind)
+}
 
 
-def _reject_unknown(key: str, known: Iterable[str]) -> None:
+def _reject_unknown(key: Any, known: Iterable[str]) -> None:
     if key not in known:
-        raise UserError(f"unknown key {key!r}{nearest(key, known)}")
+        raise UserError(f"unknown key {key!r}{nearest(str(key), known)}")
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

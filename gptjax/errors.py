@@ -1,6 +1,7 @@
 """What the user did wrong, said in one line."""
 
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -21,6 +22,9 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
 
     return wrapper
 

@@ -28,13 +28,22 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    path = Path(workdir, "metrics.jsonl")
+    lines = path.read_bytes().splitlines()
     rows = []
-    for line in Path(workdir, "metrics.jsonl").read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            row["step"] + 0  # a number
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged; mend or remove that line") from None
     return rows
 
 
@@ -106,7 +115,8 @@ def make_trackers(
 ) -> list[Tracker]:
     """metrics.jsonl and the trackers that the config names, to go on after `step`."""
     makers = {"tensorboard": lambda: TensorBoard(workdir, step), "wandb": lambda: WandB(workdir, project, config)}
-    return [JsonLines(workdir, step), *(makers[name]() for name in names)]
+    others = [makers[name]() for name in names]  # first, since one may not be installed, and JsonLines cuts its file
+    return [JsonLines(workdir, step), *others]
 
 
 def plot_loss(workdir: str) -> str | None:

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import Config
-from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys
+from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
 from gptjax.convert import initial_model
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import Corpus, Source, load_corpus
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, load_run
-from gptjax.metrics import make_trackers, peak_flops, plot_loss
+from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
@@ -50,9 +50,10 @@ def train(cfg: Config) -> int:
     t = make_trainable(cfg, make_mesh(cfg.mesh.axes))
     sizes = (cfg.model.context_length, cfg.train.batch_sequences)
     batches = Batches(training_examples(corpus, cfg.data, *sizes, cfg.seed), sizes[1], rows_here(t))
-    checkpoints = open_workdir(cfg)
-    state = restore(t, checkpoints, corpus) or first_state(t, corpus)
     train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
+    check_workdir(cfg)
+    state = restore(t, corpus) or first_state(t, corpus)
+    checkpoints = open_workdir(cfg)
 
     start, total = int(state.step), cfg.train.total_steps
     report = Report(t, corpus, start)
@@ -79,8 +80,8 @@ def train(cfg: Config) -> int:
                 save(checkpoints, state, cfg, corpus, values.get("val/loss"))
             if last:
                 break
-    checkpoints.close()
-    report.close()
+        checkpoints.close()
+        report.close()
     if state.step < total:
         report.say(f"stopped at step {int(state.step)} of {total}; all is saved, and the same command goes on")
         return STOPPED
@@ -146,27 +147,37 @@ def make_evaluate(t: Trainable, corpus: Corpus):
     return evaluate
 
 
-def open_workdir(cfg: Config) -> Checkpoints:
-    """The run's directory, made or found again; its checkpoints.
-
-    Raises:
-        UserError: it belongs to a run of another config, or cannot be written.
-    """
+def check_workdir(cfg: Config) -> None:
+    """Raise UserError where the run's directory belongs to a run of another config. Nothing is written."""
     workdir = Path(cfg.workdir)
-    path = workdir / "config.yaml"
-    metrics = workdir / "metrics.jsonl"
-    if path.exists() and metrics.exists() and metrics.stat().st_size:
-        earlier = config_from_dict(yaml.safe_load(path.read_text()))
-        if keys := differing_keys(earlier, cfg):
-            listed = ", ".join(f"{key} ({was} there, {now} here)" for key, (was, now) in keys.items())
-            hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
-            raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
+    checkpoints = Checkpoints(cfg.workdir)
+    saved = newest_readable(checkpoints, checkpoints.meta)
+    checkpoints.close()
+    metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
+    if saved is not None:
+        earlier = config_from_dict(saved[1]["config"])
+    elif path.exists() and metrics.exists() and metrics.stat().st_size:
+        try:
+            earlier = config_from_dict(read_yaml(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}; give another --workdir") from None
+    else:
+        return
+    if keys := differing_keys(earlier, cfg):
+        listed = ", ".join(f"{key} ({was} there, {now} here)" for key, (was, now) in keys.items())
+        hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
+        raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
+
+
+def open_workdir(cfg: Config) -> Checkpoints:
+    """The run's directory, made or found again; its checkpoints. Raises UserError where it cannot be written."""
+    workdir = Path(cfg.workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             temporary = workdir / "config.yaml.new"
             temporary.write_text(config_to_yaml(cfg))
-            os.replace(temporary, path)
+            os.replace(temporary, workdir / "config.yaml")
             (workdir / "env.json").write_text(json.dumps(environment(), indent=1))
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; give another --workdir") from None
@@ -205,8 +216,9 @@ def for_disk(state: TrainState) -> tuple[Any, TrainState]:
     return state.ema, state._replace(ema=None)
 
 
-def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainState | None:
+def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
     """The newest readable state of the run, on this mesh; None where nothing is saved yet."""
+    checkpoints = Checkpoints(t.cfg.workdir)
 
     def read(step: int) -> TrainState:
         meta = checkpoints.meta(step)
@@ -220,6 +232,9 @@ def restore(t: Trainable, checkpoints: Checkpoints, corpus: Corpus) -> TrainStat
         )
 
     found = newest_readable(checkpoints, read)
+    if found is not None:
+        checkpoints.set_aside_after(found[0])
+    checkpoints.close()
     if found is None:
         return None
     total = jax.device_put(np.int32(t.cfg.train.total_steps), t.state.total_steps.sharding)
@@ -338,8 +353,9 @@ def conclude(t: Trainable, report: Report) -> None:
     if not report.speaks:
         return
     workdir = t.cfg.workdir
-    final = {} if report.val_loss is None else {"val/loss": report.val_loss}
-    report.say("  ".join([f"done: {t.cfg.train.total_steps} steps", *(f"{k} {v:.4f}" for k, v in final.items())]))
+    last = {name: value for row in read_metrics(workdir) for name, value in row.items()}
+    final = [f"{name} {last[name]:.4f}" for name in ("train/loss", "val/loss") if name in last]
+    report.say("  ".join([f"done: {last['step']} steps", *final]))
     if jax.process_count() == 1:
         sample = load_run(workdir).complete([""], 700, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
         report.say(f"\n{sample.text}\n")
