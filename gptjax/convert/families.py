@@ -39,7 +39,8 @@ class Family(NamedTuple):
         keys: (our field, their key, what a config.json without the key means).
         form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
         demands: their keys, with the values under which the model is the one that we run. The first is exported.
-        window: their key for a sliding window, and the key that must be true for it to count; None: has none.
+        window: their key for a sliding window (4096 without the key), and the key that must be true for it to
+            count; None: has none.
         prefix: of the tensors' names, which a file of the bare model lacks.
         tensors: by our weight's path.
         ignored: endings of tensors that hold no weights.
@@ -281,7 +282,7 @@ def import_config(config: Mapping[str, Any]) -> ModelConfig:
         model |= _import_rope(config)
     if family.window is not None:
         key, switch = family.window
-        window = config.get(key)
+        window = config.get(key, 4096)
         if window and (switch is None or config.get(switch, False)):
             # Within its window, attention with one is attention without.
             model["context_length"] = min(model["context_length"], window)
