@@ -245,10 +245,13 @@ ROPE_TYPES: dict[str, dict[str, str]] = {
 }
 
 
+SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "context_length", "vocab_size")
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a config.json names; raises UserError for one that is not known."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(f"{key} ({f.title})" for key, f in FAMILIES.items())
         raise UserError(
             f"config.json: model_type {kind!r} is not known{nearest(str(kind), FAMILIES)}; known: {known}"
@@ -269,6 +272,9 @@ def import_config(config: Mapping[str, Any]) -> ModelConfig:
     model: dict[str, Any] = {}
     for ours, theirs, default in family.keys:
         value = config.get(theirs, default)
+        is_size = type(value) is int and value >= 1
+        if ours in SIZES and not is_size and not (value is None and default is None):
+            raise UserError(f"config.json: {theirs} {value!r} must be a number of at least 1")
         if model.setdefault(ours, value) != value:
             raise UserError(
                 f"config.json: {theirs} {value!r} cannot be run here, only {model[ours]!r} as in the rest"
@@ -295,6 +301,8 @@ def import_config(config: Mapping[str, Any]) -> ModelConfig:
 def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 5 keeps it all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")
