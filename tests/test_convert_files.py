@@ -130,6 +130,8 @@ BAD = {
     "another activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu' cannot be run here"),
     "another rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 2}), "rope_type 'yarn'"),
     "heads that do not divide": (lambda f: edit_config(f, num_key_value_heads=3), "model.n_kv_heads 3 does not"),
+    "a size that is none": (lambda f: edit_config(f, hidden_size=None), "hidden_size None must be a number"),
+    "a rope that is none": (lambda f: edit_config(f, rope_scaling="x"), "'x' must be an object"),
     "a config that is none": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     "a damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer"),
 }

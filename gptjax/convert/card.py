@@ -46,7 +46,7 @@ _CHAR_LIMIT = " The tokenizer knows the characters of its corpus only: `AutoToke
 
 
 def _training(model: Model, config: dict[str, Any]) -> list[str]:
-    last = _last_metrics(model.path / "metrics.jsonl")
+    last = _last_metrics(model.path / "metrics.jsonl", model.meta.get("step", 0))
     if not last:
         return ["Imported, not trained here: see the card of the model that it came from for data and recipe."]
     data, optim, train = config["data"], config["optim"], config["train"]
@@ -67,10 +67,11 @@ def _training(model: Model, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _last_metrics(path: Path) -> dict[str, float]:
-    """The last value of every metric; empty where there is no such file."""
+def _last_metrics(path: Path, step: int) -> dict[str, float]:
+    """The last value of every metric up to a step; empty where there is no such file."""
     last: dict[str, float] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            last |= json.loads(line)
+            row = json.loads(line)
+            last |= row if row["step"] <= step else {}
     return last

@@ -39,7 +39,8 @@ class Family(NamedTuple):
         keys: (our field, their key, what a config.json without the key means).
         form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
         demands: their keys, with the values under which the model is the one that we run. The first is exported.
-        window: their key for a sliding window, and the key that must be true for it to count; None: has none.
+        window: their key for a sliding window (4096 without the key), and the key that must be true for it to
+            count; None: has none.
         prefix: of the tensors' names, which a file of the bare model lacks.
         tensors: by our weight's path.
         ignored: endings of tensors that hold no weights.
@@ -244,10 +245,13 @@ ROPE_TYPES: dict[str, dict[str, str]] = {
 }
 
 
+SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "context_length", "vocab_size")
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a config.json names; raises UserError for one that is not known."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(f"{key} ({f.title})" for key, f in FAMILIES.items())
         raise UserError(
             f"config.json: model_type {kind!r} is not known{nearest(str(kind), FAMILIES)}; known: {known}"
@@ -268,6 +272,9 @@ def import_config(config: Mapping[str, Any]) -> ModelConfig:
     model: dict[str, Any] = {}
     for ours, theirs, default in family.keys:
         value = config.get(theirs, default)
+        is_size = type(value) is int and value >= 1
+        if ours in SIZES and not is_size and not (value is None and default is None):
+            raise UserError(f"config.json: {theirs} {value!r} must be a number of at least 1")
         if model.setdefault(ours, value) != value:
             raise UserError(
                 f"config.json: {theirs} {value!r} cannot be run here, only {model[ours]!r} as in the rest"
@@ -281,7 +288,7 @@ def import_config(config: Mapping[str, Any]) -> ModelConfig:
         model |= _import_rope(config)
     if family.window is not None:
         key, switch = family.window
-        window = config.get(key)
+        window = config.get(key, 4096)
         if window and (switch is None or config.get(switch, False)):
             # Within its window, attention with one is attention without.
             model["context_length"] = min(model["context_length"], window)
@@ -294,6 +301,8 @@ def import_config(config: Mapping[str, Any]) -> ModelConfig:
 def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 5 keeps it all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")

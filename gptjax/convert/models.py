@@ -30,8 +30,8 @@ class Model(NamedTuple):
         config: of the model.
         tokenizer: its own.
         path: where it lies.
-        meta: of a run, the plain values in its checkpoint; of an import, `origin`: its `model_type` and
-            generation_config.json.
+        meta: of a run, the plain values in its checkpoint, and its `step`; of an import, `origin`: its `model_type`
+            and generation_config.json.
         is_run: whether it is one of our runs. Elsewhere, `read` may be asked for another padding of the vocabulary
             and for fewer learned positions than there are.
         read: abstract weights with their shardings -> weights; each device is given its shards alone.
@@ -89,7 +89,7 @@ def _open_run(workdir: str) -> Model:
     found = newest_readable(checkpoints, checkpoints.meta)
     if found is None:
         raise UserError(f"{workdir!r} holds no checkpoint; train first, or give the directory of a run")
-    meta = found[1]
+    meta = {**found[1], "step": found[0]}
 
     def read(abstract: Params) -> Params:
         params = newest_readable(checkpoints, lambda step: checkpoints.restore_params(step, abstract))
