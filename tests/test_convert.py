@@ -300,7 +300,7 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
     corpus = load_corpus(cfg.data)
     t = trainable_on(cfg, devices=2, fsdp=2)
     state = first_state(t, corpus)
-    found = make_evaluate(t, corpus)(state)
+    found = make_evaluate(t, corpus)(state)["val/loss"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
     batch = next(iter(validation_batches(corpus.sources[0].val, 128, 8, 8, range(8))))
     with torch.no_grad():
@@ -316,7 +316,8 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a + 1, b), before, after))
 
     with pytest.raises(UserError, match=r"another tokenizer.*set data\.tokenizer to "):
-        first_state(t, dataclasses.replace(corpus, tokenizer=ByteTokenizer()))
+        other_ids = dataclasses.replace(corpus.sources[0], tokenizer=ByteTokenizer())
+        first_state(t, dataclasses.replace(corpus, sources=(other_ids,)))
     other = trainable_on(
         make_config({**shape, "vocab_size": VOCAB, "norm_eps": 1e-6, "d_mlp": 64}, init_from=str(source))
     )

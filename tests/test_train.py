@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
+from gptjax.errors import UserError
+from gptjax.metrics import read_metrics
+
 LOSSES = ("step", "tokens", "train/loss", "val/loss", "val/bpb", "grad_norm", "lr")
 
 
@@ -121,8 +124,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tiny_run, t
     assert "warning: checkpoint 30" in result.stdout + result.stderr
     assert "going on after step 25" in result.stdout
     assert losses(workdir) == losses(straight)
+    assert (workdir / "damaged-30" / "params").is_dir()
     sampled = run_script("sample.py", workdir, "--max_new_tokens", "5")
     assert sampled.returncode == 0, sampled.stderr
+    assert not sampled.stderr  # the last checkpoint was saved anew, and is read
 
 
 def test_a_checkpoint_goes_on_on_every_mesh(straight, tiny_run, tmp_path):
@@ -199,6 +204,10 @@ BAD = {
     "mesh": (["--mesh.data=3", "--mesh.cpu_devices=4"], "mesh data=3 needs a multiple of 3 devices and there are 4"),
     "tokenizer": (["--data.tokenizer=chars"], "did you mean 'char'?"),
     "profile": (["--profile=5"], "profile 5 is not START:STOP"),
+    "profile beyond the end": (["--profile=9:90"], "profile 9:90 is not START:STOP with 1 <= START < STOP <= 31"),
+    "no windows": (["--train.eval_sequences=0"], "train.eval_sequences 0 must be at least 1"),
+    "short validation": (["--data.val_frac=0.0001"], "validation tokens"),
+    "initial model": (["--init_from=nowhere/at/all"], "'nowhere/at/all' does not exist"),
     "batch": (["--train.microbatches=3"], "train.microbatches 3 does not divide"),
     "vocabulary": (["--model.vocab_size=5"], "model.vocab_size 5 is less than the tokenizer's"),
 }
@@ -223,6 +232,23 @@ def test_a_directory_of_another_config_is_left_as_it_is(straight, tiny_run):
     result = run_script(*tiny_run, f"--workdir={straight}", "--optim.peak_lr=0.5", "--model.d_model=64")
     assert_refused(result, "model.d_model (32 there, 64 here), optim.peak_lr (0.003 there, 0.5 here)")
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_without_its_config_is_known_by_its_checkpoints(straight, tiny_run, tmp_path):
+    workdir = copy_of(straight, tmp_path)
+    (workdir / "config.yaml").unlink()
+    (workdir / "metrics.jsonl").unlink()
+    assert_refused(run_script(*tiny_run, f"--workdir={workdir}", "--optim.peak_lr=0.5"), "optim.peak_lr (0.003 there")
+    assert not (workdir / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("line", [b"garbage", b'{"tokens": 3}', b"\xff"], ids=str)
+def test_a_damaged_line_of_metrics_is_named_and_kept(straight, tmp_path, line):
+    workdir = copy_of(straight, tmp_path)
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines()
+    (workdir / "metrics.jsonl").write_bytes(b"\n".join([*lines[:3], line, *lines[3:]]))
+    with pytest.raises(UserError, match="line 4 is damaged"):
+        read_metrics(workdir)
 
 
 def test_an_unwritable_directory_is_refused(tiny_run, tmp_path):
