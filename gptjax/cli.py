@@ -3,9 +3,9 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -130,18 +130,37 @@ def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
     return list(zip(args, [*args[1:], None], strict=True))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample}
+@report_user_errors
+def scaling(args: list[str]) -> int:
+    """plan, run and fit a scaling study; forecast and audit"""
+    from gptjax.scaling.commands import VERBS
+
+    name = _choose("gptjax scaling", VERBS, args)
+    return 0 if name is None else _call(VERBS[name], f"gptjax scaling {name}", args[1:])
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "sample": sample, "scaling": scaling}
 
 
 @report_user_errors
 def main() -> int:
     """The console command `gptjax`."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = _choose("gptjax", COMMANDS, sys.argv[1:])
+    return 0 if name is None else COMMANDS[name](sys.argv[2:])
+
+
+def _choose(program: str, commands: Mapping[str, Callable[..., Any]], args: list[str]) -> str | None:
+    """The command that comes first; None where help was asked for, and given.
+
+    Raises:
+        UserError: no such command.
+    """
+    name = args[0] if args else "--help"
     if name in ("-h", "--help"):
-        print("usage: gptjax COMMAND ...   (gptjax COMMAND --help says more)\n")
-        for command, function in COMMANDS.items():
-            print(f"  {command:10}{function.__doc__}")
-        return 0
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
-    return COMMANDS[name](sys.argv[2:])
+        print(f"usage: {program} COMMAND ...   ({program} COMMAND --help says more)\n")
+        for command, function in commands.items():
+            print(f"  {command:10}{(function.__doc__ or '').splitlines()[0]}")
+        return None
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; there are: {', '.join(commands)}")
+    return name
