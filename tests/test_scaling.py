@@ -12,7 +12,7 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[s
 
 from gptjax.errors import UserError
 from gptjax.scaling.isoflop import find_floor, find_floors, frontier
-from gptjax.scaling.laws import Law, fit_law, fit_overtraining, fit_power_law, refit_many
+from gptjax.scaling.laws import Law, fit_law, fit_overtraining, fit_power_law
 from gptjax.scaling.table import Table, read_table
 from gptjax.scaling.uncertainty import interval, resampled_laws
 
@@ -90,14 +90,13 @@ def test_the_objective_is_the_sum_of_huber_terms():
     assert law.objective == pytest.approx(huber.sum(), rel=1e-9)
 
 
-def test_many_quick_fits_agree_with_the_careful_one():
+def test_a_row_of_weight_three_is_three_rows():
     table = synthetic(TRUTH, rows=60, noise=0.004)
-    law = fitted(table)
-    counts = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=3)
-    quick = refit_many(law, table.params, table.tokens, table.loss, counts)
-    for row, count in zip(quick, counts, strict=True):
-        careful = fitted(table.take(np.repeat(np.arange(60), count)))
-        assert row[3:] == pytest.approx([careful.alpha, careful.beta], rel=5e-3)
+    counts = np.arange(60) % 3 + 1
+    weighted = fitted(table, weights=counts.astype(float))
+    repeated = fitted(table.take(np.repeat(np.arange(60), counts)))
+    assert weighted.objective == pytest.approx(repeated.objective, rel=1e-6)
+    assert weighted.exponent == pytest.approx(repeated.exponent, abs=1e-4)
 
 
 def test_the_optimum_is_one():
@@ -115,7 +114,7 @@ def test_intervals_hold_the_truth():
     held = {"exponent": 0, "E": 0, "alpha": 0}
     for seed in range(200):
         table = isoflop(truth, [1e18, 1e19, 1e20, 1e21], 8, 9, noise=0.004, seed=seed)
-        laws = resampled_laws(fitted(table, starts=start), table, resamples=200, seed=seed)
+        laws = resampled_laws(fitted(table, starts=start), table, resamples=100, seed=seed)
         for name in held:
             low, high = interval([getattr(law, name) for law in laws])
             held[name] += low <= getattr(truth, name) <= high
@@ -242,7 +241,7 @@ def test_a_table_is_read_back(tmp_path):
         ("params,tokens,loss\n1,2,nan", "row 1: loss 'nan' is not a positive number"),
         ("params,tokens,loss\n1,2,3\n1,2", "row 2: loss None"),
         ("params,tokens,loss\n5,6,7\n1,2,3\n5,6,7", "rows 1 and 3 are the same run"),
-        ("params,tokens,loss\n", "has no rows"),
+        ("params,tokens,loss\n", "has no rows to fit"),
         ("params,tokens,loss\n1e6,1e8,3\n2e6,1e8,2.9", "2 rows are too few"),
     ],
 )
@@ -257,7 +256,7 @@ def test_bad_tables_are_refused(tmp_path, text, said):
 
 def test_the_command_prints_the_law(tmp_path):
     path = write_csv(tmp_path / "t.csv", isoflop(TRUTH, [1e19, 1e20, 1e21], 4, 7, noise=1e-4))
-    result = run_script("-m", "gptjax", "scaling", "fit", "--table", path, "--json", "--sensitivity")
+    result = run_script("-m", "gptjax", "scaling", "fit", "--table", path, "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
     assert {"E", "A", "B", "alpha", "beta", "objective", "converged"} <= set(values)
@@ -265,7 +264,7 @@ def test_the_command_prints_the_law(tmp_path):
     low, high = values["intervals"]["exponent"]
     assert low < TRUTH.exponent < high
     assert values["frontier"]["akima"]["params"]["exponent"] == pytest.approx(TRUTH.exponent, abs=0.01)
-    assert values["sensitivity"]["delta 0.01"]["alpha"] == pytest.approx(TRUTH.alpha, abs=0.02)
+    assert values["optimum"]["params"] == pytest.approx(TRUTH.optimum(1e22)[0], rel=0.05)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):

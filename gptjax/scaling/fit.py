@@ -3,15 +3,17 @@
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from gptjax.scaling import uncertainty
-from gptjax.scaling.isoflop import METHODS, Floor, find_floors, frontier
+from gptjax.scaling.isoflop import METHODS, find_floors, frontier
 from gptjax.scaling.laws import DELTA, fit_law, fit_overtraining
 from gptjax.scaling.table import Table
 
 Said = tuple[dict[str, Any], list[str]]  # for a program, and for a reader
 
 
-def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400, sensitivity: bool = False) -> Said:
+def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Said:
     """Fit the parametric law and, where budgets repeat, the frontier; say both with intervals.
 
     Raises:
@@ -29,16 +31,13 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400, sensi
     lines += [f"  objective {law.objective:.6g}, noise {100 * std:.2f} % of the loss"]
     if not law.converged:
         lines.append(f"  NOT CONVERGED: the objective would still fall by {law.newton_decrement:.1g} of itself")
+    budget = 10 * float(table.flops.max())
+    ratio = float(np.median(table.flops / table.params / table.tokens))
+    params, tokens = map(float, law.optimum(budget, ratio))
+    values["optimum"] = {"flops": budget, "params": params, "tokens": tokens, "loss": law.loss(params, tokens)}
+    lines.append(f"  at {budget:.3g} FLOPs the law's optimum is {params:.4g} params, {tokens:.4g} tokens")
     values["frontier"], said = _describe_frontier(table, std)
     lines += said
-    if sensitivity:
-        changed = {name: asdict(other) for name, other in uncertainty.sensitivity(law, table)}
-        values["sensitivity"] = changed
-        lines.append("under other choices")
-        for name, other in changed.items():
-            a = other["beta"] / (other["alpha"] + other["beta"])
-            found = "  ".join(f"{key} {other[key]:.4g}" for key in ("E", "alpha", "beta"))
-            lines.append(f"  {name:26}{found}  exponent {a:.4f}")
     return values, lines
 
 
@@ -50,37 +49,26 @@ def _describe_frontier(table: Table, std: float) -> tuple[dict[str, Any], list[s
         if all("too few" in floor.refused for floor in floors):
             return {}, []  # not an isoFLOP table
         lines.append(f"floor of each budget by {method}")
-        lines += [f"  {_floor_line(floor)}" for floor in floors]
-        values[method] = {"floors": [_plain(floor) for floor in floors]}
+        plain = [asdict(f) if not f.refused else {"flops": f.flops, "refused": f.refused} for f in floors]
+        values[method] = {"floors": plain}
+        for f in floors:
+            found = f"{f.flops:.3g} FLOPs: {f.params:.4g} params, {f.tokens:.4g} tokens, loss {f.loss:.4f}"
+            lines.append(f"  refused: {f.refused}" if f.refused else f"  {found}")
         exponents = frontier(floors)
         if exponents is None:
             lines.append("  fewer than two floors stand: no frontier")
             continue
         spread = uncertainty.frontier_intervals(table, method, std)
         for number, (name, line) in enumerate(zip(("params", "tokens"), exponents, strict=True)):
-            known = {
-                "exponent": line.exponent,
-                "factor": line.factor,
-                "std": line.std if line.std == line.std else None,
-            }
+            known = {"exponent": line.exponent, "factor": line.factor}
             values[method][name] = known | ({"interval": spread[number]} if spread else {})
             said = f"   {spread[number][0]:.4f} to {spread[number][1]:.4f}" if spread else "   interval unresolved"
             lines.append(f"  optimal {name} ~ C^{line.exponent:.4f}{said}")
     return values, lines
 
 
-def _floor_line(floor: Floor) -> str:
-    if floor.refused:
-        return f"refused: {floor.refused}"
-    return f"{floor.flops:.3g} FLOPs: {floor.params:.4g} params, {floor.tokens:.4g} tokens, loss {floor.loss:.4f}"
-
-
-def _plain(floor: Floor) -> dict[str, Any]:
-    return {"flops": floor.flops, "refused": floor.refused} if floor.refused else asdict(floor)
-
-
 def describe_overtraining(table: Table) -> Said:
-    """Fit Gadre's law, and say what it predicts for every row.
+    """Fit Gadre's over-training law, and say it.
 
     Raises:
         UserError: rows that cannot determine the law.

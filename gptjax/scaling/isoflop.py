@@ -17,10 +17,7 @@ class Floor:
     """The model size of least loss at a budget.
 
     Attributes:
-        flops: the budget.
-        params: N*; nan where refused.
-        tokens: D* at N*, by the rows' own ratio of C to N D.
-        loss: least loss, of the curve.
+        params, tokens, loss: N*, D* and the curve's least loss; nan where refused.
         refused: why there is no trustworthy minimum; empty where there is.
     """
 

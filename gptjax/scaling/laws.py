@@ -63,6 +63,7 @@ def fit_law(
     tokens: np.ndarray,
     loss: np.ndarray,
     delta: float = DELTA,
+    weights: np.ndarray | None = None,
     starts: np.ndarray | None = None,
     tolerances: dict[str, float] | None = None,
     reduce: Callable[[np.ndarray], float] = np.sum,
@@ -75,6 +76,7 @@ def fit_law(
     Args:
         params, tokens, loss: [n] each, all positive.
         delta: where the Huber loss turns from square to straight.
+        weights: [n], how much each row counts; None: one.
         starts: [k, 5] of (log E, log A, log B, alpha, beta) to start from; None: the best of a grid of exponents,
             each with the E, A, B that suit them.
         tolerances: options of scipy's L-BFGS-B.
@@ -89,6 +91,7 @@ def fit_law(
     for name, values in (("params", x), ("tokens", y)):
         if np.ptp(values) < 0.1:
             raise UserError(f"{name} hardly differs between the rows; its exponent needs a range of sizes")
+    weights = np.ones_like(x) if weights is None else weights
     middle = np.array([0.0, x.mean(), y.mean()])  # fitted about the middle, where the terms are of like size
     design = np.stack([np.zeros_like(x), -(x - middle[1]), -(y - middle[2])])
     share = reduce(np.ones_like(x)) / len(x)
@@ -98,17 +101,16 @@ def fit_law(
         exponents = np.array([0.0, theta[3], theta[4]])
         parts = theta[:3, None] + exponents[:, None] * design
         top = parts.max(axis=0)
-        weights = np.exp(parts - top)
-        total = weights.sum(axis=0)
-        weights /= total
-        jacobian = np.concatenate([weights, (weights * design)[1:]]).T
+        shares = np.exp(parts - top)
+        total = shares.sum(axis=0)
+        shares /= total
+        jacobian = np.concatenate([shares, (shares * design)[1:]]).T
         return top + np.log(total) - target, jacobian
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         residual, jacobian = terms(theta)
-        size = np.abs(residual)
-        huber = np.where(size <= delta, residual**2 / 2, delta * (size - delta / 2))
-        return float(reduce(huber)), share * np.einsum("n,nk->k", np.clip(residual, -delta, delta), jacobian)
+        pull = share * weights * np.clip(residual, -delta, delta)
+        return float(reduce(weights * _huber(residual, delta))), np.einsum("n,nk->k", pull, jacobian)
 
     if starts is None:
         grid = [_best_factors(a, b, design, target) for a, b in itertools.product(EXPONENTS, repeat=2)]
@@ -120,7 +122,7 @@ def fit_law(
     options = TOLERANCES if tolerances is None else tolerances
     ends = [minimize(objective, start, jac=True, method="L-BFGS-B", options=options) for start in starts]
     best = min(ends, key=lambda end: end.fun)
-    decrement = _newton_decrement(*terms(best.x), delta)
+    decrement = _newton_decrement(*terms(best.x), weights, delta)
     theta, alpha, beta = best.x, *best.x[3:]
     factors = np.exp(theta[:3] + np.array([0.0, alpha, beta]) * middle)
     total = best.fun / share
@@ -135,86 +137,29 @@ def _best_factors(alpha: float, beta: float, design: np.ndarray, target: np.ndar
     return np.array([*np.log(np.maximum(factors, 1e-3)), alpha, beta])
 
 
-def _newton_decrement(residual: np.ndarray, jacobian: np.ndarray, delta: float) -> float:
+def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
+    size = np.abs(residual)
+    return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
+
+
+def _newton_decrement(residual: np.ndarray, jacobian: np.ndarray, weights: np.ndarray, delta: float) -> float:
     """How far the summed objective would fall along a Gauss-Newton step, as a share of itself.
 
     The curvature of a term beyond delta is that of its quadratic upper bound, delta / |r|.
     """
-    size = np.maximum(np.abs(residual), 1e-300)
-    gradient = np.clip(residual, -delta, delta) @ jacobian
-    curvature = (jacobian.T * np.minimum(1.0, delta / size)) @ jacobian
+    gradient = (weights * np.clip(residual, -delta, delta)) @ jacobian
+    curvature = (jacobian.T * weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))) @ jacobian
     step = np.linalg.lstsq(curvature, gradient, rcond=1e-13)[0]
-    huber = np.where(size <= delta, size**2 / 2, delta * (size - delta / 2)).sum()
     floor = len(residual) * 1e-12 * delta  # of a perfect fit, where any share of nothing is large
-    return float(gradient @ step / 2 / (huber + floor))
-
-
-def refit_many(law: Law, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Fit the same law to many reweighted copies of a table at once, from a law that is near.
-
-    Damped Gauss-Newton steps on the same objective as `fit_law`, with Huber's weights renewed at each (iteratively
-    reweighted least squares); for a bootstrap, where hundreds of fits need three digits each.
-
-    Args:
-        params, tokens: [n].
-        loss: [n], or [r, n] where the copies also differ in loss.
-        weights: [r, n], how often each copy holds each row.
-
-    Returns:
-        [r, 5] of (E, A, B, alpha, beta).
-    """
-    x, y, target = np.log(params), np.log(tokens), np.log(loss)
-    middle = np.array([0.0, x.mean(), y.mean()])
-    design = np.stack([np.zeros_like(x), -(x - middle[1]), -(y - middle[2])])
-    start = np.log([law.E, law.A, law.B]) - np.array([0.0, law.alpha, law.beta]) * middle
-    theta = np.tile([*start, law.alpha, law.beta], (len(weights), 1))
-
-    def terms(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        exponents = np.concatenate([np.zeros((len(theta), 1)), theta[:, 3:]], axis=1)
-        parts = np.exp(theta[:, :3, None] + exponents[:, :, None] * design)
-        total = parts.sum(axis=1)
-        parts /= total[:, None]
-        residual = np.log(total) - target
-        size = np.abs(residual)
-        huber = np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2))
-        jacobian = np.concatenate([parts, (parts * design)[:, 1:]], axis=1)
-        return residual, jacobian, (weights * huber).sum(axis=1)
-
-    damping = np.full(len(theta), 1e-3)
-    residual, jacobian, value = terms(theta)
-    for _ in range(60):
-        w = weights * np.minimum(1.0, DELTA / np.maximum(np.abs(residual), 1e-12))
-        weighted = jacobian * w[:, None]
-        curvature = weighted @ jacobian.transpose(0, 2, 1)
-        gradient = (weighted @ residual[:, :, None])[..., 0]
-        diagonal = damping[:, None] * np.diagonal(curvature, axis1=1, axis2=2) + 1e-12
-        step = np.linalg.solve(curvature + diagonal[:, None] * np.eye(5), gradient[..., None])[..., 0]
-        tried = theta - np.clip(step, -0.5, 0.5)
-        new_residual, new_jacobian, new_value = terms(tried)
-        better = new_value < value
-        theta = np.where(better[:, None], tried, theta)
-        residual = np.where(better[:, None], new_residual, residual)
-        jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
-        gain = np.max(np.where(better, 1 - new_value / np.maximum(value, 1e-300), 0.0))
-        value = np.where(better, new_value, value)
-        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e6)
-        if gain < 1e-7 and better.any():
-            break
-    exponents = np.concatenate([np.zeros((len(theta), 1)), theta[:, 3:]], axis=1)
-    return np.concatenate([np.exp(theta[:, :3] + exponents * middle), theta[:, 3:]], axis=1)
+    return float(gradient @ step / 2 / ((weights * _huber(residual, delta)).sum() + floor))
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = factor * x^exponent, fitted by weighted least squares in logarithms.
-
-    Attributes:
-        std: standard error of the exponent from the scatter about the line; nan with two points.
-    """
+    """y = factor * x^exponent."""
 
     factor: float
     exponent: float
-    std: float
 
     def __call__(self, x: np.ndarray | float) -> np.ndarray | float:
         """The power law's value at x."""
@@ -233,16 +178,9 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, log_std: np.ndarray | None = Non
     """
     if len(np.unique(x)) < 2:
         raise UserError("a power law needs two or more different budgets; add budgets to the study")
-    log_x, log_y = np.log(x), np.log(y)
-    weights = np.ones(len(log_x)) if log_std is None else 1 / np.asarray(log_std) ** 2
-    design = np.stack([np.ones_like(log_x), log_x - np.average(log_x, weights=weights)], axis=1)
-    curvature = (design.T * weights) @ design
-    level, slope = np.linalg.solve(curvature, (design.T * weights) @ log_y)
-    residual = log_y - design @ [level, slope]
-    free = len(log_x) - 2
-    scale = (weights * residual**2).sum() / free if free else np.nan
-    std = np.sqrt(scale / curvature[1, 1])
-    return PowerLaw(float(np.exp(level - slope * (log_x - design[:, 1])[0])), float(slope), float(std))
+    weights = None if log_std is None else 1 / np.asarray(log_std)  # numpy squares them
+    slope, level = np.polyfit(np.log(x), np.log(y), 1, w=weights)
+    return PowerLaw(float(np.exp(level)), float(slope))
 
 
 @dataclass(frozen=True)
@@ -260,12 +198,7 @@ class OvertrainingLaw:
 
 
 def fit_overtraining(flops: np.ndarray, ratio: np.ndarray, loss: np.ndarray) -> OvertrainingLaw:
-    """Fit the over-training law by least squares of the loss, as Gadre et al. (appendix) do.
-
-    Args:
-        flops: [n], 6 N D.
-        ratio: [n], tokens a weight; two different ones at least.
-        loss: [n].
+    """Fit the over-training law to [n] runs by least squares of the loss, as Gadre et al. (appendix) do.
 
     Raises:
         UserError: fewer than four rows, one ratio only, or no fit.

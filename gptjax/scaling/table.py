@@ -46,6 +46,8 @@ class Table:
 def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
     """A CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
 
+    Of a study's table.csv, held-out and diverged rows are left out: no fit touches them.
+
     Args:
         params: the column of N, for a table that counts weights in several ways.
         loss: the column of the loss.
@@ -58,37 +60,31 @@ def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> 
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    rows = [row for row in rows if row.get("held_out", "0") != "1" and row.get("status", "done") == "done"]
     if not rows:
-        raise UserError(f"table {str(path)!r} has no rows; it needs columns params, tokens, loss")
+        raise UserError(f"table {str(path)!r} has no rows to fit; it needs columns params, tokens, loss")
     names = [name for name in rows[0] if name is not None]
     for name in (params, "tokens", loss):
         if name not in names:
             raise UserError(f"table {str(path)!r} has no column {name!r}{nearest(name, names)}")
     N, D, L = (_numbers(rows, name, path) for name in (params, "tokens", loss))
     flops = _numbers(rows, "flops", path) if "flops" in names else 6 * N * D
-    table = Table(N, D, L, flops)
-    refuse_duplicates(table, str(path))
-    return table
-
-
-def refuse_duplicates(table: Table, where: str) -> None:
-    """Raise UserError where two rows have params, tokens and loss in common: the same run counted twice."""
     seen: dict[tuple[float, ...], int] = {}
-    for number, key in enumerate(zip(table.params, table.tokens, table.loss, strict=True), 1):
-        if key in seen:
-            raise UserError(f"{where}: rows {seen[key]} and {number} are the same run; remove one")
-        seen[key] = number
+    for number, key in enumerate(zip(N, D, L, strict=True), 1):
+        if seen.setdefault(key, number) != number:
+            raise UserError(f"table {str(path)!r}: rows {seen[key]} and {number} are the same run; remove one")
+    return Table(N, D, L, flops)
 
 
 def _numbers(rows: list[dict[str, str]], name: str, path: str | Path) -> np.ndarray:
-    values = np.empty(len(rows))
-    for number, row in enumerate(rows):
+    values = []
+    for number, row in enumerate(rows, 1):
         try:
-            values[number] = float(row[name])
+            values.append(float(row[name]))
         except (TypeError, ValueError):
-            values[number] = np.nan
-        if not (np.isfinite(values[number]) and values[number] > 0):
+            values.append(np.nan)
+        if not 0 < values[-1] < np.inf:
             raise UserError(
-                f"table {str(path)!r}, row {number + 1}: {name} {row[name]!r} is not a positive number; drop the row"
+                f"table {str(path)!r}, row {number}: {name} {row[name]!r} is not a positive number; drop it"
             )
-    return values
+    return np.array(values)

@@ -1,27 +1,24 @@
-"""How far a fit may be off: bootstrap intervals, and what a fit does when its choices change."""
-
-from collections.abc import Iterator
+"""How far a fit may be off: bootstrap intervals of its parameters and of the frontier."""
 
 import numpy as np
 
-from gptjax.errors import UserError
 from gptjax.scaling.isoflop import find_floors, frontier
-from gptjax.scaling.laws import DELTA, Law, fit_law, refit_many
+from gptjax.scaling.laws import Law, fit_law
 from gptjax.scaling.table import Table
 
 LEVEL = 0.95
-RESAMPLES = 400
 
 Interval = tuple[float, float]
 
 
-def resampled_laws(law: Law, table: Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Law]:
+def resampled_laws(law: Law, table: Table, resamples: int = 200, seed: int = 0) -> list[Law]:
     """The law fitted again to randomly reweighted rows: the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9).
 
     Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
     """
-    weights = np.random.default_rng(seed).exponential(size=(resamples, len(table)))
-    return [Law(*map(float, row)) for row in refit_many(law, table.params, table.tokens, table.loss, weights)]
+    rng = np.random.default_rng(seed)
+    rows, start = (table.params, table.tokens, table.loss), [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
+    return [fit_law(*rows, weights=rng.exponential(size=len(table)), starts=start) for _ in range(resamples)]
 
 
 def interval(values: list[float] | np.ndarray) -> Interval:
@@ -55,27 +52,3 @@ def frontier_intervals(table: Table, method: str, std: float, resamples: int = 2
         lines = frontier(find_floors(Table(table.params, table.tokens, disturbed, table.flops), method))
         found += [] if lines is None else [[line.exponent for line in lines]]
     return [interval(column) for column in np.array(found).T] if len(found) >= 0.9 * resamples else []
-
-
-def sensitivity(law: Law, table: Table) -> Iterator[tuple[str, Law]]:
-    """Name a changed choice, and give the law under it: other deltas, worst rows dropped, a budget left out."""
-    start = np.array([[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]])
-
-    def again(rows: Table, delta: float = DELTA) -> Law:
-        return fit_law(rows.params, rows.tokens, rows.loss, delta, starts=start)
-
-    for delta in (DELTA / 10, DELTA * 10, 0.1):
-        yield f"delta {delta:g}", again(table, delta)
-    off = np.abs(np.log(table.loss / law.loss(table.params, table.tokens)))
-    budgets = table.budgets()
-    smaller = [
-        ("the worst row dropped", np.argsort(off)[:-1]),
-        ("the highest loss dropped", np.argsort(table.loss)[:-1]),
-    ]
-    if len(np.unique(budgets)) > 2:
-        smaller += [(f"without {budget:.3g} FLOPs", budgets != budget) for budget in np.unique(budgets)]
-    for name, rows in smaller:
-        try:
-            yield name, again(table.take(rows))
-        except UserError:
-            continue  # too few rows are left, or all of one size
