@@ -132,7 +132,7 @@ def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
 
 @report_user_errors
 def scaling(args: list[str]) -> int:
-    """plan, run and fit a scaling study; forecast and audit"""
+    """plan, run and fit a scaling study"""
     from gptjax.scaling.commands import VERBS
 
     name = _choose("gptjax scaling", VERBS, args)

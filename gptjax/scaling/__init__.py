@@ -1,1 +1,1 @@
-"""Scaling studies: plan a ladder of runs, carry it out, fit its law, forecast, and audit the forecast."""
+"""Scaling studies: plan a ladder of runs, carry it out, and fit its law."""

@@ -20,7 +20,7 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Sa
         UserError: rows that cannot determine the law.
     """
     law = fit_law(table.params, table.tokens, table.loss, delta)
-    laws = uncertainty.resampled_laws(law, table, resamples)
+    laws = uncertainty.resampled_laws(law, table, resamples, delta)
     intervals = uncertainty.law_intervals(laws)
     std = uncertainty.noise(law, table)
     values: dict[str, Any] = {**asdict(law), "exponent": law.exponent, "rows": len(table), "noise": std}

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gptjax.scaling.isoflop import find_floors, frontier
-from gptjax.scaling.laws import Law, fit_law
+from gptjax.scaling.laws import DELTA, Law, fit_law
 from gptjax.scaling.table import Table
 
 LEVEL = 0.95
@@ -11,14 +11,14 @@ LEVEL = 0.95
 Interval = tuple[float, float]
 
 
-def resampled_laws(law: Law, table: Table, resamples: int = 200, seed: int = 0) -> list[Law]:
+def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA, seed: int = 0) -> list[Law]:
     """The law fitted again to randomly reweighted rows: the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9).
 
     Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
     """
     rng = np.random.default_rng(seed)
     rows, start = (table.params, table.tokens, table.loss), [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
-    return [fit_law(*rows, weights=rng.exponential(size=len(table)), starts=start) for _ in range(resamples)]
+    return [fit_law(*rows, delta, rng.exponential(size=len(table)), start) for _ in range(resamples)]
 
 
 def interval(values: list[float] | np.ndarray) -> Interval:
