@@ -99,6 +99,11 @@ def test_a_row_of_weight_three_is_three_rows():
     assert weighted.exponent == pytest.approx(repeated.exponent, abs=1e-4)
 
 
+def test_rows_that_do_not_determine_E_are_flagged():
+    below_zero = Law(-0.05, TRUTH.A, TRUTH.B, TRUTH.alpha, TRUTH.beta)
+    assert not fitted(synthetic(below_zero, noise=0.006)).converged
+
+
 def test_the_optimum_is_one():
     best, tokens = TRUTH.optimum(1e21)
     assert 6 * best * tokens == pytest.approx(1e21)

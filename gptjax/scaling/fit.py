@@ -20,8 +20,7 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Sa
         UserError: rows that cannot determine the law.
     """
     law = fit_law(table.params, table.tokens, table.loss, delta)
-    laws = uncertainty.resampled_laws(law, table, resamples, delta)
-    intervals = uncertainty.law_intervals(laws)
+    intervals = uncertainty.law_intervals(uncertainty.resampled_laws(law, table, resamples, delta))
     std = uncertainty.noise(law, table)
     values: dict[str, Any] = {**asdict(law), "exponent": law.exponent, "rows": len(table), "noise": std}
     values["intervals"] = intervals
@@ -30,7 +29,9 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Sa
         lines.append(f"  {name:9}{getattr(law, name):12.5g}   {low:.5g} to {high:.5g}")
     lines += [f"  objective {law.objective:.6g}, noise {100 * std:.2f} % of the loss"]
     if not law.converged:
-        lines.append(f"  NOT CONVERGED: the objective would still fall by {law.newton_decrement:.1g} of itself")
+        lines.append(
+            f"  NOT CONVERGED: it would still fall by {law.newton_decrement:.1g}, or these rows do not determine E"
+        )
     budget = 10 * float(table.flops.max())
     ratio = float(np.median(table.flops / table.params / table.tokens))
     params, tokens = map(float, law.optimum(budget, ratio))

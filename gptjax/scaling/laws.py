@@ -19,6 +19,7 @@ EXPONENTS = (0.1, 0.25, 0.4, 0.6, 0.9, 1.5)  # where fits of alpha and of beta s
 # From an optimum the objective falls by no more than this share of itself along a Newton step. Fits of 240 noisy rows
 # end below 1e-15; on the mean of the Huber terms, scipy's own tolerances end them at 4e-5 and more.
 CONVERGED = 1e-7
+VANISHED = 1e-4  # an E below this share of the least loss is none: the rows do not determine it
 KEPT_STARTS = 12  # of the grid of exponents, those whose objective is lowest
 
 
@@ -28,7 +29,7 @@ class Law:
 
     Attributes:
         objective: sum of the Huber terms on log loss over the rows fitted.
-        converged: whether the fit ended in an optimum of the objective with positive exponents.
+        converged: whether the fit ended in an optimum with positive exponents and an E that has not vanished.
         newton_decrement: by what share of itself the objective would still fall along a Newton step.
     """
 
@@ -65,7 +66,7 @@ def fit_law(
     delta: float = DELTA,
     weights: np.ndarray | None = None,
     starts: np.ndarray | None = None,
-    tolerances: dict[str, float] | None = None,
+    tolerances: dict[str, float] = TOLERANCES,
     reduce: Callable[[np.ndarray], float] = np.sum,
 ) -> Law:
     """Fit the parametric law by the Huber loss of log residuals (Hoffmann et al. 2022, appendix D.3).
@@ -119,14 +120,14 @@ def fit_law(
         starts = np.array(starts, dtype=np.float64)
         starts[:, 1] -= starts[:, 3] * middle[1]
         starts[:, 2] -= starts[:, 4] * middle[2]
-    options = TOLERANCES if tolerances is None else tolerances
-    ends = [minimize(objective, start, jac=True, method="L-BFGS-B", options=options) for start in starts]
+    ends = [minimize(objective, start, jac=True, method="L-BFGS-B", options=tolerances) for start in starts]
     best = min(ends, key=lambda end: end.fun)
     decrement = _newton_decrement(*terms(best.x), weights, delta)
     theta, alpha, beta = best.x, *best.x[3:]
     factors = np.exp(theta[:3] + np.array([0.0, alpha, beta]) * middle)
     total = best.fun / share
-    good = bool(decrement < CONVERGED and alpha > 0 and beta > 0 and np.all(np.isfinite(factors)))
+    inside = min(alpha, beta) > 0 and np.all(np.isfinite(factors)) and factors[0] > VANISHED * np.min(loss)
+    good = bool(decrement < CONVERGED and inside)
     return Law(*map(float, factors), float(alpha), float(beta), total, good, float(decrement))
 
 

@@ -129,8 +129,7 @@ def _result(rung: Rung, directory: Path, code: int, wall_s: float) -> dict[str, 
 
 
 def _last_line(directory: Path) -> str:
-    lines = (directory / "log.txt").read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return ["it said nothing", *(directory / "log.txt").read_text(errors="replace").strip().splitlines()][-1]
 
 
 def state_of(study_dir: str | Path, rung: Rung) -> str:

@@ -7,7 +7,6 @@ from gptjax.scaling.laws import DELTA, Law, fit_law
 from gptjax.scaling.table import Table
 
 LEVEL = 0.95
-
 Interval = tuple[float, float]
 
 
