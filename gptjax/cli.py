@@ -199,11 +199,21 @@ def data(args: list[str]) -> int:
     return _call(getattr(module, name.replace("-", "_")), f"gptjax data {name}", args[1:])
 
 
+@report_user_errors
+def scaling(args: list[str]) -> int:
+    """plan, run and fit a scaling study"""
+    from gptjax.scaling.commands import VERBS
+
+    name = _choose("gptjax scaling", _about(VERBS), args)
+    return 0 if name is None else _call(VERBS[name], f"gptjax scaling {name}", args[1:])
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "convert": convert,
     "data": data,
+    "scaling": scaling,
 }
 
 

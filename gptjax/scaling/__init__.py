@@ -1,0 +1,1 @@
+"""Scaling studies: plan a ladder of runs, carry it out, and fit its law."""

@@ -1,0 +1,92 @@
+"""Valleys of the loss at one budget: where each has its floor, and how the floor moves with the budget."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.interpolate import Akima1DInterpolator
+
+from gptjax.scaling.laws import PowerLaw, fit_power_law
+from gptjax.scaling.table import Table
+
+METHODS = ("akima", "parabola")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The model size of least loss at a budget.
+
+    Attributes:
+        params, tokens, loss: N*, D* and the curve's least loss; nan where refused.
+        refused: why there is no trustworthy minimum; empty where there is.
+    """
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    refused: str = ""
+
+
+def valleys(table: Table) -> Iterator[tuple[float, Table]]:
+    """Each budget with its rows by rising params; rows of one size (seeds, rates) are replaced by their best."""
+    budgets = table.budgets()
+    for budget in np.unique(budgets):
+        rows = table.take(budgets == budget)
+        rows = rows.take(np.lexsort((rows.loss, rows.params)))
+        yield float(budget), rows.take(np.unique(rows.params, return_index=True)[1])
+
+
+def find_floor(budget: float, rows: Table, method: str = "akima", neighbours: int | None = None) -> Floor:
+    """A valley's floor, on the loss over log N.
+
+    Args:
+        rows: one budget's runs by rising params.
+        method: `akima`, the least value of the Akima interpolant (Porian et al. 2024, arXiv 2406.19146, section 2);
+            `parabola`, the vertex of a parabola (Hoffmann et al. 2022, approach 2), which is biased where alpha
+            and beta differ.
+        neighbours: how many points on each side of the lowest the parabola uses; None: all.
+    """
+    x, y = np.log(rows.params), rows.loss
+
+    def refuse(reason: str) -> Floor:
+        return Floor(budget, np.nan, np.nan, np.nan, f"{budget:.3g} FLOPs: {reason}")
+
+    if len(x) < 4:
+        return refuse(f"{len(x)} sizes are too few for a minimum; train 4 or more")
+    low = int(y.argmin())
+    if low in (0, len(x) - 1):
+        side, remedy = ("smallest", "smaller") if low == 0 else ("largest", "larger")
+        return refuse(f"the {side} model, {rows.params[low]:.3g}, is the best: nothing straddles it; add {remedy}")
+    if method == "akima":
+        curve = Akima1DInterpolator(x, y)
+        fine = np.linspace(x[low - 1], x[low + 1], 4001)
+        at = fine[curve(fine).argmin()]
+        height = curve(at)
+    else:
+        near = slice(0, None) if neighbours is None else slice(max(0, low - neighbours), low + neighbours + 1)
+        parabola = np.polynomial.Polynomial.fit(x[near], y[near], 2, domain=[0, 1], window=[0, 1])
+        _, slope, bend = parabola.coef
+        if bend <= 0:
+            return refuse("the parabola is concave: it has no minimum; add sizes or seeds")
+        at = -slope / bend / 2
+        if not x[0] < at < x[-1]:
+            return refuse(f"the parabola's vertex, {np.exp(at):.3g}, lies outside the sizes trained; add sizes there")
+        height = parabola(at)
+    ratio = np.median(rows.flops / rows.params / rows.tokens)
+    params = float(np.exp(at))
+    return Floor(budget, params, budget / ratio / params, float(height))
+
+
+def find_floors(table: Table, method: str = "akima", neighbours: int | None = None) -> list[Floor]:
+    """The floor of every budget, refused ones included."""
+    return [find_floor(budget, rows, method, neighbours) for budget, rows in valleys(table)]
+
+
+def frontier(floors: list[Floor]) -> tuple[PowerLaw, PowerLaw] | None:
+    """N*(C) and D*(C) over the floors that stand; None with fewer than two."""
+    good = [floor for floor in floors if not floor.refused]
+    if len(good) < 2:
+        return None
+    flops, params, tokens = np.array([(f.flops, f.params, f.tokens) for f in good]).T
+    return fit_power_law(flops, params), fit_power_law(flops, tokens)

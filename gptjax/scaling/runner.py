@@ -1,0 +1,177 @@
+"""Carry out a study's rungs, each in a process of its own, and gather what they came to."""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+from gptjax.configfile import config_to_yaml
+from gptjax.errors import UserError
+from gptjax.metrics import read_metrics
+from gptjax.scaling.ladder import Rung
+from gptjax.trainer import STOPPED
+
+
+def rung_dir(study_dir: str | Path, rung_id: str) -> Path:
+    """A rung's directory, which is also its run's."""
+    return Path(study_dir, "rungs", rung_id)
+
+
+def read_result(study_dir: str | Path, rung_id: str) -> dict[str, Any] | None:
+    """A finished rung's result.json; None where it is not finished."""
+    path = rung_dir(study_dir, rung_id) / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Give the whole text its name at once, so that a file that is there is whole."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def run_rungs(study_dir: str | Path, rungs: list[Rung]) -> int:
+    """Carry out every rung that has no result yet; one that was killed goes on from its last checkpoint.
+
+    Returns:
+        exit code: 0 all have results; 75 a signal came and the rung at hand is saved; 1 a rung failed, or another
+        process is at it.
+    """
+    left_over = 0
+    for number, rung in enumerate(rungs, 1):
+        directory = rung_dir(study_dir, rung.id)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("w") as lock:
+            if not _take(lock):
+                print(f"[{number}/{len(rungs)}] {rung.id}: another process is at it", flush=True)
+                left_over += 1
+                continue
+            if read_result(study_dir, rung.id) is not None:
+                continue
+            began = time.perf_counter()
+            code = _train(rung, directory, lock)
+            if code == STOPPED:
+                print(f"stopped in rung {rung.id}; all is saved, and the same command goes on")
+                return STOPPED
+            result = _result(rung, directory, code, time.perf_counter() - began)
+            if result is None:
+                print(f"[{number}/{len(rungs)}] {rung.id} failed ({code}): {_last_line(directory)}", flush=True)
+                left_over += 1
+                continue
+            write_atomically(directory / "result.json", json.dumps(result, indent=1))
+            outcome = result["reason"] or f"loss {result['loss']:.4f}"
+            print(f"[{number}/{len(rungs)}] {rung.id} {rung.name}: {outcome}, {result['wall_s']:.0f} s", flush=True)
+    return 1 if left_over else 0
+
+
+def _take(lock: IO[str]) -> bool:
+    """Whether the lock is ours now. The training process inherits it: it lasts while either of the two lives."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _train(rung: Rung, directory: Path, lock: IO[str]) -> int:
+    """The exit code of the rung's training; signals that come meanwhile are handed on to it."""
+    write_atomically(directory / "rung.yaml", config_to_yaml(replace(rung.config, workdir=str(directory))))
+    command = [sys.executable, "-m", "gptjax", "train", str(directory / "rung.yaml")]
+    with (directory / "log.txt").open("a") as log:
+        child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()], start_new_session=True
+        )
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda number, frame: child.send_signal(number)) for number in numbers]
+        code = child.wait()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    return code
+
+
+def _result(rung: Rung, directory: Path, code: int, wall_s: float) -> dict[str, Any] | None:
+    """What result.json says; None where the training process failed for a reason other than its loss.
+
+    Diverged is what gave up after its first evaluation (exit code 2), skipped most steps, or learned nothing.
+    """
+    rows = read_metrics(directory) if (directory / "metrics.jsonl").exists() else []
+    losses = [row["val/loss"] for row in rows if "val/loss" in row]
+    if code not in (0, 2) or not losses:
+        return None
+    reason, steps = "", rung.config.train.total_steps
+    skipped = int(sum(row.get("skipped", 0) for row in rows))
+    if code == 2:
+        reason = f"diverged: {_last_line(directory).removeprefix('error: ')}"
+    elif skipped > steps / 2:
+        reason = f"diverged: {skipped} of {steps} steps had no finite gradient"
+    elif not losses[-1] < losses[0]:  # also where it is nan
+        reason = f"diverged: validation loss {losses[-1]:.4g} is not below the first, {losses[0]:.4g}"
+    model, train, optim = rung.config.model, rung.config.train, rung.config.optim
+    outcome = {"status": "diverged" if reason else "done", "reason": reason, "loss": None if reason else losses[-1]}
+    sizes = {"params": rung.params["matmul"], "tokens": rung.tokens, "flops": rung.flops}
+    sizes |= {f"params_{name}": count for name, count in rung.params.items()}
+    sizes |= {f"flops_6nd_{name}": 6 * count * rung.tokens for name, count in rung.params.items()}
+    asked = {"budget_flops": rung.budget_flops, "held_out": int(rung.held_out), "epochs": rung.epochs}
+    shape = {"n_layers": model.n_layers, "d_model": model.d_model, "n_heads": model.n_heads}
+    how = {"steps": train.total_steps, "batch_sequences": train.batch_sequences, "seed": rung.config.seed}
+    how |= {"peak_lr": optim.peak_lr, "warmup_steps": optim.warmup_steps}
+    made = {"fingerprint": rung.fingerprint, "wall_s": wall_s}
+    return {"id": rung.id, **outcome, **sizes, **asked, **shape, **how, **made}
+
+
+def _last_line(directory: Path) -> str:
+    return ["it said nothing", *(directory / "log.txt").read_text(errors="replace").strip().splitlines()][-1]
+
+
+def state_of(study_dir: str | Path, rung: Rung) -> str:
+    """done, diverged, `step S of T` (begun), or waiting."""
+    result = read_result(study_dir, rung.id)
+    if result is not None:
+        return result["status"]
+    path = rung_dir(study_dir, rung.id)
+    rows = read_metrics(path) if (path / "metrics.jsonl").exists() else []
+    return f"step {rows[-1]['step']} of {rung.config.train.total_steps}" if rows else "waiting"
+
+
+def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
+    """Every finished rung's result, diverged ones included, checked and written to table.csv.
+
+    Raises:
+        UserError: a result of a rung that the study no longer has, of other data, copied, or without a finite loss.
+    """
+    known = {rung.id for rung in rungs}
+    results = []
+    for path in sorted(Path(study_dir, "rungs").glob("*/result.json")):
+        result = json.loads(path.read_text())
+        if result["id"] != path.parent.name:
+            raise UserError(f"{path.parent} is a copy of rung {result['id']}: the same run twice; remove it")
+        results.append(result)
+    if not results:
+        raise UserError(f"{study_dir} has no finished rung yet; gptjax scaling run {study_dir}")
+    prints = sorted({result["fingerprint"] for result in results})
+    if len(prints) > 1:
+        raise UserError(f"rungs were trained on different data, {' and '.join(prints)}; fit each in its own study")
+    for result in results:
+        if result["id"] not in known:
+            raise UserError(
+                f"study.yaml, its base config or the data changed under finished rung {result['id']} "
+                f"({result['n_layers']}x{result['d_model']}); change it back, or remove rungs/{result['id']}"
+            )
+        if result["status"] == "done" and not math.isfinite(result["loss"]):
+            raise UserError(f"rung {result['id']} has loss {result['loss']}; remove its result.json and run it again")
+    results.sort(key=lambda result: (result["flops"], result["id"]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results)
+    write_atomically(Path(study_dir, "table.csv"), text.getvalue())
+    return results

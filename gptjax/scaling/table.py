@@ -1,0 +1,90 @@
+"""Tables of finished runs: what every law is fitted to."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.errors import UserError, nearest
+
+SAME_BUDGET = 1.1  # budgets within this factor of each other are one: steps are whole numbers
+
+
+@dataclass(frozen=True)
+class Table:
+    """Finished runs, one a row.
+
+    Attributes:
+        params, tokens, loss: [n], positive and finite.
+        flops: [n], of training.
+    """
+
+    params: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    flops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, rows: np.ndarray) -> "Table":
+        """The rows that a mask or an index array names."""
+        return Table(self.params[rows], self.tokens[rows], self.loss[rows], self.flops[rows])
+
+    def budgets(self) -> np.ndarray:
+        """[n], for each row the geometric mean of the FLOPs of all rows that spent about as much."""
+        order = np.argsort(self.flops, kind="stable")
+        log = np.log(self.flops[order])
+        group = np.concatenate([[0], np.cumsum(np.diff(log) > np.log(SAME_BUDGET))])
+        means = np.bincount(group, weights=log) / np.bincount(group)
+        budgets = np.empty(len(self))
+        budgets[order] = np.exp(means[group])
+        return budgets
+
+
+def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
+    """A CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
+
+    Of a study's table.csv, held-out and diverged rows are left out: no fit touches them.
+
+    Args:
+        params: the column of N, for a table that counts weights in several ways.
+        loss: the column of the loss.
+
+    Raises:
+        UserError: no such file or column, a value that is not a positive number, or the same run twice.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    rows = [row for row in rows if row.get("held_out", "0") != "1" and row.get("status", "done") == "done"]
+    if not rows:
+        raise UserError(f"table {str(path)!r} has no rows to fit; it needs columns params, tokens, loss")
+    names = [name for name in rows[0] if name is not None]
+    for name in (params, "tokens", loss):
+        if name not in names:
+            raise UserError(f"table {str(path)!r} has no column {name!r}{nearest(name, names)}")
+    N, D, L = (_numbers(rows, name, path) for name in (params, "tokens", loss))
+    flops = _numbers(rows, "flops", path) if "flops" in names else 6 * N * D
+    seen: dict[tuple[float, ...], int] = {}
+    for number, key in enumerate(zip(N, D, L, strict=True), 1):
+        if seen.setdefault(key, number) != number:
+            raise UserError(f"table {str(path)!r}: rows {seen[key]} and {number} are the same run; remove one")
+    return Table(N, D, L, flops)
+
+
+def _numbers(rows: list[dict[str, str]], name: str, path: str | Path) -> np.ndarray:
+    values = []
+    for number, row in enumerate(rows, 1):
+        try:
+            values.append(float(row[name]))
+        except (TypeError, ValueError):
+            values.append(np.nan)
+        if not 0 < values[-1] < np.inf:
+            raise UserError(
+                f"table {str(path)!r}, row {number}: {name} {row[name]!r} is not a positive number; drop it"
+            )
+    return np.array(values)

@@ -1,0 +1,53 @@
+"""How far a fit may be off: bootstrap intervals of its parameters and of the frontier."""
+
+import numpy as np
+
+from gptjax.scaling.isoflop import find_floors, frontier
+from gptjax.scaling.laws import DELTA, Law, fit_law
+from gptjax.scaling.table import Table
+
+LEVEL = 0.95
+Interval = tuple[float, float]
+
+
+def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA, seed: int = 0) -> list[Law]:
+    """The law fitted again to randomly reweighted rows: the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9).
+
+    Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
+    """
+    rng = np.random.default_rng(seed)
+    rows, start = (table.params, table.tokens, table.loss), [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
+    return [fit_law(*rows, delta, rng.exponential(size=len(table)), start) for _ in range(resamples)]
+
+
+def interval(values: list[float] | np.ndarray) -> Interval:
+    """The middle LEVEL of the values."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def law_intervals(laws: list[Law]) -> dict[str, Interval]:
+    """An interval for each parameter, and for the exponent of N*(C)."""
+    names = ("E", "A", "B", "alpha", "beta", "exponent")
+    return {name: interval([getattr(law, name) for law in laws]) for name in names}
+
+
+def noise(law: Law, table: Table) -> float:
+    """Standard deviation of log loss about the law, from the median deviation so that outliers do not set it."""
+    residual = np.log(table.loss / law.loss(table.params, table.tokens))
+    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(table) / max(1, len(table) - 5)))
+
+
+def frontier_intervals(table: Table, method: str, std: float, resamples: int = 200, seed: int = 0) -> list[Interval]:
+    """Intervals of the exponents of N*(C) and D*(C) when each loss is off by `std` of its logarithm.
+
+    Returns:
+        two intervals; none where fewer than nine in ten disturbed tables have a frontier.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        disturbed = table.loss * np.exp(std * rng.normal(size=len(table)))
+        lines = frontier(find_floors(Table(table.params, table.tokens, disturbed, table.flops), method))
+        found += [] if lines is None else [[line.exponent for line in lines]]
+    return [interval(column) for column in np.array(found).T] if len(found) >= 0.9 * resamples else []

@@ -1,0 +1,248 @@
+"""A study from its file to its table: strict keys, exact rungs, killed runs, and results that are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_script
+
+pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
+
+from gptjax.errors import UserError
+from gptjax.nn.transformer import flops_per_token
+from gptjax.scaling.ladder import Rung, describe_plan, make_rungs, warnings
+from gptjax.scaling.runner import collect, read_result, rung_dir, state_of
+from gptjax.scaling.study import load_study
+from gptjax.scaling.table import read_table
+
+LADDER = [{"n_layers": 1, "d_model": 16 * n, "n_heads": 2} for n in (1, 2, 3)]
+
+
+@pytest.fixture
+def make_study(tmp_path, corpus_file, token_cache):
+    """Write a study of tiny models, changed by keyword, and return its directory."""
+
+    def make(name: str = "study", run: dict | None = None, **changes) -> Path:
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        config = {
+            "data": {"path": str(corpus_file), "tokenizer": "byte", "cache_dir": str(token_cache)},
+            "model": {**LADDER[0], "context_length": 32, "positions": "rope", "bias": False},
+            "train": {"batch_sequences": 4, "eval_sequences": 8, "log_interval_steps": 1},
+            "checkpoint": {"save_interval_steps": 20},
+            "optim": {"peak_lr": 0.003},
+            **(run or {}),
+        }
+        study = {"base": "base.yaml", "ladder": LADDER, "budgets": {"flops": [1e9, 1e10]}, "warmup_frac": 0.05}
+        (directory / "base.yaml").write_text(yaml.safe_dump(config))
+        (directory / "study.yaml").write_text(yaml.safe_dump(study | changes))
+        return directory
+
+    return make
+
+
+def rungs_of(directory: Path) -> list[Rung]:
+    return make_rungs(load_study(directory))
+
+
+# ---- the file
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"laddder": []}, "unknown key 'laddder'; did you mean 'ladder'"),
+        ({"budgets": {"flop": [1e9]}}, "unknown key 'budgets.flop'; did you mean 'flops'"),
+        ({"ladder": [{"n_layers": 1, "d_modle": 16, "n_heads": 2}]}, "unknown key 'ladder.d_modle'"),
+        (
+            {"budgets": {"flops": [1e9], "held_out": [{"flops": 1e9, "shape": {"n_layer": 1}}]}},
+            "unknown key 'budgets.held_out.shape.n_layer'",
+        ),
+        ({"budgets": {}}, "budgets are empty"),
+        ({"budgets": {"flops": [-1.0]}}, "budgets.flops -1.0 must be positive"),
+        ({"budgets": {"flops": ["many"]}}, "study.yaml"),
+        ({"warmup_frac": 1.5}, "warmup_frac 1.5"),
+        ({"ladder": []}, "ladder is empty"),
+        ({"base": "none.yaml"}, "cannot read config file"),
+        ({"ladder": [LADDER[0], LADDER[0]]}, "two rungs are the same"),
+        ({"ladder": [{"n_layers": 1, "d_model": 16, "n_heads": 3}]}, "does not divide model.d_model 16"),
+    ],
+)
+def test_a_study_file_that_cannot_be_is_refused(make_study, changes, said):
+    with pytest.raises(UserError) as error:
+        rungs_of(make_study(**changes))
+    assert said in str(error.value)
+
+
+def test_rungs_spend_their_budgets_in_whole_steps(make_study):
+    rungs = rungs_of(make_study(sweeps={"peak_lr": [0.001, 0.01], "seeds": [1, 2]}))
+    assert len(rungs) == 3 * 2 * 2 * 2
+    assert [rung.flops for rung in rungs] == sorted(rung.flops for rung in rungs)
+    assert len({rung.id for rung in rungs}) == len(rungs)
+    for rung in rungs:
+        step = flops_per_token(rung.config.model) * 4 * 32
+        assert rung.flops == rung.config.train.total_steps * step
+        assert abs(rung.flops - rung.budget_flops) <= step / 2
+        assert rung.tokens == rung.config.train.total_steps * 4 * 32
+        assert rung.config.optim.warmup_steps == round(0.05 * rung.config.train.total_steps)
+        m = rung.config.model
+        by_hand = 12 * m.d_model**2 + 2 * m.d_model  # attention 4 D^2, MLP 8 D^2, two norms; 256 bytes and an end
+        assert rung.params == {
+            "blocks": by_hand,
+            "matmul": by_hand + 257 * m.d_model,
+            "total": by_hand + 257 * m.d_model + m.d_model,  # the tied embedding once, and the last norm
+        }
+
+
+def test_budgets_by_ratio_and_by_tokens(make_study):
+    by_ratio = rungs_of(make_study(budgets={"tokens_per_param": [20]}))
+    assert all(rung.tokens / rung.params["matmul"] == pytest.approx(20, rel=0.01) for rung in by_ratio)
+    by_tokens = rungs_of(make_study(budgets={"tokens": [64000]}))
+    assert all(rung.tokens == 64000 for rung in by_tokens)
+
+
+def test_an_id_follows_what_decides_the_result_and_nothing_else(make_study, corpus_file, tmp_path):
+    ids = {rung.id for rung in rungs_of(make_study())}
+    moved = tmp_path / "moved" / corpus_file.name
+    moved.parent.mkdir()
+    moved.write_bytes(corpus_file.read_bytes())
+    data = {"path": str(moved), "tokenizer": "byte", "cache_dir": str(tmp_path / "elsewhere")}
+    carried_out_otherwise = {"data": data, "checkpoint": {"save_interval_steps": 7}, "mesh": {"data": 1}}
+    assert {rung.id for rung in rungs_of(make_study("a", carried_out_otherwise))} == ids
+    moved.write_bytes(corpus_file.read_bytes() + b"one more line")
+    for base in ({"data": data}, {"optim": {"peak_lr": 0.004}}, {"seed": 3}):
+        assert not ids & {rung.id for rung in rungs_of(make_study("b", base))}
+
+
+def test_what_would_spoil_the_law_is_said_beforehand(make_study):
+    directory = make_study(budgets={"flops": [1e9, 2e9]}, warmup_frac=0.3, limits={"epochs": 0.1})
+    said = "\n".join(warnings(load_study(directory), rungs_of(directory)))
+    for piece in ("steps are few", "warm-up takes 30% of", "epochs; repeated data", "less than a decade"):
+        assert piece in said
+    assert "do not straddle the usual 20; add smaller shapes" in said
+
+
+def test_a_study_beyond_its_limit_is_refused(make_study):
+    directory = make_study(limits={"total_flops": 2e10}, flops_per_s=1e9, usd_per_hour=3600)
+    with pytest.raises(UserError, match=r"over limits\.total_flops"):
+        describe_plan(load_study(directory), rungs_of(directory))
+    allowed = make_study(limits={"total_flops": 4e10}, flops_per_s=1e9, usd_per_hour=3600)
+    values, _ = describe_plan(load_study(allowed), rungs_of(allowed))
+    assert values["usd"] == pytest.approx(33, rel=0.05)  # 33e9 FLOPs at one USD for 1e9
+
+
+# ---- results
+
+
+def finish(directory: Path, rungs: list[Rung], **changes) -> None:
+    """Write results as a run leaves them."""
+    for number, rung in enumerate(rungs):
+        result = {
+            "id": rung.id,
+            "status": "done",
+            "reason": "",
+            "loss": 3.0 + 0.01 * number,
+            "params": rung.params["matmul"],
+            "tokens": rung.tokens,
+            "flops": rung.flops,
+            "held_out": int(rung.held_out),
+            "n_layers": 1,
+            "d_model": rung.config.model.d_model,
+            "fingerprint": rung.fingerprint,
+        }
+        path = rung_dir(directory, rung.id)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "result.json").write_text(json.dumps(result | changes))
+
+
+def test_no_fit_reads_held_out_or_diverged_rungs(make_study):
+    held = {"flops": 1e11, "shape": {"n_layers": 1, "d_model": 64, "n_heads": 2}}
+    directory = make_study(budgets={"flops": [1e9, 1e10], "held_out": [held]})
+    rungs = rungs_of(directory)
+    assert [rung.held_out for rung in rungs] == [False] * 6 + [True]
+    finish(directory, rungs)
+    finish(directory, rungs[:1], status="diverged", loss=None)
+    assert len(collect(directory, rungs)) == 7
+    table = read_table(directory / "table.csv")
+    assert list(table.flops) == [rung.flops for rung in rungs[1:6]]
+    assert len((directory / "table.csv").read_text().splitlines()) == 8  # recorded all the same
+
+
+def test_results_that_do_not_belong_together_are_refused(make_study):
+    directory = make_study()
+    rungs = rungs_of(directory)
+    with pytest.raises(UserError, match="no finished rung yet"):
+        collect(directory, rungs)
+
+    finish(directory, rungs)
+    finish(directory, rungs[:1], fingerprint="other")
+    with pytest.raises(UserError, match="trained on different data"):
+        collect(directory, rungs)
+
+    finish(directory, rungs)
+    finish(directory, rungs[:1], loss=float("nan"))
+    with pytest.raises(UserError, match="has loss nan"):
+        collect(directory, rungs)
+
+    finish(directory, rungs)
+    with pytest.raises(UserError, match=r"changed under finished rung .*; change it back"):
+        collect(directory, rungs_of(make_study(warmup_frac=0.1)))
+
+    copied = rung_dir(directory, "copied")
+    copied.mkdir()
+    (copied / "result.json").write_bytes((rung_dir(directory, rungs[0].id) / "result.json").read_bytes())
+    with pytest.raises(UserError, match=f"copy of rung {rungs[0].id}"):
+        collect(directory, rungs)
+
+
+def test_a_fit_refuses_a_table_that_lacks_results(make_study):
+    directory = make_study()
+    finish(directory, rungs_of(directory))
+    result = run_script("-m", "gptjax", "scaling", "fit", "--study", directory)
+    assert result.returncode == 2
+    assert "lacks the newest results; gptjax scaling collect" in result.stderr
+
+
+# ---- whole studies
+
+
+@pytest.mark.slow
+def test_a_study_killed_and_started_again_gives_the_same_results(make_study):
+    """Two rungs, one of which diverges; one study straight through, the other stopped in the midst."""
+    changes = {"ladder": LADDER[:1], "budgets": {"tokens": [12800]}, "sweeps": {"peak_lr": [0.003, 1e30]}}
+    straight, killed = make_study("straight", **changes), make_study("killed", **changes)
+    done = run_script("-m", "gptjax", "scaling", "run", straight)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    rungs = rungs_of(killed)
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gptjax", "scaling", "run", str(killed)]
+    running = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not any(begun(killed, rung) for rung in rungs):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)  # handed on to the rung, which saves
+    assert running.wait(timeout=200) == 75
+    assert not all(read_result(killed, rung.id) for rung in rungs)
+
+    again = run_script("-m", "gptjax", "scaling", "run", killed)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert any("going on after step" in (rung_dir(killed, rung.id) / "log.txt").read_text() for rung in rungs)
+    states = {rung.config.optim.peak_lr: state_of(killed, rung) for rung in rungs}
+    assert states == {0.003: "done", 1e30: "diverged"}
+    for rung in rungs:
+        one, other = read_result(straight, rung.id), read_result(killed, rung.id)
+        assert {**one, "wall_s": 0} == {**other, "wall_s": 0}
+    assert len(read_table(killed / "table.csv")) == 1
+
+
+def begun(directory: Path, rung: Rung) -> bool:
+    state = state_of(directory, rung)
+    return state.startswith("step") and int(state.split()[1]) >= 5
