@@ -113,7 +113,7 @@ def test_more_steps_go_on_from_the_last(straight, tiny_run, tmp_path):
     assert losses(workdir)[-1]["step"] == 33
 
 
-@pytest.mark.parametrize("damage", ["truncated", "removed"])
+@pytest.mark.parametrize("damage", ["truncated", pytest.param("removed", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tiny_run, tmp_path, damage):
     workdir = copy_of(straight, tmp_path)
     for path in (workdir / "checkpoints" / "30" / "params").rglob("*"):
