@@ -10,7 +10,7 @@ from typing import Any
 
 from gptjax.config import Config, ModelConfig
 from gptjax.configfile import config_to_yaml, load_config
-from gptjax.data import Corpus, load_corpus
+from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import UserError
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.scaling.study import Shape, Study
@@ -127,7 +127,7 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
         checkpoint=dataclasses.replace(config.checkpoint, keep_last=1, keep_best=False),
     )
     name, N = _rung_id(config, corpus.fingerprint), conventions(config.model)
-    epochs = steps * _tokens_per_step(config) / len(corpus.train)
+    epochs = steps * _tokens_per_step(config) / corpus.train_tokens
     return Rung(name, config, corpus.fingerprint, N, steps * per_step, flops, epochs, held_out)
 
 
