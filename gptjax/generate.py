@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import ModelConfig
-from gptjax.configfile import config_from_dict
 from gptjax.errors import UserError
 from gptjax.nn.layers import KVCache
 from gptjax.nn.transformer import Params, abstract_model, bind, logits
-from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
+from gptjax.tokenizers import Tokenizer
 
 UNWRITTEN = np.iinfo(np.int32).max  # the position of a slot that is not yet written
 CHUNK = 32  # tokens between two looks from Python: for streaming, and to stop when all sequences have ended
@@ -279,28 +277,3 @@ class LanguageModel:
 
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def load_run(workdir: str) -> LanguageModel:
-    """The model of a run's newest readable checkpoint; its moving average where it has one.
-
-    Raises:
-        UserError: no checkpoint there, or none that can be read.
-    """
-    checkpoints = Checkpoints(workdir)
-
-    def read(step: int) -> LanguageModel:
-        meta = checkpoints.meta(step)
-        config = config_from_dict(meta["config"]).model
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract_model(config)[1]
-        )
-        tokenizer = tokenizer_from_dict(meta["tokenizer"])
-        return LanguageModel(config, checkpoints.restore_params(step, abstract), tokenizer)
-
-    found = newest_readable(checkpoints, read)
-    checkpoints.close()
-    if found is None:
-        raise UserError(f"{workdir!r} holds no checkpoint; train first, or give the directory of a run")
-    return found[1]

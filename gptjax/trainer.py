@@ -22,11 +22,11 @@ from tqdm import tqdm
 from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
-from gptjax.convert import initial_model
+from gptjax.convert import initial_model, load
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import Corpus, Source, load_corpus
 from gptjax.errors import UserError
-from gptjax.generate import Sampling, load_run
+from gptjax.generate import Sampling
 from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.sharding import make_mesh
@@ -357,6 +357,6 @@ def conclude(t: Trainable, report: Report) -> None:
     final = [f"{name} {last[name]:.4f}" for name in ("train/loss", "val/loss") if name in last]
     report.say("  ".join([f"done: {last['step']} steps", *final]))
     if jax.process_count() == 1:
-        sample = load_run(workdir).complete([""], 700, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
+        sample = load(workdir).complete([""], 700, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
         report.say(f"\n{sample.text}\n")
     report.say(f"python sample.py {workdir} --prompt '...'    samples more; the loss is drawn in {workdir}/loss.png")
