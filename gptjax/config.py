@@ -5,39 +5,10 @@ of virtual CPU devices must be fixed before JAX starts.
 """
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from gptjax.errors import UserError
-
-
-def _check(good: bool, name: str, value: Any, what: str) -> None:
-    if not good:
-        raise UserError(f"{name} {value} {what}")
-
-
-def _check_at_least(least: int, section: str, config: Any, name: str) -> None:
-    value = getattr(config, name)
-    _check(value is None or value >= least, f"{section}.{name}", value, f"must be at least {least}")
-
-
-def _check_positive(section: str, config: Any, name: str) -> None:
-    value = getattr(config, name)
-    _check(value is None or 0 < value < math.inf, f"{section}.{name}", value, "must be a number above 0")
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+from gptjax.checks import check, check_at_least, check_positive, divisors, is_pattern
 
 
 @dataclass(frozen=True)
@@ -124,31 +95,31 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "context_length", "vocab_multiple", "vocab_size"):
-            _check_at_least(1, "model", self, name)
+            check_at_least(1, "model", self, name)
         for name in ("n_kv_heads", "head_dim", "d_mlp"):
-            _check_at_least(1, "model", self, name)
+            check_at_least(1, "model", self, name)
         for name in ("rope_theta", "norm_eps", "logit_softcap"):
-            _check_positive("model", self, name)
-        _check(
+            check_positive("model", self, name)
+        check(
             self.head_dim is not None or self.d_model % self.n_heads == 0,
             "model.n_heads",
             self.n_heads,
-            f"does not divide model.d_model {self.d_model}; choose one of {_divisors(self.d_model)} "
+            f"does not divide model.d_model {self.d_model}; choose one of {divisors(self.d_model)} "
             "or set model.head_dim",
         )
-        _check(
+        check(
             self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0,
             "model.n_kv_heads",
             self.n_kv_heads,
-            f"does not divide model.n_heads {self.n_heads}; choose one of {_divisors(self.n_heads)}",
+            f"does not divide model.n_heads {self.n_heads}; choose one of {divisors(self.n_heads)}",
         )
-        _check(
+        check(
             self.positions == "learned" or self.d_head % 2 == 0,
             "model.head_dim",
             self.d_head,
             "is odd: rotary positions turn pairs, so make it even",
         )
-        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
 
     @property
     def kv_heads(self) -> int:
@@ -190,8 +161,8 @@ class MixtureSource:
 
     def __post_init__(self):
         for step, weight in {0: self.weight, **self.weight_from}.items():
-            _check(weight >= 0, "data.mixture weight", weight, f"of {self.path} must not be negative")
-            _check(step >= 0, "data.mixture weight_from", step, f"of {self.path} is not a step")
+            check(weight >= 0, "data.mixture weight", weight, f"of {self.path} must not be negative")
+            check(step >= 0, "data.mixture weight_from", step, f"of {self.path} is not a step")
 
     @property
     def label(self) -> str:
@@ -235,14 +206,14 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        _check(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "must lie between 0 and 1")
-        _check(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
-        _check(self.workers >= 0, "data.workers", self.workers, "must not be negative")
+        check(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "must lie between 0 and 1")
+        check(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
+        check(self.workers >= 0, "data.workers", self.workers, "must not be negative")
         labels = [source.label for source in self.mixture]
         for label in labels:
-            _check(labels.count(label) == 1, "data.mixture name", label, "is there twice; give one another name")
+            check(labels.count(label) == 1, "data.mixture name", label, "is there twice; give one another name")
         for step, weights in self.mixture_schedule:
-            _check(sum(weights) > 0, "data.mixture", f"at step {step}", "has no weight above 0")
+            check(sum(weights) > 0, "data.mixture", f"at step {step}", "has no weight above 0")
 
     @property
     def mixture_schedule(self) -> list[tuple[int, list[float]]]:
@@ -292,18 +263,18 @@ class OptimConfig:
 
     def __post_init__(self):
         for name in ("peak_lr", "eps", "clip_norm"):
-            _check_positive("optim", self, name)
+            check_positive("optim", self, name)
         for name in ("final_lr_frac", "weight_decay"):
-            _check_at_least(0, "optim", self, name)
+            check_at_least(0, "optim", self, name)
         for pattern, scale in self.lr_scales.items():
-            _check(scale >= 0, f"optim.lr_scales {pattern!r}", scale, "must not be negative")
-            _check(_is_pattern(pattern), "optim.lr_scales", repr(pattern), "is not a regular expression")
-        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
-        _check(0 < self.decay_frac <= 1, "optim.decay_frac", self.decay_frac, "must lie in (0, 1]")
+            check(scale >= 0, f"optim.lr_scales {pattern!r}", scale, "must not be negative")
+            check(is_pattern(pattern), "optim.lr_scales", repr(pattern), "is not a regular expression")
+        check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        check(0 < self.decay_frac <= 1, "optim.decay_frac", self.decay_frac, "must lie in (0, 1]")
         for name in ("b1", "b2", "momentum"):
-            _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+            check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
         if self.ema_decay is not None:
-            _check(0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie between 0 and 1")
+            check(0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -332,11 +303,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("total_steps", "batch_sequences", "microbatches", "loss_chunks", "log_interval_steps"):
-            _check_at_least(1, "train", self, name)
+            check_at_least(1, "train", self, name)
         for name in ("eval_interval_steps", "eval_sequences"):
-            _check_at_least(1, "train", self, name)
-        _check_at_least(0, "train", self, "z_loss")
-        _check(
+            check_at_least(1, "train", self, name)
+        check_at_least(0, "train", self, "z_loss")
+        check(
             self.batch_sequences % self.microbatches == 0,
             "train.microbatches",
             self.microbatches,
@@ -360,7 +331,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for name in ("save_interval_steps", "keep_last"):
-            _check_at_least(1, "checkpoint", self, name)
+            check_at_least(1, "checkpoint", self, name)
 
 
 @dataclass(frozen=True)
@@ -388,15 +359,15 @@ class MeshConfig:
 
     def __post_init__(self):
         for name, size in self.axes.items():
-            _check(size >= 1 or size == -1, f"mesh.{name}", size, "must be at least 1, or -1 for what is left")
-        _check(
+            check(size >= 1 or size == -1, f"mesh.{name}", size, "must be at least 1, or -1 for what is left")
+        check(
             list(self.axes.values()).count(-1) <= 1,
             "mesh",
             self.axes,
             "has -1 twice; only one axis can be the rest",
         )
-        _check_at_least(1, "mesh", self, "cpu_devices")
-        _check((self.cpu_devices or 1) <= 512, "mesh.cpu_devices", self.cpu_devices, "must be at most 512")
+        check_at_least(1, "mesh", self, "cpu_devices")
+        check((self.cpu_devices or 1) <= 512, "mesh.cpu_devices", self.cpu_devices, "must be at most 512")
 
 
 @dataclass(frozen=True)
@@ -415,7 +386,7 @@ class DistributedConfig:
 
     def __post_init__(self):
         given = [self.coordinator, self.num_processes, self.process_id]
-        _check(
+        check(
             all(v is None for v in given) or all(v is not None for v in given),
             "distributed",
             dataclasses.asdict(self),
@@ -462,8 +433,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        _check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
-        _check(
+        check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
+        check(
             self.model.context_length % self.train.loss_chunks == 0,
             "train.loss_chunks",
             self.train.loss_chunks,
@@ -477,7 +448,7 @@ class Config:
         if self.profile is None:
             return range(0)
         start, _, stop = self.profile.partition(":")
-        _check(
+        check(
             start.isdecimal() and stop.isdecimal() and 1 <= int(start) < int(stop) <= self.train.total_steps + 1,
             "profile",
             self.profile,

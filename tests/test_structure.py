@@ -13,6 +13,7 @@ PACKAGE = ROOT / "gptjax"
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
     ["errors", "presets"],
+    ["checks"],
     ["config"],
     ["configfile", "sharding", "tokenizers", "process"],
     ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
@@ -83,9 +84,9 @@ def test_the_core_is_at_most_3000_lines_and_each_application_1200():
     sizes: dict[str, int] = {}
     for name, path in modules().items():
         sizes[room(name)] = sizes.get(room(name), 0) + len(path.read_text().splitlines())
-    applications = FLOORS[9]
+    applications = FLOORS[10]
     assert all(sizes.get(name, 0) <= 1200 for name in applications)
-    core = {name for floor in FLOORS[:9] for name in floor} - {"convert", "data", "tokenizers"}
+    core = {name for floor in FLOORS[:10] for name in floor} - {"convert", "data", "tokenizers"}
     assert sum(sizes.get(name, 0) for name in core) <= 3000
 
 

@@ -1,0 +1,35 @@
+"""Range checks of a config's values, each an error that names the key, the value and what would be right."""
+
+import math
+import re
+from typing import Any
+
+from gptjax.errors import UserError
+
+
+def check(good: bool, name: str, value: Any, what: str) -> None:
+    """Raise UserError unless good."""
+    if not good:
+        raise UserError(f"{name} {value} {what}")
+
+
+def check_at_least(least: int, section: str, config: Any, name: str) -> None:
+    value = getattr(config, name)
+    check(value is None or value >= least, f"{section}.{name}", value, f"must be at least {least}")
+
+
+def check_positive(section: str, config: Any, name: str) -> None:
+    value = getattr(config, name)
+    check(value is None or 0 < value < math.inf, f"{section}.{name}", value, "must be a number above 0")
+
+
+def is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
