@@ -1,0 +1,163 @@
+"""One side of a comparison: build the work, then do a turn of it for every line that comes in.
+
+python -m gptjax.bench.worker '{"side": "gptjax", "work": "train", "size": "tiny", ...}'
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# GPT-2's shape throughout, so that both sides are the same model. tiny: nanoGPT's for a CPU; baby: its "baby GPT".
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"n_layers": 4, "n_heads": 4, "d_model": 128, "context_length": 64, "vocab_size": 65},
+    "baby": {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": 256, "vocab_size": 65},
+    "gpt2": {"n_layers": 12, "n_heads": 12, "d_model": 768, "context_length": 1024, "vocab_size": 50257},
+}
+ADAMW = {"peak_lr": 6e-4, "b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0, "schedule": "constant"}
+PROMPT_TOKENS = 16
+
+Turn = Callable[[], None]
+
+
+def random_ids(job: dict[str, Any], length: int) -> np.ndarray:
+    """[batch, length] int32, the same for both sides."""
+    return np.random.default_rng(0).integers(0, SIZES[job["size"]]["vocab_size"], (job["batch"], length), np.int32)
+
+
+def train_ours(job: dict[str, Any]) -> Turn:
+    """Steps of the trainer's own compiled step, batches put on the device as its loop does."""
+    from gptjax.configfile import config_from_dict
+    from gptjax.process import prepare_process
+
+    model = {**SIZES[job["size"]], "context_length": job["context"], "vocab_multiple": 1, "dtype": job["dtype"]}
+    values = {"workdir": "-", "model": model, "train": {"batch_sequences": job["batch"]}, "optim": ADAMW}
+    cfg = config_from_dict({**values, "mesh": {"cpu_devices": job["cpu_devices"]}})
+    prepare_process(cfg.mesh.cpu_devices)
+    import jax
+
+    from gptjax.sharding import make_mesh
+    from gptjax.step import init_state, make_train_step, make_trainable
+
+    t = make_trainable(cfg, make_mesh(cfg.mesh.axes))
+    step, state = make_train_step(t), init_state(t)
+    ids = random_ids(job, job["context"] + 1)
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": np.ones_like(ids[:, 1:], np.float32)}
+
+    def turn() -> None:
+        nonlocal state
+        for _ in range(job["steps"]):
+            state, _ = step(state, jax.device_put(batch, t.batch_sharding))
+        jax.block_until_ready(state)
+
+    return turn
+
+
+def _peer_model(job: dict[str, Any], context: int) -> Any:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = SIZES[job["size"]]
+    config = GPT2Config(
+        n_layer=size["n_layers"],
+        n_head=size["n_heads"],
+        n_embd=size["d_model"],
+        n_positions=context,
+        vocab_size=size["vocab_size"],
+        bos_token_id=None,
+        eos_token_id=None,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+    model = GPT2LMHeadModel(config).to(getattr(torch, job["dtype"]))
+    return torch.compile(model) if job["side"] == "hf-compile" else model
+
+
+def train_peer(job: dict[str, Any]) -> Turn:
+    """The same steps by transformers and PyTorch's AdamW."""
+    import torch
+
+    model = _peer_model(job, job["context"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=ADAMW["peak_lr"], betas=(ADAMW["b1"], ADAMW["b2"]), weight_decay=ADAMW["weight_decay"]
+    )
+    ids = torch.from_numpy(random_ids(job, job["context"]).astype(np.int64))
+
+    def turn() -> None:
+        for _ in range(job["steps"]):
+            model(ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["clip_norm"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return turn
+
+
+def sample_ours(job: dict[str, Any]) -> Turn:
+    """Greedy continuations by LanguageModel.complete, text in and text out."""
+    from gptjax.configfile import config_from_dict
+    from gptjax.process import prepare_process
+
+    prepare_process()
+    import jax
+
+    from gptjax.generate import LanguageModel, Sampling
+    from gptjax.nn.transformer import init_params
+    from gptjax.tokenizers import CharTokenizer
+
+    cfg = config_from_dict({"model": {**SIZES[job["size"]], "dtype": job["dtype"]}}).model
+    alphabet = "".join(chr(0x10000 + i) for i in range(cfg.vocab_size))  # one character a token, whatever the size
+    params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+    lm = LanguageModel(cfg, params, CharTokenizer(alphabet))
+    prompts = [lm.tokenizer.decode(row) for row in random_ids(job, PROMPT_TOKENS).tolist()]
+    return lambda: lm.complete(prompts, job["new_tokens"], Sampling(temperature=0)) and None
+
+
+def sample_peer(job: dict[str, Any]) -> Turn:
+    """The same by transformers' generate, ids in and ids out."""
+    import torch
+
+    model = _peer_model(job, SIZES[job["size"]]["context_length"]).eval()
+    ids = torch.from_numpy(random_ids(job, PROMPT_TOKENS).astype(np.int64))
+    ones = torch.ones_like(ids)
+
+    def turn() -> None:
+        model.generate(ids, attention_mask=ones, max_new_tokens=job["new_tokens"], do_sample=False, pad_token_id=0)
+
+    return turn
+
+
+WORK = {
+    ("train", "gptjax"): train_ours,
+    ("train", "hf"): train_peer,
+    ("train", "hf-compile"): train_peer,
+    ("sample", "gptjax"): sample_ours,
+    ("sample", "hf"): sample_peer,
+}
+
+
+def main() -> None:
+    """Answer each line of standard input with the seconds of a turn; at its end, say the peak memory."""
+    job = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    turn = WORK[job["work"], job["side"]](job)
+    answer(ready=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        turn()
+        answer(seconds=time.perf_counter() - began)
+    answer(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main()
