@@ -61,7 +61,12 @@ class ModelConfig:
             projections and an untied head at zero, other matrices at 1 / sqrt(fan_in).
         dropout: probability at the embedding and at each residual branch.
         dtype: of the matmuls. Weights, norms, softmax and loss are float32 always.
-        remat: what the backward pass recomputes: nothing, all but the matmuls' outputs, or everything in a block.
+        attention: how it is computed; auto means the best way on the devices and the mesh of a run
+            (nn/transformer.py:BACKENDS).
+        remat: what the backward pass recomputes of a block: nothing, all but the matmuls' outputs, everything, all
+            but the tensors of remat_names (named), or the same with these kept in the host's memory (offload).
+        remat_names: block_input is the residual stream, qkv goes into attention, attention comes out of it, mlp is
+            the MLP's first product.
         scan_layers: compile one block and loop over it; null means except on CPUs, where it is slower.
     """
 
@@ -90,7 +95,9 @@ class ModelConfig:
     init: Literal["gpt2", "zero"] = "gpt2"
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash", "ring"] = "auto"
+    remat: Literal["none", "dots", "full", "named", "offload"] = "none"
+    remat_names: tuple[Literal["block_input", "qkv", "attention", "mlp"], ...] = ("attention",)
     scan_layers: bool | None = None
 
     def __post_init__(self):
@@ -240,6 +247,7 @@ class OptimConfig:
         b2: decay of Adam's second moment.
         eps: added to Adam's denominator.
         momentum: of Muon (Nesterov).
+        moments_dtype: in which the moments are kept between steps; bfloat16 halves their memory.
         weight_decay: decoupled, times the learning rate, on matrices; norms, biases and embeddings of
             positions are spared.
         clip_norm: largest global norm of the gradient; null means no clipping.
@@ -257,6 +265,7 @@ class OptimConfig:
     b2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
@@ -273,6 +282,12 @@ class OptimConfig:
         check(0 < self.decay_frac <= 1, "optim.decay_frac", self.decay_frac, "must lie in (0, 1]")
         for name in ("b1", "b2", "momentum"):
             check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+            check(
+                self.moments_dtype == "float32" or getattr(self, name) <= 0.99,
+                f"optim.{name}",
+                getattr(self, name),
+                "changes a moment by less than bfloat16 resolves; lower it to 0.99, or make moments_dtype float32",
+            )
         if self.ema_decay is not None:
             check(0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie between 0 and 1")
 
@@ -343,6 +358,7 @@ class MeshConfig:
         fsdp: parts that weights and optimizer state are cut into, each with its share of the batch.
         tensor: parts that heads, MLP and vocabulary are cut into.
         context: parts that the sequence is cut into.
+        slices: groups of devices that only a data-centre network joins (TPU slices, GPU nodes), along `data`.
         cpu_devices: virtual devices on a CPU; null means one.
     """
 
@@ -350,6 +366,7 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    slices: int = 1
     cpu_devices: int | None = None
 
     @property
@@ -367,6 +384,7 @@ class MeshConfig:
             "has -1 twice; only one axis can be the rest",
         )
         check_at_least(1, "mesh", self, "cpu_devices")
+        check_at_least(1, "mesh", self, "slices")
         check((self.cpu_devices or 1) <= 512, "mesh.cpu_devices", self.cpu_devices, "must be at most 512")
 
 

@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     *("workdir", "profile", "mesh", "distributed", "log", "checkpoint", "init_from", "train.total_steps"),
     *("train.log_interval_steps", "train.eval_interval_steps", "train.eval_sequences", "data.cache_dir"),
     *("data.prefetch_batches", "data.workers", "data.change_mixture", "model.scan_layers", "model.preset"),
+    *("model.attention", "model.remat", "model.remat_names"),
 )
 
 

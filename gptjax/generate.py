@@ -5,6 +5,7 @@ attends to. A slot of the cache that is not yet written has a position later tha
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ class LanguageModel:
 
     def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer):
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.graphdef = abstract_model(config)[0]
+        self.graphdef = abstract_model(replace(config, attention="reference"))[0]
         self._logits = jax.jit(self._full_logits)
         self._prefill = jax.jit(self._prefill_from, static_argnames="slots")
         self._decode = jax.jit(self._decode_chunk, static_argnames=("sampling", "n"), donate_argnums=1)

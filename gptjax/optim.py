@@ -77,10 +77,23 @@ def make_optimizer(cfg: OptimConfig, metadata: dict[tuple[str, ...], dict[str, A
     lr_scales = by_path(lambda path: first_match(cfg.lr_scales, "/".join(path), 1.0))
     return optax.chain(
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
-        optax.partition(rules, by_path(lambda path: treatments[path].optimizer)),
+        with_moments_in(cfg.moments_dtype, optax.partition(rules, by_path(lambda path: treatments[path].optimizer))),
         optax.add_decayed_weights(cfg.weight_decay, by_path(lambda path: treatments[path].decay)),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, lr_scales(updates))),
     )
+
+
+def with_moments_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, which computes in float32, with the floating-point part of its state kept in `dtype` between steps."""
+
+    def cast(state, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 class MuonState(NamedTuple):

@@ -1,6 +1,6 @@
 """The device mesh, and the one table that says which logical axis lies on which mesh axis."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,15 +25,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": "context",
+    "stream_length": ("context", "tensor"),  # between a block's matmuls: norms and sums work on their part alone
     "residual": None,
 }
 
 
-def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices: int = 1) -> Mesh:
     """The mesh with these axis sizes, in this order; one size may be -1, for what is left.
 
+    Args:
+        slices: how many groups of devices the first axis is laid across; neighbours on other axes share a group.
+
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     fixed = int(np.prod([size for size in axes.values() if size != -1]))
@@ -44,8 +48,22 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None) -> Mesh
             f"mesh {asked} needs a multiple of {fixed} devices and there are {len(devices)}; change mesh.* "
             "(-1 takes what is left), or on a CPU set mesh.cpu_devices"
         )
+    found = len({getattr(d, "slice_index", 0) for d in devices})
+    if sizes[0] % slices or found not in (1, slices):
+        raise UserError(
+            f"mesh.slices {slices} must divide mesh.{next(iter(axes))} {sizes[0]}, and the devices lie in {found}; "
+            f"set mesh.slices {found} and make mesh.{next(iter(axes))} a multiple of it"
+        )
+    in_order = (
+        sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index)) if slices > 1 else devices
+    )
+    per_slice, names = len(devices) // slices, tuple(axes)
+    parts = [
+        jax.make_mesh([sizes[0] // slices, *sizes[1:]], names, devices=in_order[i : i + per_slice]).devices
+        for i in range(0, len(devices), per_slice)
+    ]
     # Auto: the compiler places what the constraints leave open. (The default, Explicit, types every array.)
-    return jax.make_mesh(sizes, tuple(axes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return Mesh(np.concatenate(parts), names, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -75,3 +93,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def by_shard(f: Callable[..., Any], inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]):
+    """`f` on each device's part of arrays with these logical axes; without a mesh, `f` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    return jax.shard_map(f, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)

@@ -1,6 +1,7 @@
 """The train state, and the compiled steps that move it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.loss import LossSpec, next_token_loss
-from gptjax.nn.transformer import Params, abstract_model, bind, init_params
+from gptjax.nn.ring import zigzag
+from gptjax.nn.transformer import Params, abstract_model, bind, for_mesh, init_params
 from gptjax.optim import learning_rate, make_optimizer
 from gptjax.sharding import check_divides, sharding
 
@@ -40,6 +42,7 @@ class Trainable(NamedTuple):
     """A config made concrete on a mesh: everything static that the steps close over.
 
     Attributes:
+        cfg: with what was left open chosen for the mesh.
         graphdef: the model's structure.
         optimizer: gradients to directions.
         state: abstract TrainState, every leaf with its sharding.
@@ -67,13 +70,15 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
     check_divides(
         mesh, "model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"
     )
+    check_divides(mesh, "model.context_length", model.context_length, "stream_length")
     check_divides(mesh, "model.n_heads", model.n_heads, "heads")
     check_divides(mesh, "model.n_kv_heads", model.kv_heads, "kv_heads")
     check_divides(mesh, "model.d_mlp", model.mlp_width, "mlp")
     check_divides(mesh, "model.d_model", model.d_model, "embed")
     check_divides(mesh, "model.vocab_multiple", model.padded_vocab, "vocab")
 
-    graphdef, params, metadata = abstract_model(model)
+    cfg = replace(cfg, model=for_mesh(cfg.model, mesh))
+    graphdef, params, metadata = abstract_model(cfg.model)
     optimizer = make_optimizer(cfg.optim, metadata)
     weights = jax.tree.map_with_path(
         lambda keys, leaf: jax.ShapeDtypeStruct(
@@ -124,6 +129,10 @@ def make_loss(t: Trainable) -> Callable[..., tuple[jax.Array, tuple[jax.Array, j
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None = None):
         model = bind(t.graphdef, params)
+        if cfg.model.attention == "ring":
+            positions = batch.get("positions", jnp.arange(cfg.model.context_length, dtype=jnp.int32)[None])
+            order = zigzag(cfg.model.context_length, t.mesh.shape["context"])
+            batch = {name: x[:, order] for name, x in {**batch, "positions": positions}.items()}
         hidden, _ = model(
             batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"), dropout_key=dropout_key
         )

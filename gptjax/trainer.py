@@ -47,7 +47,7 @@ def train(cfg: Config) -> int:
     """
     corpus = load_corpus(cfg.data)
     cfg = with_vocabulary(cfg, corpus)
-    t = make_trainable(cfg, make_mesh(cfg.mesh.axes))
+    t = make_trainable(cfg, make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices))
     sizes = (cfg.model.context_length, cfg.train.batch_sequences)
     batches = Batches(training_examples(corpus, cfg.data, *sizes, cfg.seed), sizes[1], rows_here(t))
     train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)

@@ -4,8 +4,13 @@ Letters: B sequences, T query positions, S key positions, G key/value heads, R q
 K head width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q [B, T, H, K], k and v [B, S, G, K] -> q's shape
 
 
 def causal_mask(
@@ -48,3 +53,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)
+
+
+def make_reference(positions: jax.Array, key_positions: jax.Array, segments: jax.Array | None) -> Attend:
+    """`attention` under the causal mask of these positions, cached ones too: any shape, any device."""
+    mask = causal_mask(positions, key_positions, segments, segments)
+    return lambda q, k, v: checkpoint_name(attention(q, k, v, mask), "attention")

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
-from gptjax.nn.attention import attention
+from gptjax.nn.attention import Attend
 from gptjax.sharding import constrain
 
+STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
 KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, G, K] each
 
 
@@ -20,12 +22,12 @@ class Context(NamedTuple):
     """What every block of one forward pass shares.
 
     Attributes:
-        mask: [B or 1, T, S] bool, S counting the cached positions first.
+        attend: attention of queries to keys and values, S counting the cached positions first.
         rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
         dropout_key: None when nothing is dropped.
     """
 
-    mask: jax.Array
+    attend: Attend
     rotation: tuple[jax.Array, jax.Array] | None
     dropout_key: jax.Array | None
 
@@ -168,7 +170,7 @@ class Attention(nnx.Module):
         keys, values = k, v
         if cache is not None:
             keys, values = (jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True))
-        y = attention(q, keys, values, ctx.mask)
+        y = ctx.attend(q, keys, values)
         return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), (k, v)
 
 
@@ -189,7 +191,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        h = linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype)
+        h = checkpoint_name(linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype), "mlp")
         if self.kind == "gelu":
             h = jax.nn.gelu(h, approximate=True)
         elif self.kind == "relu2":
@@ -212,8 +214,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
         """x [B, T, D] -> the same shape, and the keys and values of these T positions."""
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
-        x = constrain(x, "batch", "length", "residual")
-        y, kv = self.attention(self.attention_norm(x), ctx, cache)
-        x = x + dropout(y, self.rate, keys[0])
-        x = x + dropout(self.mlp(self.mlp_norm(x)), self.rate, keys[1])
-        return x, kv
+        x = checkpoint_name(constrain(x, *STREAM), "block_input")
+        y, kv = self.attention(constrain(self.attention_norm(x), "batch", "length", "residual"), ctx, cache)
+        x = constrain(x + dropout(y, self.rate, keys[0]), *STREAM)
+        y = self.mlp(constrain(self.mlp_norm(x), "batch", "length", "residual"))
+        return x + dropout(y, self.rate, keys[1]), kv

@@ -5,23 +5,85 @@ dict of arrays) are kept apart, so that weights can be sharded, saved and differ
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from gptjax.config import ModelConfig
-from gptjax.nn.attention import causal_mask
-from gptjax.nn.layers import Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
+from gptjax.errors import UserError
+from gptjax.nn.attention import Attend, make_reference
+from gptjax.nn.kernels import make_dot_product, make_splash
+from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
+from gptjax.nn.ring import make_ring
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+# How attention is computed: (positions [B or 1, T], key_positions [B or 1, S], segments [B, T] or None) -> Attend.
+ATTENTIONS: dict[str, Callable[..., Attend]] = {
+    "auto": make_reference,  # of a model on no mesh, as for generation; on a mesh, `for_mesh` chooses
+    "reference": make_reference,
+    "xla": partial(make_dot_product, "xla"),
+    "cudnn": partial(make_dot_product, "cudnn"),
+    "splash": make_splash,
+    "ring": make_ring,
 }
+
+ATTENTION_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the others run on any platform
+
+# What `auto` and null mean, by the platform of a mesh's devices.
+BACKENDS: dict[str, dict[str, Any]] = {
+    "cpu": {"attention": "reference", "scan_layers": False},
+    "tpu": {"attention": "splash", "scan_layers": True},
+    "gpu": {"attention": "cudnn", "scan_layers": True},
+}
+
+# The names -> what the backward pass finds saved.
+REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
+    "dots": lambda names: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": lambda names: jax.checkpoint_policies.nothing_saveable,
+    "named": lambda names: jax.checkpoint_policies.save_only_these_names(*names),
+    "offload": lambda names: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def for_mesh(cfg: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The config with what `auto` and null leave open chosen for a mesh's devices (BACKENDS).
+
+    Raises:
+        UserError: attention that the devices do not have, or that cannot cut the sequence as the mesh does.
+    """
+    platform, parts = mesh.devices.flat[0].platform, mesh.shape["context"]
+    chosen, attention = BACKENDS[platform], cfg.attention
+    if attention == "auto":
+        attention = "ring" if parts > 1 else chosen["attention"]
+        if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
+            attention = "xla"  # the fused kernel does not do these
+    if ATTENTION_NEEDS.get(attention, platform) != platform:
+        raise UserError(
+            f"model.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "
+            f"{platform.upper()}s; make it auto"
+        )
+    if attention in ATTENTION_NEEDS and parts > 1:
+        raise UserError(f"model.attention {attention} does not cut sequences; make it ring, or mesh.context 1")
+    if attention == "ring" and cfg.context_length % (2 * parts):
+        raise UserError(
+            f"model.context_length {cfg.context_length} cannot be cut into two chunks for each of mesh.context "
+            f"{parts} devices; make it a multiple of {2 * parts}"
+        )
+    scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
+    return replace(cfg, attention=attention, scan_layers=scan_layers)
 
 
 class Transformer(nnx.Module):
@@ -67,7 +129,8 @@ class Transformer(nnx.Module):
         rotation = None
         if cfg.positions == "rope":
             rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
-        mask = causal_mask(positions, key_positions, segments, segments)
+        make_attend = ATTENTIONS["reference" if cache is not None else cfg.attention]
+        attend = make_attend(positions, key_positions, segments)
 
         # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
         x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
@@ -75,21 +138,21 @@ class Transformer(nnx.Module):
             x = x + self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
         if dropout_key is not None:
             x = dropout(x, cfg.dropout, jax.random.fold_in(dropout_key, cfg.n_layers))
-        x = constrain(x, "batch", "length", "residual")
+        x = constrain(x, *STREAM)
 
         structure, blocks = nnx.split(self.blocks)
 
         def layer(x, inputs):
             weights, index, kv = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(structure, weights)(x, Context(mask, rotation, key), kv)
+            return nnx.merge(structure, weights)(x, Context(attend, rotation, key), kv)
 
         if cfg.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat](cfg.remat_names), prevent_cse=False)
         scan_layers = jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
         unroll = 1 if scan_layers else cfg.n_layers
         x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
-        return self.final_norm(x), kv
+        return constrain(self.final_norm(x), "batch", "length", "residual"), kv
 
     def head_matrix(self) -> jax.Array:
         """[D, V] float32: the head, or the transposed embedding where they are tied."""

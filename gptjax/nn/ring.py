@@ -1,0 +1,120 @@
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889): queries stay at home, keys and values go round the devices.
+
+The sequence is cut into 2 n chunks of c positions, and device i holds chunks i and 2 n - 1 - i (`zigzag`; Dubey et
+al. 2024, arXiv 2407.21783, section 3.3.2). Whatever chunks come by, a device then has two blocks of c x c scores to
+compute, none of them in vain: its late chunk sees the visitor's early one, and either its early chunk sees the
+visitor's early one too, or its late chunk the visitor's late one. At home come two halves of a block on the diagonal.
+
+Letters: 2 chunks, B sequences, T = S = c positions, G key/value heads, R query heads for each of them, K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.nn.attention import Attend
+from gptjax.sharding import by_shard
+
+AXIS = "context"  # the mesh axis, as sharding.RULES has it for "length"
+
+
+def zigzag(length: int, n: int) -> np.ndarray:
+    """The order of the positions in which n equal parts are the chunks of n devices, [length] int."""
+    chunks = np.arange(length).reshape(2 * n, -1)
+    return np.concatenate([chunks[i] for device in range(n) for i in (device, 2 * n - 1 - device)])
+
+
+def make_ring(positions, key_positions, segments: jax.Array | None) -> Attend:
+    """Causal attention within segments, over rows whose positions `zigzag` has ordered."""
+    queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+    attend = by_shard(_local, (queries, keys, keys, ("batch", "length")), queries)
+    return lambda q, k, v: attend(q, k, v, segments)
+
+
+def _local(q, k, v, segments):
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    segments = jnp.zeros((B, T), jnp.int32) if segments is None else segments
+    parts = (
+        q.reshape(B, 2, T // 2, G, H // G, K),
+        *(x.reshape(B, 2, T // 2, *x.shape[2:]) for x in (k, v, segments)),
+    )
+    return jnp.moveaxis(_ring(*(jnp.moveaxis(x, 1, 0) for x in parts)), 0, 1).reshape(q.shape)
+
+
+@jax.custom_vjp
+def _ring(q, k, v, segments):
+    return _forward(q, k, v, segments)[0]
+
+
+def _forward(q, k, v, segments):
+    def visit(sums, guest, a, b, diagonal):
+        (y, log_sum), (k, v, ids) = sums, guest
+        scores = _scores(q[a], k[b], segments[a], ids[b], diagonal)
+        block_sum = jax.nn.logsumexp(scores, axis=-1)
+        block = _product("BGRTS,BSGK->BGRTK", jnp.exp(scores - block_sum[..., None]).astype(v.dtype), v[b])
+        total = jnp.logaddexp(log_sum[a], block_sum)
+        merged = [x * jnp.exp(part - total)[..., None] for x, part in ((y[a], log_sum[a]), (block, block_sum))]
+        return (y.at[a].set(sum(merged)), log_sum.at[a].set(total)), guest
+
+    y = jnp.zeros(jnp.moveaxis(q, 2, 4).shape, jnp.float32)
+    (y, log_sum), _ = _round(visit, (y, jnp.full(y.shape[:-1], _MASKED)), (k, v, segments))
+    y = checkpoint_name(jnp.moveaxis(y, 4, 2).astype(q.dtype), "attention")
+    log_sum = checkpoint_name(log_sum, "attention")
+    return y, (q, k, v, segments, y, log_sum)
+
+
+def _backward(kept, y_grad):
+    q, k, v, segments, y, log_sum = kept
+    inner = _product("NBTGRK,NBTGRK->NBGRT", y_grad, y)  # sum of each row of weights x their gradients
+
+    def visit(q_grad, guest, a, b, diagonal):
+        k, v, ids, k_grad, v_grad = guest
+        weights = jnp.exp(_scores(q[a], k[b], segments[a], ids[b], diagonal) - log_sum[a][..., None])
+        slopes = _product("BTGRK,BSGK->BGRTS", y_grad[a], v[b]) - inner[a][..., None]
+        slopes = (weights * slopes * q.shape[-1] ** -0.5).astype(q.dtype)
+        q_grad = q_grad.at[a].add(_product("BGRTS,BSGK->BTGRK", slopes, k[b]))
+        k_grad = k_grad.at[b].add(_product("BGRTS,BTGRK->BSGK", slopes, q[a]))
+        v_grad = v_grad.at[b].add(_product("BGRTS,BTGRK->BSGK", weights.astype(q.dtype), y_grad[a]))
+        return q_grad, (k, v, ids, k_grad, v_grad)
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+    q_grad, (*_, k_grad, v_grad) = _round(visit, zeros[0], (k, v, segments, *zeros[1:]))
+    return q_grad.astype(q.dtype), k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
+
+
+_ring.defvjp(_forward, _backward)
+_MASKED = -1e30  # a score of no weight; finite, so that differences of two such are
+
+
+def _round(visit, home, guest):
+    """Fold `visit(home, guest, a, b, diagonal)` over pairs of chunks, own a and visiting b, while guests go round."""
+    n, here = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+
+    def onwards(x):
+        return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)])
+
+    for a, b, diagonal in ((0, 0, True), (1, 1, True), (1, 0, False)):
+        home, guest = visit(home, guest, a, b, diagonal)
+
+    def step(carry, away):
+        home, guest = visit(*carry, 1, 0, False)
+        same = jnp.where(here >= away, 0, 1)  # guests of device here - away, which has the earlier early chunk or not
+        home, guest = visit(home, guest, same, same, False)
+        return (home, onwards(guest)), None
+
+    return jax.lax.scan(step, (home, onwards(guest)), jnp.arange(1, n))[0]
+
+
+def _scores(q, k, q_segments, k_segments, diagonal: bool):
+    """[B, G, R, T, S] float32."""
+    scores = _product("BTGRK,BSGK->BGRTS", q, k) * q.shape[-1] ** -0.5
+    allowed = q_segments[:, :, None] == k_segments[:, None, :]
+    if diagonal:
+        allowed &= np.tri(q.shape[1], dtype=bool)
+    return jnp.where(allowed[:, None, None], scores, _MASKED)
+
+
+def _product(spec: str, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
