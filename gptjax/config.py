@@ -95,7 +95,7 @@ class ModelConfig:
     init: Literal["gpt2", "zero"] = "gpt2"
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash", "ring"] = "auto"
+    attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash", "ring"] = "auto"
     remat: Literal["none", "dots", "full", "named", "offload"] = "none"
     remat_names: tuple[Literal["block_input", "qkv", "attention", "mlp"], ...] = ("attention",)
     scan_layers: bool | None = None

@@ -20,6 +20,11 @@ from gptjax.sharding import check_divides, sharding
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
 
 
+# By the platform of the devices. On a CPU operations in the order of the program use the caches and the memory better
+# than ones that compete for the cores (docs/performance.md).
+COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
+
+
 class TrainState(NamedTuple):
     """All that a step changes.
 
@@ -196,6 +201,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         donate_argnums=0,
         in_shardings=(shardings_of(t.state), t.batch_sharding),
         out_shardings=(shardings_of(t.state), None),
+        compiler_options=COMPILER_OPTIONS.get(t.mesh.devices.flat[0].platform),
     )
     return _on_mesh(t.mesh, compiled)
 

@@ -17,7 +17,7 @@ FLOORS = [
     ["config"],
     ["configfile", "sharding", "tokenizers", "process"],
     ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
-    ["nn.layers", "nn.kernels", "nn.ring", "data"],
+    ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
     ["nn.transformer"],
     ["step", "generate"],
     ["convert"],

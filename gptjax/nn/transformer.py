@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.nn.attention import Attend, make_reference
+from gptjax.nn.blocked import make_blocked
 from gptjax.nn.kernels import make_dot_product, make_splash
 from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
 from gptjax.nn.ring import make_ring
@@ -29,6 +30,7 @@ Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs i
 ATTENTIONS: dict[str, Callable[..., Attend]] = {
     "auto": make_reference,  # of a model on no mesh, as for generation; on a mesh, `for_mesh` chooses
     "reference": make_reference,
+    "blocked": make_blocked,
     "xla": partial(make_dot_product, "xla"),
     "cudnn": partial(make_dot_product, "cudnn"),
     "splash": make_splash,
@@ -39,7 +41,7 @@ ATTENTION_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the others run on any pla
 
 # What `auto` and null mean, by the platform of a mesh's devices.
 BACKENDS: dict[str, dict[str, Any]] = {
-    "cpu": {"attention": "reference", "scan_layers": False},
+    "cpu": {"attention": "blocked", "scan_layers": False},
     "tpu": {"attention": "splash", "scan_layers": True},
     "gpu": {"attention": "cudnn", "scan_layers": True},
 }

@@ -1,0 +1,97 @@
+"""Attention for CPUs: blocks of queries, each against the keys up to its last, with a gradient written by hand.
+
+Half of the scores of causal attention are never computed, and of the rest the fewest passes over memory are made: the
+softmax divides its output and not its weights (Dao et al. 2022, arXiv 2205.14135, section 3.1), and the gradient needs
+no sum over a row of them (appendix B.2). Scores have their keys before their queries, so that sums and maxima over
+keys run over whole vectors.
+
+Letters: B sequences, S keys, T queries of a block, G key/value heads, R query heads for each of them, K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.nn.attention import Attend
+
+SMALLEST_BLOCK = 64  # queries; shorter ones make matmuls too small
+MOST_BLOCKS = 8  # of one row, since each is compiled by itself
+
+
+def make_blocked(positions, key_positions, segments: jax.Array | None) -> Attend:
+    """Causal attention of a row to itself, within its segments; positions are not looked at (see `kernels`)."""
+    return lambda q, k, v: _blocked(q, k, v, segments)
+
+
+@jax.custom_vjp
+def _blocked(q, k, v, segments):
+    return _forward(q, k, v, segments)[0]
+
+
+def _forward(q, k, v, segments):
+    queries = _split_heads(q * q.shape[-1] ** -0.5, k.shape[2])
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    outputs, kept = [], []
+    for rows, past in _blocks(q.shape[1]):
+        scores = _product("BGSK,BGRTK->BGSRT", keys[:, :, past], queries[:, :, :, rows])
+        scores = jnp.where(_allowed(rows, past, segments), scores, jnp.finfo(jnp.float32).min)
+        weights = jnp.exp(scores - scores.max(2, keepdims=True))
+        total = weights.sum(2)[..., None]
+        weights = weights.astype(v.dtype)
+        outputs.append(_product("BGSRT,BGSK->BGRTK", weights, values[:, :, past]) / total)
+        kept.append((weights, total))
+    y = _join_heads(jnp.concatenate(outputs, axis=3)).astype(q.dtype)
+    y = checkpoint_name(y, "attention")
+    return y, (queries, keys, values, y, kept)
+
+
+def _backward(saved, y_grad):
+    queries, keys, values, y, kept = saved
+    slopes, outputs = (_split_heads(x, keys.shape[1]) for x in (y_grad, y))
+    q_grads, k_grad, v_grad = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    for (rows, past), (weights, total) in zip(_blocks(y.shape[1]), kept, strict=True):
+        g = slopes[:, :, :, rows] / total
+        inner = (g * outputs[:, :, :, rows]).sum(-1)[:, :, None]
+        g = g.astype(values.dtype)
+        s = weights * (_product("BGSK,BGRTK->BGSRT", values[:, :, past], g) - inner)
+        s = s.astype(keys.dtype)
+        q_grads.append(_product("BGSRT,BGSK->BGRTK", s, keys[:, :, past]))
+        k_grad = k_grad.at[:, :, past].add(_product("BGSRT,BGRTK->BGSK", s, queries[:, :, :, rows]))
+        v_grad = v_grad.at[:, :, past].add(_product("BGSRT,BGRTK->BGSK", weights, g))
+    q_grad = _join_heads(jnp.concatenate(q_grads, axis=3)) * y.shape[-1] ** -0.5
+    k_grad, v_grad = jnp.swapaxes(k_grad, 1, 2), jnp.swapaxes(v_grad, 1, 2)
+    return q_grad.astype(y.dtype), k_grad.astype(keys.dtype), v_grad.astype(values.dtype), None
+
+
+_blocked.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> list[tuple[slice, slice]]:
+    """Of each block, its queries and the keys up to its last."""
+    size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    return [(slice(start, end), slice(0, end)) for start, end in zip(range(0, length, size), ends, strict=True)]
+
+
+def _allowed(rows: slice, past: slice, segments: jax.Array | None) -> jax.Array:
+    """[B or 1, 1, S, 1, T] bool."""
+    allowed = (jnp.arange(past.stop)[:, None] <= jnp.arange(rows.start, rows.stop))[None]
+    if segments is not None:
+        allowed &= segments[:, past, None] == segments[:, None, rows]
+    return allowed[:, None, :, None]
+
+
+def _split_heads(x: jax.Array, groups: int) -> jax.Array:
+    """[B, T, H, K] -> [B, G, R, T, K]."""
+    B, T, H, K = x.shape
+    return jnp.moveaxis(x.reshape(B, T, groups, H // groups, K), 1, 3)
+
+
+def _join_heads(x):
+    """[B, G, R, T, K] -> [B, T, H, K]."""
+    B, G, R, T, K = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(B, T, G * R, K)
+
+
+def _product(spec: str, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
