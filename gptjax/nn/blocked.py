@@ -2,8 +2,8 @@
 
 Half of the scores of causal attention are never computed, and of the rest the fewest passes over memory are made: the
 softmax divides its output and not its weights (Dao et al. 2022, arXiv 2205.14135, section 3.1), and the gradient
-needs no sum over a row of them (appendix B.2). Scores have their keys before their queries, so that sums and maxima over
-keys run over whole vectors.
+needs no sum over a row of them (appendix B.2). Scores have their keys before their queries, so that sums and maxima
+over keys run over whole vectors.
 
 Letters: B sequences, S keys, T queries of a block, G key/value heads, R query heads for each of them, K head width.
 """
