@@ -208,12 +208,22 @@ def scaling(args: list[str]) -> int:
     return 0 if name is None else _call(VERBS[name], f"gptjax scaling {name}", args[1:])
 
 
+@report_user_errors
+def bench(args: list[str]) -> int:
+    """measure speed, memory and start-up beside a peer"""
+    from gptjax.bench.commands import VERBS
+
+    name = _choose("gptjax bench", _about(VERBS), args)
+    return 0 if name is None else _call(VERBS[name], f"gptjax bench {name}", args[1:])
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "convert": convert,
     "data": data,
     "scaling": scaling,
+    "bench": bench,
 }
 
 

@@ -95,6 +95,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def on_one_device() -> bool:
+    """Whether no mesh is set, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def by_shard(f: Callable[..., Any], inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]):
     """`f` on each device's part of arrays with these logical axes; without a mesh, `f` itself."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -2,9 +2,16 @@
 
 import importlib.util
 import json as json_format
-from typing import Literal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
-from gptjax.bench.pairs import compare, show
+from gptjax.bench.launched import seconds_to_first_step
+from gptjax.bench.pairs import Side, compare, machine, machine_line, show
+from gptjax.configfile import load_config
 from gptjax.errors import UserError
 
 Size = Literal["tiny", "baby", "gpt2"]
@@ -32,10 +39,9 @@ def train(
         cpu_devices: virtual devices of ours, over which the batch is cut.
         json: print one JSON object.
     """
-    batch, context, steps = TRAINING[size]
-    job = {"work": "train", "size": size, "batch": batch, "context": context, "steps": steps}
-    job |= {"dtype": dtype, "cpu_devices": cpu_devices}
-    _report(f"training {size}, {batch} x {context} tokens a step", job, peer, pairs, batch * context * steps, json)
+    job = _training(size, dtype, cpu_devices)
+    title = f"training {size}, {job['batch']} x {job['context']} tokens a step"
+    _report(title, job, peer, pairs, job["batch"] * job["context"] * job["steps"], json)
 
 
 def sample(
@@ -56,17 +62,178 @@ def sample(
         dtype: of the matmuls (for the peer, of the weights too).
         json: print one JSON object.
     """
-    job = {"work": "sample", "size": size, "batch": batch, "new_tokens": DRAWN[size], "dtype": dtype}
+    job = {
+        "work": "sample",
+        "side": "gptjax",
+        "size": size,
+        "batch": batch,
+        "new_tokens": DRAWN[size],
+        "dtype": dtype,
+    }
     title = f"greedy decoding of {size}, batch {batch}, {DRAWN[size]} tokens after 16"
     _report(title, job, peer, pairs, batch * DRAWN[size], json)
 
 
-def _report(title: str, job: dict, peer: str | None, pairs: int, tokens: int, as_json: bool) -> None:
+def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, json: bool = False) -> None:
+    """Megabytes of text a second to ids, and batches delivered beside batches that training consumes.
+
+    Args:
+        tokenizer: as data.tokenizer: byte, char, gpt2, or the path of a tokenizer.json.
+        path: as data.path: the text.
+        pairs: how often each is measured.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    from gptjax.data.batches import Batches, training_examples
+    from gptjax.data.corpus import load_corpus
+
+    seconds = []
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as cache:
+            cfg = load_config(["--data.path", path, "--data.tokenizer", tokenizer, "--data.cache_dir", cache])
+            began = time.perf_counter()
+            corpus = load_corpus(cfg.data)
+            seconds.append(time.perf_counter() - began)
+            source = corpus.sources[0]
+            # The bytes of the whole, from those of its validation half.
+            text_bytes = source.val_bytes / len(source.val) * (source.train_tokens + len(source.val))
+            batch, context, steps = TRAINING["tiny"]
+            batches = Batches(training_examples(corpus, cfg.data, context, batch, 0), batch, range(batch))
+            delivered = _delivered(batches, 4000)
+    consumed = compare(_training("tiny", "float32", None), None, pairs, "batches", steps)["gptjax"]["median"]
+    rate = text_bytes / statistics.median(seconds) / 1e6
+    found = {"machine": machine(), "mb_per_s": rate, "delivered_per_s": delivered, "consumed_per_s": consumed}
+    text = (
+        f"{path} to ids by {tokenizer}: {rate:.1f} MB/s ({text_bytes / 1e6:.2f} MB, median of {pairs})\n"
+        f"batches of {batch} x {context} tokens: {delivered:,.0f} a second delivered, {consumed:,.1f} consumed by "
+        f"the tiny model: {delivered / consumed:,.0f}x"
+    )
+    _print(found, text, json)
+
+
+def _delivered(batches: Any, count: int) -> float:
+    """Batches a second that the run's own reader makes ready when nobody trains."""
+    incoming = batches.iterate(0, prefetch=8)
+    next(incoming)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(incoming)
+    incoming.close()
+    return count / (time.perf_counter() - began)
+
+
+def startup(config: str, pairs: int = 3, json: bool = False) -> None:
+    """Seconds from the command to the end of the first step: cold, and with the compilation cache.
+
+    Args:
+        config: a config of train.py, such as configs/quickstart.yaml.
+        pairs: how often each is measured.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    load_config([config])  # so that a mistake in it is said here
+    cold, warm = [], []
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as cache:
+            cold.append(seconds_to_first_step(config, cache))
+            warm.append(seconds_to_first_step(config, cache))
+    found = {"machine": machine(), "cold_s": statistics.median(cold), "cached_s": statistics.median(warm)}
+    text = (
+        f"{config}: {found['cold_s']:.1f} s to the first step cold (neither tokens nor programs cached), "
+        f"{found['cached_s']:.1f} s with both; medians of {pairs}"
+    )
+    _print(found | {"all": {"cold_s": cold, "cached_s": warm}}, text, json)
+
+
+def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> None:
+    """What the loop costs beyond its steps: seconds of a run over seconds of its compiled step alone.
+
+    Args:
+        config: a config of train.py, such as configs/quickstart.yaml.
+        steps: of each turn; evaluations and the first two lines of metrics are left out.
+        pairs: turns of each side.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
+    flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
+    cfg = load_config(flags)
+    from gptjax.data.corpus import load_corpus
+
+    size = cfg.model.vocab_size or load_corpus(cfg.data).tokenizer.vocab_size
+    job = {"work": "loop", "flags": flags, "steps": steps, "vocab_size": size}
+    # Steps a second: the pure side's over the run's is the wall of the run over its pure steps.
+    found = compare({**job, "side": "steps"}, {**job, "side": "gptjax"}, pairs, "steps", steps)
+    _print(found, show(f"{config}, {steps} steps: alone, and in a run", found, ["steps", "gptjax"]), json)
+
+
+def reach(config: str, text: str, peer: Literal["nanoGPT"] | None = None, pairs: int = 1, json: bool = False) -> None:
+    """Tokens and seconds to a loss: a run of ours beside nanoGPT's recipe in PyTorch, on the same text.
+
+    Args:
+        config: of a run by characters whose validation is the text's last tenth, as nanoGPT's is.
+        text: a file, such as tinyshakespeare.txt.
+        peer: nanoGPT is its recipe for a CPU (2,000 steps of 12 x 64 tokens); none measures ours alone.
+        pairs: runs of each side.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    _check_peer(peer)
+    if not Path(text).exists():
+        raise UserError(f"there is no file {text}; give the path of a text such as tinyshakespeare.txt")
+    load_config([config])
+    job = {"work": "reach", "text": text, "flags": [config, "--data.path", text]}
+    sides = [Side({**job, "side": name}) for name in ("gptjax", *([] if peer is None else [peer]))]
+    turns = [[side.turn() for side in sides] for _ in range(pairs)]
+    rows = {side.name: [turn[number] for turn in turns] for number, side in enumerate(sides)}
+    for side in sides:
+        side.close()
+    lines = [f"{config} on {text}", machine_line(machine())]
+    for name, runs in rows.items():
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        lines.append(
+            f"  {name:12} validation loss {median['val/loss']:.4f} after {median['tokens']:12,.0f} tokens and "
+            f"{median['seconds']:7.1f} s"
+        )
+    found: dict[str, Any] = {"machine": machine(), "runs": rows}
+    if peer is not None:
+        found["ratio"] = statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in turns)
+        lines.append(f"  ratio        {found['ratio']:.3f} of its time")
+    _print(found, "\n".join(lines), json)
+
+
+def _training(size: str, dtype: str, cpu_devices: int | None) -> dict[str, Any]:
+    batch, context, steps = TRAINING[size]
+    job = {"work": "train", "side": "gptjax", "size": size, "batch": batch, "context": context, "steps": steps}
+    return job | {"dtype": dtype, "cpu_devices": cpu_devices}
+
+
+def _check_pairs(pairs: int) -> None:
     if pairs < 1:
         raise UserError(f"pairs {pairs} must be at least 1")
+
+
+def _check_peer(peer: str | None) -> None:
     if peer is not None and importlib.util.find_spec("transformers") is None:
         raise UserError(f"peer {peer} needs PyTorch and transformers: pip install -e '.[peer]'")
-    ours = {"side": "gptjax", **job}
-    found = compare(ours, None if peer is None else {**ours, "side": peer}, pairs, "tokens", tokens)
-    sides = ["gptjax"] if peer is None else ["gptjax", peer]
-    print(json_format.dumps(found) if as_json else show(title, found, sides))
+
+
+def _report(title: str, job: dict, peer: str | None, pairs: int, tokens: int, as_json: bool) -> None:
+    _check_pairs(pairs)
+    _check_peer(peer)
+    found = compare(job, None if peer is None else {**job, "side": peer}, pairs, "tokens", tokens)
+    _print(found, show(title, found, ["gptjax"] if peer is None else ["gptjax", peer]), as_json)
+
+
+def _print(found: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json_format.dumps(found) if as_json else text)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "sample": sample,
+    "data": data,
+    "startup": startup,
+    "loop": loop,
+    "reach": reach,
+}

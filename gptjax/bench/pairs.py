@@ -26,11 +26,11 @@ class Side:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answer()  # it is ready
 
-    def turn(self) -> float:
-        """Seconds of one turn."""
+    def turn(self) -> dict[str, float]:
+        """The figures of one turn, its `seconds` among them."""
         self.process.stdin.write("turn\n")
         self.process.stdin.flush()
-        return self.answer()["seconds"]
+        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line that the process writes; raises UserError where it ended instead."""
@@ -65,7 +65,7 @@ def compare(
     sides = [Side(job) for job in (ours, peer) if job is not None]
     for side in sides:
         side.turn()
-    rates = [[per_turn / side.turn() for side in sides] for _ in range(pairs)]
+    rates = [[per_turn / side.turn()["seconds"] for side in sides] for _ in range(pairs)]
     found: dict[str, Any] = {"machine": machine(), "job": ours, "unit": f"{unit}/s"}
     for number, side in enumerate(sides):
         found[side.name] = {
@@ -98,10 +98,14 @@ def _cpu_model() -> str:
         return platform.processor()
 
 
+def machine_line(m: dict[str, Any]) -> str:
+    """`machine`, for people."""
+    return f"{m['cpu']}, {m['cores']} cores, " + ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+
+
 def show(title: str, found: dict[str, Any], sides: Sequence[str]) -> str:
     """The result of `compare`, for people."""
-    m = found["machine"]
-    lines = [title, f"{m['cpu']}, {m['cores']} cores, " + ", ".join(f"{k} {v}" for k, v in m["versions"].items())]
+    lines = [title, machine_line(found["machine"])]
     for side in sides:
         row = found[side]
         peak = f"peak memory {row['peak_bytes'] / 2**30:.2f} GiB"

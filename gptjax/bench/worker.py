@@ -7,8 +7,10 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,10 @@ SIZES: dict[str, dict[str, int]] = {
 }
 ADAMW = {"peak_lr": 6e-4, "b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0, "schedule": "constant"}
 PROMPT_TOKENS = 16
+# nanoGPT's flags for a CPU (its README): steps, sequences a step, warm-up, peak and final rate.
+NANOGPT = {"steps": 2000, "batch": 12, "context": 64, "warmup": 100, "peak_lr": 1e-3, "final_lr": 1e-4}
 
-Turn = Callable[[], None]
+Turn = Callable[[], dict[str, float] | None]  # figures of its own, or None: it is the seconds that count
 
 
 def random_ids(job: dict[str, Any], length: int) -> np.ndarray:
@@ -32,12 +36,16 @@ def random_ids(job: dict[str, Any], length: int) -> np.ndarray:
 
 def train_ours(job: dict[str, Any]) -> Turn:
     """Steps of the trainer's own compiled step, batches put on the device as its loop does."""
+    model = {**SIZES[job["size"]], "context_length": job["context"], "vocab_multiple": 1, "dtype": job["dtype"]}
+    values = {"workdir": "-", "model": model, "train": {"batch_sequences": job["batch"]}, "optim": ADAMW}
+    return _steps({**values, "mesh": {"cpu_devices": job["cpu_devices"]}}, job["steps"])
+
+
+def _steps(values: dict[str, Any], count: int) -> Turn:
     from gptjax.configfile import config_from_dict
     from gptjax.process import prepare_process
 
-    model = {**SIZES[job["size"]], "context_length": job["context"], "vocab_multiple": 1, "dtype": job["dtype"]}
-    values = {"workdir": "-", "model": model, "train": {"batch_sequences": job["batch"]}, "optim": ADAMW}
-    cfg = config_from_dict({**values, "mesh": {"cpu_devices": job["cpu_devices"]}})
+    cfg = config_from_dict(values)
     prepare_process(cfg.mesh.cpu_devices)
     import jax
 
@@ -46,12 +54,13 @@ def train_ours(job: dict[str, Any]) -> Turn:
 
     t = make_trainable(cfg, make_mesh(cfg.mesh.axes))
     step, state = make_train_step(t), init_state(t)
-    ids = random_ids(job, job["context"] + 1)
+    shape = (cfg.train.batch_sequences, cfg.model.context_length + 1)
+    ids = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
     batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": np.ones_like(ids[:, 1:], np.float32)}
 
     def turn() -> None:
         nonlocal state
-        for _ in range(job["steps"]):
+        for _ in range(count):
             state, _ = step(state, jax.device_put(batch, t.batch_sharding))
         jax.block_until_ready(state)
 
@@ -131,17 +140,124 @@ def sample_peer(job: dict[str, Any]) -> Turn:
     return turn
 
 
+def loop_whole(job: dict[str, Any]) -> Turn:
+    """A run of the config by the trainer, reading, logging and all; evaluations and the first lines left out."""
+    cfg, train = _run(job["flags"])
+
+    def turn() -> dict[str, float]:
+        lines, interval = train(cfg), cfg.train.log_interval_steps
+        timed = [line["step_time_s"] for line in lines if line["step"] > 2 * interval and "step_time_s" in line]
+        return {"seconds": sum(timed) / len(timed) * job["steps"]}
+
+    return turn
+
+
+def loop_steps(job: dict[str, Any]) -> Turn:
+    """The compiled step of the same config alone, over and over on one batch."""
+    import yaml
+
+    from gptjax.configfile import config_to_yaml, load_config
+
+    values = yaml.safe_load(config_to_yaml(load_config(job["flags"])))
+    values["model"]["vocab_size"] = job["vocab_size"]
+    return _steps(values, job["steps"])
+
+
+def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]]:
+    """A config from a command line, and what carries it out in a directory of its own and gives its metrics."""
+    from gptjax.configfile import load_config
+    from gptjax.process import prepare_process
+
+    prepare_process()
+    from dataclasses import replace
+
+    from gptjax.trainer import train
+
+    def carry_out(cfg: Any) -> list[dict[str, float]]:
+        with tempfile.TemporaryDirectory() as workdir:
+            train(replace(cfg, workdir=workdir))
+            return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+    return load_config(flags), carry_out
+
+
+def reach_ours(job: dict[str, Any]) -> Turn:
+    """A whole run: seconds of its steps, tokens, and the loss over all validation windows."""
+    cfg, train = _run(job["flags"])
+
+    def turn() -> dict[str, float]:
+        lines, interval = train(cfg), cfg.train.log_interval_steps
+        seconds = sum(line["step_time_s"] * interval for line in lines if "step_time_s" in line)
+        loss = next(line["val/loss"] for line in reversed(lines) if "val/loss" in line)
+        return {"seconds": seconds, "tokens": lines[-1]["tokens"], "val/loss": loss}
+
+    return turn
+
+
+def reach_peer(job: dict[str, Any]) -> Turn:
+    """nanoGPT's recipe in PyTorch: AdamW (.9, .99), decay on matrices, warm-up, cosine; the text cut as for ours."""
+    import torch
+
+    text = Path(job["text"]).read_text()
+    ids = {c: i for i, c in enumerate(sorted(set(text)))}
+    data = torch.tensor([ids[c] for c in text])
+    cut, T, B = int(len(data) * 0.9), NANOGPT["context"], NANOGPT["batch"]
+    train, val = data[:cut], data[cut:]
+    model = _peer_model({"side": "hf", "size": "tiny", "dtype": "float32"}, T)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=NANOGPT["peak_lr"], betas=(0.9, 0.99))
+    rise, fall = NANOGPT["warmup"], NANOGPT["steps"] - NANOGPT["warmup"]
+    floor = NANOGPT["final_lr"] / NANOGPT["peak_lr"]
+
+    def rate(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * (step - rise) / fall))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    def turn() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(NANOGPT["steps"]):
+            rows = torch.randint(len(train) - T, (B,)).tolist()
+            batch = torch.stack([train[i : i + T + 1] for i in rows])
+            logits = model(batch[:, :-1]).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        count = (len(val) - 1) // T
+        inputs, targets = (val[i : i + count * T].view(count, T) for i in (0, 1))
+        with torch.no_grad():
+            losses = [
+                torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="sum")
+                for x, y in zip(inputs.split(128), targets.split(128), strict=True)
+            ]
+        tokens = NANOGPT["steps"] * B * T
+        return {"seconds": seconds, "tokens": tokens, "val/loss": float(sum(losses)) / (count * T)}
+
+    return turn
+
+
 WORK = {
     ("train", "gptjax"): train_ours,
     ("train", "hf"): train_peer,
     ("train", "hf-compile"): train_peer,
     ("sample", "gptjax"): sample_ours,
     ("sample", "hf"): sample_peer,
+    ("loop", "gptjax"): loop_whole,
+    ("loop", "steps"): loop_steps,
+    ("reach", "gptjax"): reach_ours,
+    ("reach", "nanoGPT"): reach_peer,
 }
 
 
 def main() -> None:
-    """Answer each line of standard input with the seconds of a turn; at its end, say the peak memory."""
+    """Answer each line of standard input with the figures of a turn; at its end, say the peak memory."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -154,8 +270,8 @@ def main() -> None:
     answer(ready=True)
     for _ in sys.stdin:
         began = time.perf_counter()
-        turn()
-        answer(seconds=time.perf_counter() - began)
+        figures = turn()
+        answer(**(figures or {"seconds": time.perf_counter() - began}))
     answer(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
