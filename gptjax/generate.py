@@ -56,7 +56,7 @@ class Progress(NamedTuple):
 
     Attributes:
         logits: [B, V] float32, for the token to be drawn next.
-        cache: keys and values, [L, B, S, G, K] each.
+        cache: keys and values, [L, B, G, S, K] each.
         cache_positions: [B, S] int32.
         position: [B] int32, of the token to be drawn next.
         slot: int32 scalar, where in the cache it goes.
@@ -243,7 +243,7 @@ class LanguageModel:
         model = bind(self.graphdef, params)
         hidden, kv = model(tokens, positions=positions)
         more = slots - tokens.shape[1]
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), kv)
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))), kv)
         cache_positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=UNWRITTEN)
         slot = jnp.asarray(tokens.shape[1], jnp.int32)
         last = logits(model, hidden[:, -1:])[:, 0]
@@ -261,7 +261,7 @@ class LanguageModel:
                 token[:, None], positions=p.position[:, None], cache=p.cache, cache_positions=p.cache_positions
             )
             cache = jax.tree.map(
-                lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, p.slot, axis=2), p.cache, new
+                lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, p.slot, axis=old.ndim - 2), p.cache, new
             )
             cache_positions = jax.lax.dynamic_update_slice_in_dim(
                 p.cache_positions, p.position[:, None], p.slot, axis=1

@@ -115,13 +115,13 @@ def sample_ours(job: dict[str, Any]) -> Turn:
     import jax
 
     from gptjax.generate import LanguageModel, Sampling
-    from gptjax.nn.transformer import init_params
+    from gptjax.nn.transformer import init_params, unstack
     from gptjax.tokenizers import CharTokenizer
 
     cfg = config_from_dict({"model": {**SIZES[job["size"]], "dtype": job["dtype"]}}).model
     alphabet = "".join(chr(0x10000 + i) for i in range(cfg.vocab_size))  # one character a token, whatever the size
     params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
-    lm = LanguageModel(cfg, params, CharTokenizer(alphabet))
+    lm = LanguageModel(cfg, unstack(params), CharTokenizer(alphabet))
     prompts = [lm.tokenizer.decode(row) for row in random_ids(job, PROMPT_TOKENS).tolist()]
     return lambda: lm.complete(prompts, job["new_tokens"], Sampling(temperature=0)) and None
 

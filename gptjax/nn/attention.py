@@ -55,7 +55,29 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)
 
 
-def make_reference(positions: jax.Array, key_positions: jax.Array, segments: jax.Array | None) -> Attend:
-    """`attention` under the causal mask of these positions, cached ones too: any shape, any device."""
-    mask = causal_mask(positions, key_positions, segments, segments)
+def make_reference(positions: jax.Array, segments: jax.Array | None) -> Attend:
+    """`attention` under the causal mask of these positions: any shape, any device."""
+    mask = causal_mask(positions, positions, segments, segments)
     return lambda q, k, v: checkpoint_name(attention(q, k, v, mask), "attention")
+
+
+def make_cached(positions: jax.Array, cache_positions: jax.Array) -> Callable[..., jax.Array]:
+    """Attention to a cache, keys and values [B, G, S, K] each, and to the queries' own tokens after it.
+
+    The cache is read where it lies, neither joined to the new keys nor turned: it is most of what a token moves.
+    """
+    mask = causal_mask(positions, jnp.concatenate([cache_positions, positions], axis=1))[:, None, None]
+
+    def attend(q, k, v, cache):
+        B, T, H, K = q.shape
+        q = q.reshape(B, T, k.shape[2], -1, K)
+        parts = [("BGSK", *cache), ("BSGK", k, v)]
+        scores = [
+            jnp.einsum(f"BTGRK,{axes}->BGRTS", q, keys, preferred_element_type=jnp.float32) for axes, keys, _ in parts
+        ]
+        scores = jnp.where(mask, jnp.concatenate(scores, axis=-1) * K**-0.5, jnp.finfo(jnp.float32).min)
+        weights = jnp.split(jax.nn.softmax(scores, axis=-1).astype(v.dtype), [cache[0].shape[2]], axis=-1)
+        ys = [jnp.einsum(f"BGRTS,{axes}->BTGRK", w, x) for w, (axes, _, x) in zip(weights, parts, strict=True)]
+        return sum(ys).reshape(B, T, H, K)
+
+    return attend

@@ -18,7 +18,7 @@ SMALLEST_BLOCK = 64  # queries; shorter ones make matmuls too small
 MOST_BLOCKS = 8  # of one row, since each is compiled by itself
 
 
-def make_blocked(positions, key_positions, segments: jax.Array | None) -> Attend:
+def make_blocked(positions, segments: jax.Array | None) -> Attend:
     """Causal attention of a row to itself, within its segments; positions are not looked at (see `kernels`)."""
     return lambda q, k, v: _blocked(q, k, v, segments)
 

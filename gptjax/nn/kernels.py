@@ -16,7 +16,7 @@ QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
 
 
-def make_dot_product(implementation: str, positions, key_positions, segments: jax.Array | None) -> Attend:
+def make_dot_product(implementation: str, positions, segments: jax.Array | None) -> Attend:
     """`jax.nn.dot_product_attention`: `xla` anywhere, `cudnn` the fused kernel of NVIDIA's GPUs, bfloat16 only.
 
     Segments become a mask [B, 1, T, T] here, which splash attention does without.
@@ -30,7 +30,7 @@ def make_dot_product(implementation: str, positions, key_positions, segments: ja
     return attend
 
 
-def make_splash(positions, key_positions, segments: jax.Array | None, interpret: bool = False) -> Attend:
+def make_splash(positions, segments: jax.Array | None, interpret: bool = False) -> Attend:
     """The Pallas kernel for TPUs that skips the blocks above the diagonal, on each device's sequences and heads.
 
     Args:

@@ -12,23 +12,22 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
-from gptjax.nn.attention import Attend
 from gptjax.sharding import constrain, on_one_device
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
-KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, G, K] each
+KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B, G, S, K] each
 
 
 class Context(NamedTuple):
     """What every block of one forward pass shares.
 
     Attributes:
-        attend: attention of queries to keys and values, S counting the cached positions first.
+        attend: attention of queries to keys and values, and to a cache where there is one (`make_cached`).
         rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
         dropout_key: None when nothing is dropped.
     """
 
-    attend: Attend
+    attend: Callable[..., jax.Array]
     rotation: tuple[jax.Array, jax.Array] | None
     dropout_key: jax.Array | None
 
@@ -195,11 +194,11 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if ctx.rotation is not None:
             q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
-        keys, values = k, v
-        if cache is not None:
-            keys, values = (jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True))
-        y = ctx.attend(q, keys, values)
-        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), (k, v)
+        y = ctx.attend(q, k, v) if cache is None else ctx.attend(q, k, v, cache)
+        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), (
+            jnp.swapaxes(k, 1, 2),
+            jnp.swapaxes(v, 1, 2),
+        )
 
 
 ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {

@@ -25,7 +25,7 @@ def zigzag(length: int, n: int) -> np.ndarray:
     return np.concatenate([chunks[i] for device in range(n) for i in (device, 2 * n - 1 - device)])
 
 
-def make_ring(positions, key_positions, segments: jax.Array | None) -> Attend:
+def make_ring(positions, segments: jax.Array | None) -> Attend:
     """Causal attention within segments, over rows whose positions `zigzag` has ordered."""
     queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
     attend = by_shard(_local, (queries, keys, keys, ("batch", "length")), queries)

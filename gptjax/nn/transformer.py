@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.nn.attention import Attend, make_reference
+from gptjax.nn.attention import Attend, make_cached, make_reference
 from gptjax.nn.blocked import make_blocked
 from gptjax.nn.kernels import make_dot_product, make_splash
 from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
@@ -26,7 +26,7 @@ from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
 
-# How attention is computed: (positions [B or 1, T], key_positions [B or 1, S], segments [B, T] or None) -> Attend.
+# How attention is computed: (positions [B or 1, T], segments [B, T] or None) -> Attend.
 ATTENTIONS: dict[str, Callable[..., Attend]] = {
     "auto": make_reference,  # of a model on no mesh, as for generation; on a mesh, `for_mesh` chooses
     "reference": make_reference,
@@ -119,20 +119,21 @@ class Transformer(nnx.Module):
             tokens: [B, T] int32.
             positions: [B or 1, T] int32; None counts from 0. Negative: padding, which nothing attends to.
             segments: [B, T] int32; attention stays inside a segment. None: one segment a sequence.
-            cache: keys and values of earlier positions, [L, B, S, G, K] each.
+            cache: keys and values of earlier positions, [L, B, G, S, K] each; with `unstack`ed weights, tuples of L.
             cache_positions: [B or 1, S]; a slot not yet written has a position later than every query's.
 
         Returns:
-            [B, T, D] in the compute dtype, and the keys and values of these positions, [L, B, T, G, K] each.
+            [B, T, D] in the compute dtype, and the keys and values of these positions, laid out as the cache.
         """
         cfg, T = self.cfg, tokens.shape[1]
         positions = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
-        key_positions = positions if cache is None else jnp.concatenate([cache_positions, positions], axis=1)
         rotation = None
         if cfg.positions == "rope":
             rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
-        make_attend = ATTENTIONS["reference" if cache is not None else cfg.attention]
-        attend = make_attend(positions, key_positions, segments)
+        if cache is None:
+            attend = ATTENTIONS[cfg.attention](positions, segments)
+        else:
+            attend = make_cached(positions, cache_positions)
 
         # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
         x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
@@ -142,18 +143,26 @@ class Transformer(nnx.Module):
             x = dropout(x, cfg.dropout, jax.random.fold_in(dropout_key, cfg.n_layers))
         x = constrain(x, *STREAM)
 
-        structure, blocks = nnx.split(self.blocks)
+        structure, state = nnx.split(self.blocks)
+        blocks = nnx.to_pure_dict(state)
 
         def layer(x, inputs):
             weights, index, kv = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(structure, weights)(x, Context(attend, rotation, key), kv)
+            return nnx.merge(structure, nnx.State(weights))(x, Context(attend, rotation, key), kv)
 
         if cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat](cfg.remat_names), prevent_cse=False)
-        scan_layers = jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
-        unroll = 1 if scan_layers else cfg.n_layers
-        x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
+        if _is_apart(jax.tree.leaves(blocks, is_leaf=_is_apart)[0]):
+            new = []
+            for i in range(cfg.n_layers):
+                weights = jax.tree.map(lambda w, i=i: w[i], blocks, is_leaf=_is_apart)
+                x, kv = layer(x, (weights, i, None if cache is None else (cache[0][i], cache[1][i])))
+                new.append(kv)
+            kv = tuple(zip(*new, strict=True))
+        else:
+            unroll = 1 if scans_layers(cfg) else cfg.n_layers
+            x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
         return constrain(self.final_norm(x), "batch", "length", "residual"), kv
 
     def head_matrix(self) -> jax.Array:
@@ -182,6 +191,33 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """First values of the weights; the same bits on any mesh (jit it with out_shardings)."""
     return nnx.to_pure_dict(nnx.split(Transformer(cfg, nnx.Rngs(params=key)), nnx.Param)[1])
+
+
+def scans_layers(cfg: ModelConfig) -> bool:
+    """Whether one block is compiled and looped over; where nothing is said, everywhere but on a CPU."""
+    return jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
+
+
+def unstack(params: Params) -> Params:
+    """The weights with the layers apart, each leaf of `blocks` a tuple of L arrays. It takes them over, leaf by leaf.
+
+    For generation without `scans_layers`: a loop over tokens would cut the layers out of the stack at every token, a
+    copy of all of the weights.
+    """
+
+    def take_apart(tree: Params) -> None:
+        for name, leaf in tree.items():
+            if isinstance(leaf, dict):
+                take_apart(leaf)
+            else:
+                tree[name] = tuple(leaf)
+
+    take_apart(params["blocks"])
+    return params
+
+
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
 
 
 def bind(graphdef: nnx.GraphDef, params: Params) -> Transformer:
