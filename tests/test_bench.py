@@ -1,0 +1,59 @@
+"""The bench: what it prints, and what it refuses. Its figures are for people: no test looks at a time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gptjax.bench import worker
+from gptjax.bench.pairs import Side
+from gptjax.errors import UserError
+
+
+def bench(*words):
+    return subprocess.run([sys.executable, "-m", "gptjax", "bench", *words], capture_output=True, text=True, check=False)
+
+
+def test_training_is_measured_and_reported_as_json():
+    done = bench("train", "--pairs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["unit"] == "tokens/s"
+    assert found["gptjax"]["median"] > 0
+    assert found["gptjax"]["peak_bytes"] > 2**27
+    assert set(found["machine"]) == {"cpu", "cores", "python", "versions"}
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["train", "--size", "huge"], "huge"),
+        (["sample", "--pairs", "0"], "pairs 0 must be at least 1"),
+        (["startup", "nowhere.yaml"], "nowhere.yaml"),
+        (["reach", "configs/debug.yaml", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["speed"], "unknown command 'speed'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_input_is_refused_in_one_line(words, error):
+    done = bench(*words)
+    assert done.returncode == 2
+    assert error in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_side_that_cannot_work_is_an_error_and_no_hang():
+    with pytest.raises(UserError, match="the side nobody of the comparison ended with code 1"):
+        Side({"work": "train", "side": "nobody"})
+
+
+def test_both_sides_train_the_same_model():
+    pytest.importorskip("transformers")
+    from gptjax.configfile import config_from_dict
+    from gptjax.nn.transformer import count_params
+
+    for size, shape in worker.SIZES.items():
+        ours = count_params(config_from_dict({"model": {**shape, "vocab_multiple": 1}}).model)["total"]
+        theirs = worker._peer_model({"size": size, "dtype": "float32", "side": "hf"}, shape["context_length"])
+        assert ours == theirs.num_parameters()
