@@ -147,9 +147,11 @@ class Transformer(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             return nnx.merge(structure, weights)(x, Context(attend, rotation, key), kv)
 
-        if cfg.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat](cfg.remat_names), prevent_cse=False)
         scan_layers = jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
+        if cfg.remat != "none":
+            # Without a loop between them, the compiler would merge the second computation into the first.
+            policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scan_layers)
         unroll = 1 if scan_layers else cfg.n_layers
         x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
         return constrain(self.final_norm(x), "batch", "length", "residual"), kv
