@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax.config import ModelConfig
@@ -130,7 +131,7 @@ class Transformer(nnx.Module):
         if cfg.positions == "rope":
             rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
         make_attend = ATTENTIONS["reference" if cache is not None else cfg.attention]
-        attend = make_attend(positions, key_positions, segments)
+        kernel = make_attend(positions, key_positions, segments)
 
         # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
         x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
@@ -141,6 +142,9 @@ class Transformer(nnx.Module):
         x = constrain(x, *STREAM)
 
         structure, blocks = nnx.split(self.blocks)
+
+        def attend(*qkv):
+            return kernel(*checkpoint_name(qkv, "qkv"))
 
         def layer(x, inputs):
             weights, index, kv = inputs
