@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -59,13 +59,16 @@ REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
 }
 
 
-def for_mesh(cfg: ModelConfig, mesh: Mesh) -> ModelConfig:
+def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """The config with what `auto` and null leave open chosen for a mesh's devices (BACKENDS).
+
+    An abstract mesh is taken to be of the devices that are here.
 
     Raises:
         UserError: attention that the devices do not have, or that cannot cut the sequence as the mesh does.
     """
-    platform, parts = mesh.devices.flat[0].platform, mesh.shape["context"]
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    parts = mesh.shape["context"]
     chosen, attention = BACKENDS[platform], cfg.attention
     if attention == "auto":
         attention = "ring" if parts > 1 else chosen["attention"]
