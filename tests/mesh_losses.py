@@ -3,6 +3,7 @@ of several: python tests/mesh_losses.py MESHES_JSON [COORDINATOR NUM_PROCESSES P
 """
 
 import json
+import os
 import sys
 
 import jax
@@ -51,6 +52,7 @@ def losses_on(name: str, axes: dict[str, int], devices: list) -> list[float]:
 if __name__ == "__main__":
     meshes, *processes = sys.argv[1:]
     if processes:
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"  # and not the eight of conftest
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(processes[0], int(processes[1]), int(processes[2]))
     print(json.dumps([losses_on(name, axes, jax.devices()) for name, axes in json.loads(meshes)]))

@@ -47,9 +47,8 @@ def free_port() -> int:
 def test_two_processes_of_four_devices_give_the_losses_of_one(one_device):
     """All ten meshes, in one pair of processes."""
     cases = [("muon", axes) for axes in MESHES]
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "8", "PYTHONPATH": f"{ROOT}"}
     arguments = (ROOT / "tests" / "mesh_losses.py", json.dumps(cases), f"127.0.0.1:{free_port()}", 2)
-    both = [start(*arguments, i, **devices) for i in range(2)]
+    both = [start(*arguments, i) for i in range(2)]
     outputs = [process.communicate(timeout=1500)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     for output in outputs:
