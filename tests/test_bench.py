@@ -12,7 +12,8 @@ from gptjax.errors import UserError
 
 
 def bench(*words):
-    return subprocess.run([sys.executable, "-m", "gptjax", "bench", *words], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "gptjax", "bench", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_training_is_measured_and_reported_as_json():

@@ -100,6 +100,8 @@ BAD = [
     ("seed: 1", ["--optim.lr_scales={'[': 1}"], "is not a regular expression"),
     ("seed: -1", [], "seed -1 must lie in"),
     ("seed: 1", ["--optim.b1=1.5"], "optim.b1 1.5"),
+    ("optim: {moments_dtype: bfloat16, b2: 0.999}", [], "optim.b2 0.999 changes a moment by less than bfloat16"),
+    ("model: {remat_names: [qvk]}", [], "remat_names"),
     ("seed: 1", ["--mesh.fsdp=-1"], "has -1 twice"),
     ("seed: 1", ["--mesh.data=0"], "mesh.data 0"),
     ("seed: 1", ["--train.loss_chunks=7"], "train.loss_chunks 7 does not divide model.context_length 1024"),

@@ -35,6 +35,22 @@ def test_adamw_equals_numpy():
         )
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_bfloat16_moments_are_those_of_float32_rounded_after_every_step(name):
+    model, rounded = (MODERN, {"name": name, "moments_dtype": "bfloat16"})
+    _, params, optimizer, grads = setup({"name": name}, model)
+    low = setup(rounded, model)[2]
+    state, kept = optimizer.init(params), low.init(params)
+    moments = [leaf for leaf in jax.tree.leaves(kept) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.bfloat16.dtype}
+    assert sum(leaf.size for leaf in moments) == sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    for grad in grads:
+        expected, state = optimizer.update(grad, state, params)
+        found, kept = low.update(grad, kept, params)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        state = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) if x.ndim else x, state)
+
+
 def test_norms_biases_and_positions_do_not_decay():
     _, params, optimizer, _ = setup({"weight_decay": 0.1})
     params = jax.tree.map(jnp.ones_like, params)

@@ -7,6 +7,7 @@ import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
 
 from gptjax.errors import UserError
+from gptjax.sharding import make_mesh
 from gptjax.step import init_state, make_eval_step, make_train_step
 
 MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_decay": 0.9}
@@ -133,6 +134,15 @@ def test_another_total_does_not_compile_again():
     _, second = step(state, some_batch(t, 1))
     assert step.compiled._cache_size() == 1
     assert second["lr"] < first["lr"]
+
+
+def test_slices_lie_along_data_and_hold_neighbours_on_the_other_axes():
+    axes = {"data": -1, "fsdp": 1, "tensor": 2, "context": 1}
+    mesh = make_mesh(axes, jax.devices()[::-1], slices=2)  # virtual devices have no slice: their order counts
+    ids = [[d.id for d in row.ravel()] for row in mesh.devices]
+    assert [{i < 4 for i in row} for row in ids] == [{False}, {False}, {True}, {True}]
+    with pytest.raises(UserError, match=r"mesh.slices 3 must divide mesh.data 4"):
+        make_mesh(axes, slices=3)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ are not looked at: inside a segment they rise with the order.
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from gptjax.nn.attention import Attend
 from gptjax.sharding import by_shard
@@ -36,6 +35,7 @@ def make_splash(positions, segments: jax.Array | None, interpret: bool = False) 
     Args:
         interpret: run it without a TPU, slowly.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: its import takes time
 
     def local(q, k, v, segments):
         T, (H, K) = q.shape[1], q.shape[2:]

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -60,13 +61,16 @@ REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
 }
 
 
-def for_mesh(cfg: ModelConfig, mesh: Mesh) -> ModelConfig:
+def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """The config with what `auto` and null leave open chosen for a mesh's devices (BACKENDS).
+
+    An abstract mesh is taken to be of the devices that are here.
 
     Raises:
         UserError: attention that the devices do not have, or that cannot cut the sequence as the mesh does.
     """
-    platform, parts = mesh.devices.flat[0].platform, mesh.shape["context"]
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    parts = mesh.shape["context"]
     chosen, attention = BACKENDS[platform], cfg.attention
     if attention == "auto":
         attention = "ring" if parts > 1 else chosen["attention"]
@@ -131,9 +135,9 @@ class Transformer(nnx.Module):
         if cfg.positions == "rope":
             rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
         if cache is None:
-            attend = ATTENTIONS[cfg.attention](positions, segments)
+            kernel = ATTENTIONS[cfg.attention](positions, segments)
         else:
-            attend = make_cached(positions, cache_positions)
+            kernel = make_cached(positions, cache_positions)
 
         # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
         x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
@@ -146,13 +150,18 @@ class Transformer(nnx.Module):
         structure, state = nnx.split(self.blocks)
         blocks = nnx.to_pure_dict(state)
 
+        def attend(*qkv):
+            return kernel(*checkpoint_name(qkv, "qkv"))
+
         def layer(x, inputs):
             weights, index, kv = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             return nnx.merge(structure, nnx.State(weights))(x, Context(attend, rotation, key), kv)
 
         if cfg.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat](cfg.remat_names), prevent_cse=False)
+            # Without a loop between them, the compiler would merge the second computation into the first.
+            policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scans_layers(cfg))
         if _is_apart(jax.tree.leaves(blocks, is_leaf=_is_apart)[0]):
             new = []
             for i in range(cfg.n_layers):

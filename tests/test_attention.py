@@ -1,0 +1,145 @@
+"""Every way to compute attention against the plain one, in values and gradients, and which one is chosen where."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GPT2_LIKE, make_config, trainable_on
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from gptjax.errors import UserError
+from gptjax.nn.attention import make_reference
+from gptjax.nn.blocked import make_blocked
+from gptjax.nn.kernels import make_dot_product, make_splash
+from gptjax.nn.ring import make_ring, zigzag
+from gptjax.nn.transformer import BACKENDS, abstract_model, bind, for_mesh, init_params
+from gptjax.sharding import make_mesh
+
+B, T, H, G, K = 2, 136, 4, 2, 16  # neither T nor K is a multiple of the TPU's 128 lanes
+POSITIONS = jnp.arange(T)[None]
+SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (B, T)), axis=1)
+
+
+def run(make, segments, order=None):
+    """Attention of the same random q, k, v, and the gradients of a weighted sum of it, in the row's own order."""
+    order = np.arange(T) if order is None else order
+    q, k, v, weights = (jax.random.normal(jax.random.key(i), (B, T, n, K)) for i, n in enumerate((H, G, G, H)))
+    segments = None if segments is None else segments[:, order]
+
+    def weighted(q, k, v):
+        y = make(POSITIONS[:, order], segments)(q[:, order], k[:, order], v[:, order])
+        y = y[:, np.argsort(order)]
+        return jnp.sum(y * weights), y
+
+    gradients, y = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+
+@pytest.fixture(scope="module", params=[None, SEGMENTS], ids=["whole", "packed"])
+def case(request):
+    return request.param, run(make_reference, request.param)
+
+
+def assert_same(found, expected):
+    for name, a, b in zip(("y", "q", "k", "v"), found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+
+def test_xla_equals_the_reference(case):
+    assert_same(run(partial(make_dot_product, "xla"), case[0]), case[1])
+
+
+def test_blocks_of_queries_equal_the_reference(case):
+    assert_same(run(make_blocked, case[0]), case[1])
+
+
+def test_splash_interpreted_equals_the_reference(case):
+    assert_same(run(partial(make_splash, interpret=True), case[0]), case[1])
+
+
+def test_splash_on_parts_of_batch_and_heads_equals_the_reference(case):
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 1}, jax.devices()[:4])):
+        assert_same(run(partial(make_splash, interpret=True), case[0]), case[1])
+
+
+@pytest.mark.parametrize("axes", [{"context": 4}, {"data": 2, "tensor": 2, "context": 2}], ids=str)
+def test_ring_equals_the_reference(case, axes):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes
+    with jax.set_mesh(make_mesh(sizes, jax.devices()[: int(np.prod(list(axes.values())))])):
+        assert_same(run(make_ring, case[0], zigzag(T, axes["context"])), case[1])
+
+
+def test_zigzag_gives_every_device_the_same_work():
+    order = zigzag(24, 3)
+    assert sorted(order) == list(range(24))
+    visible = (order + 1).reshape(3, 8).sum(axis=1)  # keys that the queries of each device see
+    assert len(set(visible)) == 1
+
+
+def test_cudnn_is_what_a_gpu_gets(monkeypatch):
+    """Lowered for CUDA without one: the call of the fused kernel, with its causal mask, is in the program."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    x = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
+    attend = partial(make_dot_product, "cudnn")(None, None, None)
+    text = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in text
+    assert "CAUSAL" in text
+
+
+def test_auto_is_the_table_on_every_mesh():
+    cfg = make_config(GPT2_LIKE).model
+    cpu = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    assert for_mesh(cfg, cpu).attention == BACKENDS["cpu"]["attention"]
+    assert trainable_on(make_config(GPT2_LIKE), 2, context=2).cfg.model.attention == "ring"
+
+
+@pytest.mark.parametrize(
+    ("model", "axes", "named"),
+    [
+        ({"attention": "splash"}, {}, "splash runs on a TPU"),
+        ({"attention": "cudnn"}, {}, "cudnn runs on a GPU"),
+        ({"context_length": 34}, {"context": 2}, "multiple of 4"),
+    ],
+)
+def test_attention_that_a_mesh_cannot_do_is_refused(model, axes, named):
+    with pytest.raises(UserError, match=named):
+        trainable_on(make_config({**GPT2_LIKE, **model}), axes.get("context", 1), **axes)
+
+
+@pytest.mark.parametrize(
+    "remat",
+    [("named", ("qkv", "attention", "mlp")), ("offload", ("block_input", "attention"))],
+    ids=["named", "offload"],
+)
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+def test_remat_by_name_changes_nothing(remat, scan_layers):
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 16))
+
+    def gradient(**values):
+        cfg = make_config({**GPT2_LIKE, "scan_layers": scan_layers, **values}).model
+        graphdef, params = abstract_model(cfg)[0], init_params(cfg, jax.random.key(0))
+        return jax.jit(jax.grad(lambda p: jnp.square(bind(graphdef, p)(tokens)[0][..., 0]).mean()))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
+        gradient(),
+        gradient(remat=remat[0], remat_names=remat[1]),
+    )
+
+
+def test_named_remat_saves_what_it_names_and_no_more(capsys):
+    def saved(**values):
+        cfg = make_config({**GPT2_LIKE, "scan_layers": False, **values}).model
+        graphdef, params = abstract_model(cfg)[0], init_params(cfg, jax.random.key(0))
+        jax.ad_checkpoint.print_saved_residuals(
+            lambda p: bind(graphdef, p)(np.zeros((2, 16), np.int32))[0].sum(), params
+        )
+        return capsys.readouterr().out
+
+    mlp = f"f32[2,2,16,{4 * 32}]"  # L B T F, which the scan stacks
+    assert mlp not in saved(remat="full")
+    assert mlp not in saved(remat="named", remat_names=["attention"])
+    assert mlp in saved(remat="named", remat_names=["mlp"])
