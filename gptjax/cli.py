@@ -208,12 +208,21 @@ def scaling(args: list[str]) -> int:
     return 0 if name is None else _call(VERBS[name], f"gptjax scaling {name}", args[1:])
 
 
+@report_user_errors
+def plan(args: list[str]) -> int:
+    """say whether a run fits on chips that are not here, what bounds it, and what it costs"""
+    from gptjax.planner.commands import plan, words_of
+
+    return _call(plan, "gptjax plan", words_of(args))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "convert": convert,
     "data": data,
     "scaling": scaling,
+    "plan": plan,
 }
 
 
