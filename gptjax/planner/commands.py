@@ -18,19 +18,19 @@ def words_of(args: list[str]) -> list[str]:
 
     What follows are the options of `plan` itself.
     """
-    words, options, rest = [], [], list(args)
+    words, overrides, options, rest = [], [], [], list(args)
     while rest:
         word = rest.pop(0)
         follows = bool(rest) and not rest[0].startswith("--")
         if not word.startswith("--"):
             words.append(word)
         elif "." in word.partition("=")[0]:
-            words.append(word[2:] if "=" in word or not rest else f"{word[2:]}={rest.pop(0)}")
+            overrides.append(word[2:] if "=" in word or not rest else f"{word[2:]}={rest.pop(0)}")
         else:
             options.append(word)
             if "=" not in word and word not in FLAGS and follows:
                 options.append(rest.pop(0))
-    return words + options
+    return words + overrides + options
 
 
 def plan(

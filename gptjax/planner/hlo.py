@@ -184,34 +184,37 @@ class Program:
             for instruction in self.computations[name]:
                 yield name, instruction, times
 
-    def collectives(self, chips_per_slice: int | None = None) -> list[Collective]:
+    def collectives(self, chips_per_slice: int | None = None, num_slices: int = 1) -> list[Collective]:
         """The collectives of a step.
 
-        An asynchronous one is written several times (begin, go on, end), under one channel: it counts once.
+        An asynchronous one is written several times (begin, go on, end), under one channel: it counts once. Between
+        slices there are none, but transfers through the hosts that say what they are part of.
 
         Args:
             chips_per_slice: devices are numbered slice by slice; None: one slice.
         """
-        by_channel: dict[str, Collective] = {}
+        by_channel: dict[tuple[str, int], Collective] = {}
         for number, (computation, instruction, times) in enumerate(self.instructions()):
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
             here = self.by_name[computation]
             arrays = [a for name in instruction.operands if name in here for a in here[name].arrays]
             operand = sum(a.bytes for a in arrays)
+            kind = instruction.opcode.removesuffix("-start")
+            transfer = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
+            if instruction.opcode == "send" and transfer:
+                kind, group, crosses = transfer[1].lower().replace("_", "-"), num_slices, True
+            elif kind in COLLECTIVES:
+                group, crosses = _group(instruction.rest, chips_per_slice)
+            else:
+                continue
             if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            group, crosses = _group(instruction.rest, chips_per_slice)
-            largest = max(arrays, key=lambda a: a.bytes, default=Array("", 0, True))
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = channel[1] if channel else f"#{number}"
             # An all-reduce may take float32 and give bfloat16: it is rounded before it is sent.
             sent = min(operand, sum(a.bytes for a in instruction.arrays)) if kind == "all-reduce" else operand
+            dtype = max(arrays, key=lambda a: a.bytes, default=Array("", 0, True)).dtype
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            key = (channel[1] if channel else f"#{number}", times)
             wire = sent * _wire_share(kind, group)
-            made = Collective(kind, operand, largest.dtype, wire, group, times, crosses)
-            if key not in by_channel or times > by_channel[key].times:
-                by_channel[key] = made
+            by_channel[key] = Collective(kind, operand, dtype, wire, group, times, crosses)
         return [c for c in by_channel.values() if c.group > 1]
 
     def hbm_bytes(self) -> float:
@@ -280,7 +283,7 @@ def _wire_share(kind: str, group: int) -> float:
     """Bytes that leave a device, for each byte of its operands, on a ring."""
     n = max(group, 1)
     shares = {"all-gather": n - 1, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}
-    return float({**shares, "all-to-all": (n - 1) / n, "collective-permute": 1.0}[kind])
+    return float({**shares, "all-to-all": (n - 1) / n}.get(kind, 1.0))
 
 
 def _group(rest: str, chips_per_slice: int | None) -> tuple[int, bool]:

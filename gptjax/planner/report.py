@@ -65,7 +65,7 @@ def verdict(plan: dict[str, Any]) -> str:
         return "FITS"
     lacking = size(plan["total_bytes"] - plan["capacity_bytes"])
     if plan.get("suggestion") is None:
-        return f"DOES NOT FIT, by {lacking}: no mesh, remat or microbatches of this batch would; take more chips"
+        return f"DOES NOT FIT, by {lacking}: neither remat nor microbatches would help; try --search, or more chips"
     return f"DOES NOT FIT, by {lacking}. By arithmetic this fits: {flags(plan['suggestion'])}"
 
 

@@ -92,7 +92,7 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
     return {
         "memory": {name: getattr(analysis, f"{name}_size_in_bytes") for name in names},
         "hbm_bytes": program.hbm_bytes(),
-        "collectives": [c._asdict() for c in program.collectives(len(devices) // num_slices)],
+        "collectives": [c._asdict() for c in program.collectives(len(devices) // num_slices, num_slices)],
     }
 
 
