@@ -33,7 +33,7 @@ class Instruction(NamedTuple):
     opcode: str
     arrays: list[Array]
     operands: list[str]
-    rest: str  # attributes, after the operands
+    rest: str  # attributes, after the operands; of a constant its value, of a parameter its number
     root: bool
 
 
@@ -102,8 +102,8 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
         bracket = right.index("(")
         close = _closing(right, bracket)
         operands = _NAME.findall(right[bracket:close])
-        constant = right[bracket + 1 : close] if right.startswith("constant") else ""
-        rest = constant or right[close + 1 :]
+        value = right[bracket + 1 : close] if right.startswith(("constant", "parameter")) else ""
+        rest = value or right[close + 1 :]
         root = stripped.startswith("ROOT ")
         current.append(Instruction(name[1:], right[:bracket], _arrays(shape), operands, rest, root))
     return entry, computations
@@ -251,21 +251,28 @@ class Program:
             return sum(a.bytes for a in instruction.arrays if a.hbm)
         if instruction.opcode != "fusion":
             return written + sum(a.bytes for o in operands for a in o.arrays if a.hbm)
-        if "output_to_operand_aliasing" in instruction.rest and "async" in instruction.name:
-            return 0  # a collective that goes on beside other work
-        return self._moved_by_fusion(instruction, operands)
+        return self._moved_by_fusion(instruction)
 
-    def _moved_by_fusion(self, fusion: Instruction, operands: list[Instruction]) -> int:
+    def _moved_by_fusion(self, fusion: Instruction) -> int:
         """Reads of a fusion's parameters, whole or only the slices taken; writes of its result, or of its update."""
-        body = self.computations[re.search(r"calls=%([\w.\-]+)", fusion.rest)[1]]
+        called = re.search(r"calls=%([\w.\-]+)", fusion.rest)[1]
+        body = self.computations[called]
         inner = {i.name: i for i in body}
+        # What an asynchronous collective reads and writes passes through the work that it runs beside.
+        beside = called.startswith("async_collective") or fusion.name.startswith("async-collective")
+        passed = re.findall(r"\{(\d+)\}: \((\d+), \{\}\)", fusion.rest) if beside else []
+        through = {fusion.operands[int(operand)] for _, operand in passed}
+        passing = [p for p, name in zip(parameters(body), fusion.operands, strict=False) if name in through]
+        kept = [a for k, a in enumerate(fusion.arrays) if str(k) not in {out for out, _ in passed}]
         users = defaultdict(list)
         for i in body:
             for name in i.operands:
                 users[name].append(i)
-        total, updated = 0, 0
+        total = updated = 0
         for parameter in body:
             if parameter.opcode != "parameter" or not parameter.arrays or not parameter.arrays[0].hbm:
+                continue
+            if parameter.name in passing:
                 continue
             uses = users[parameter.name]
             if uses and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in uses):
@@ -276,7 +283,13 @@ class Program:
                 updated += parameter.arrays[0].bytes - part  # of the result, all but the part stays where it is
             else:
                 total += parameter.arrays[0].bytes
-        return total + max(sum(a.bytes for a in fusion.arrays if a.hbm) - updated, 0)
+        return total + max(sum(a.bytes for a in kept if a.hbm) - updated, 0)
+
+
+def parameters(body: list[Instruction]) -> list[str]:
+    """Names of a computation's parameters, in their order."""
+    found = [i for i in body if i.opcode == "parameter"]
+    return [i.name for i in sorted(found, key=lambda i: int(i.rest))]
 
 
 def _wire_share(kind: str, group: int) -> float:
