@@ -23,13 +23,16 @@ SIZES = {
     "gpt2-xl": {"preset": "gpt2-xl"},
     "llama-3.1-8b": {"preset": "llama-3.1-8b", "context_length": 2048, "rope_scaling": None},
 }
-# Size -> topologies, each with the sequences of a step; weights are cut over all chips.
-PLACES = {
-    "gpt2-medium": [("v5e:4x4", 64), ("v5p:2x2x4", 128)],
-    "gpt2-xl": [("v5e:8x8", 64), ("v5p:4x4x4", 256)],
-    "llama-3.1-8b": [("v5e:16x16", 256), ("v5p:4x4x4", 64)],
-}
-CASES = [(m, *place, remat) for m, places in PLACES.items() for place in places for remat in ("full", "dots")]
+# Size, topology, and the sequences of a step with full remat and with dots; weights are cut over all chips.
+PLACES = [
+    ("gpt2-medium", "v5e:4x4", 64, 64),
+    ("gpt2-medium", "v5p:2x2x4", 128, 128),
+    ("gpt2-xl", "v5e:8x8", 256, 64),
+    ("gpt2-xl", "v5p:4x4x4", 256, 256),
+    ("llama-3.1-8b", "v5e:16x16", 256, 256),
+    ("llama-3.1-8b", "v5p:4x4x4", 64, 64),
+]
+CASES = [(*place[:2], n, remat) for place in PLACES for n, remat in zip(place[2:], ("full", "dots"), strict=True)]
 
 # A model whose widths divide well, so that what the compiler moves is what the algorithm needs.
 LLAMA = {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
