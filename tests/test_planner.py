@@ -266,9 +266,8 @@ def test_factors_are_the_least_squares_of_published_times():
     optimize = pytest.importorskip("scipy.optimize")
     times, target = [], []
     for row in calibration.PUBLISHED:
-        cfg, topology = calibration.config_of(row), parse_topology(row.topology)
-        line = calibration.roofline_of(cfg, topology, estimate(cfg, topology, fused_attention=True))
-        measured = line.step_s * line.mfu * calibration.causal_share(cfg) / row.mfu
+        line = calibration.line_of(row)
+        measured = line.step_s * calibration.ceiling_of(row) / row.mfu
         times.append([line.times_s[name] / measured for name in calibration.RESOURCES])
         target.append(1.0)
     best = optimize.lsq_linear(np.array(times), target, bounds=([1, 0, 0], np.inf))

@@ -128,29 +128,51 @@ def _shape(cfg: Config, axes: dict[str, int]) -> Shape:
     return Shape(sequences, tokens, axes["tensor"], axes["fsdp"] * axes["tensor"], width)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
+def model_flops_per_token(cfg: ModelConfig) -> float:
+    """`flops_per_token`, kept."""
+    return flops_per_token(cfg)
+
+
+@lru_cache(maxsize=32)
 def weight_counts(cfg: ModelConfig) -> dict[str, int]:
     """`count_params`, which builds the model's shapes anew each time."""
     return count_params(cfg)
 
 
-def estimate(cfg: Config, topology: Topology, fused_attention: bool = False, t: Trainable | None = None) -> Costs:
+def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]:
+    """Bytes of a device's params, of the blocks' part of them, and of the rest of the state.
+
+    Raises:
+        UserError: a dimension that the mesh cannot cut.
+    """
+    state = abstract_trainable(cfg, axes).state
+    return {
+        "params": shard_bytes(state.params, tiled),
+        "blocks": shard_bytes(state.params["blocks"], tiled),
+        "optimizer": shard_bytes((state.step, state.total_steps, state.opt_state, state.ema), tiled),
+    }
+
+
+def estimate(
+    cfg: Config, topology: Topology, fused_attention: bool = False, held: dict[str, int] | None = None
+) -> Costs:
     """The costs of a step.
 
     Args:
-        t: `abstract_trainable` of the same model, optimizer and mesh, where it is at hand.
         fused_attention: scores never reach HBM, and their masked half is not computed (flash or splash attention).
+        held: `held_bytes` of the same model, optimizer and mesh, where they are at hand.
 
     Raises:
         UserError: the mesh does not fit the chips, or cannot cut the model.
     """
     axes = resolve_mesh(cfg, topology)
-    t = t or abstract_trainable(cfg, axes)
+    held = held or held_bytes(cfg, axes, topology.chip.kind == "tpu")
     tokens = cfg.train.batch_sequences * cfg.model.context_length
     collectives, dcn = _communication(cfg, axes, topology)
     return Costs(
-        memory=_memory(cfg, t, axes, topology, fused_attention),
-        model_flops=tokens * flops_per_token(cfg.model),
+        memory=_memory(cfg, held, axes, fused_attention),
+        model_flops=tokens * model_flops_per_token(cfg.model),
         executed_flops=tokens * executed_flops_per_token(cfg.model, fused_attention) / topology.n_chips,
         hbm_bytes=_hbm_bytes(cfg, axes, fused_attention),
         collectives=collectives,
@@ -172,15 +194,11 @@ def executed_flops_per_token(cfg: ModelConfig, fused_attention: bool) -> float:
     return 6 * (blocks + cfg.d_model * cfg.padded_vocab) + again[0] + matmuls * share * square
 
 
-def _memory(cfg: Config, t: Trainable, axes: dict[str, int], topology: Topology, fused: bool) -> dict[str, float]:
-    m, tiled = cfg.model, topology.chip.kind == "tpu"
-    s = _shape(cfg, axes)
-    state, batch = t.state, cfg.train.batch_sequences * cfg.model.context_length * 12 / math.prod(axes.values())
-    batch *= axes["tensor"]
-    params = shard_bytes(state.params, tiled)
-    optimizer = shard_bytes((state.step, state.total_steps, state.opt_state, state.ema), tiled)
-
-    blocks = shard_bytes(state.params["blocks"], tiled)
+def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
+    m, s = cfg.model, _shape(cfg, axes)
+    cut_batch = axes["data"] * axes["fsdp"] * axes["context"]
+    batch = 3 * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
+    params, blocks = held["params"], held["blocks"]
     rest = params - blocks
     layer_full = blocks / m.n_layers * axes["fsdp"]  # one layer's weights, gathered, float32
     V, D, F = m.padded_vocab / s.tensor, m.d_model, m.mlp_width / s.tensor
@@ -204,7 +222,7 @@ def _memory(cfg: Config, t: Trainable, axes: dict[str, int], topology: Topology,
     casts = blocks / F32 * s.width if s.width == BF16 else 0  # all weights are cast before the loop over layers
     return {
         "params": params,
-        "optimizer": optimizer,
+        "optimizer": held["optimizer"],
         "batch": batch,
         "gradients": params * (2 if cfg.train.microbatches > 1 else 1),
         "temporaries": m.n_layers * kept + casts + max(layer, loss),

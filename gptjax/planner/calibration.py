@@ -6,7 +6,7 @@ and maxtext_v5p_model_configs.py. They count causal attention at half (MaxText's
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +66,19 @@ def roofline_of(cfg: Config, topology: Topology, costs: Costs) -> Roofline:
     )
 
 
+@cache
+def line_of(row: Published) -> Roofline:
+    """The roofline of a published run; they ran fused attention."""
+    cfg, topology = config_of(row), parse_topology(row.topology)
+    return roofline_of(cfg, topology, estimate(cfg, topology, fused_attention=True))
+
+
+@cache
+def ceiling_of(row: Published) -> float:
+    """Its ceiling, as its publisher counts."""
+    return line_of(row).mfu * causal_share(config_of(row))
+
+
 def causal_share(cfg: Config) -> float:
     """FLOPs with causal attention at half, as a share of those with attention in full."""
     m = cfg.model
@@ -81,10 +94,9 @@ def calibrate(rows: list[Published]) -> np.ndarray:
     """
     times, measured = [], []
     for row in rows:
-        cfg, topology = config_of(row), parse_topology(row.topology)
-        line = roofline_of(cfg, topology, estimate(cfg, topology, fused_attention=True))
+        line = line_of(row)
         times.append([line.times_s[name] for name in RESOURCES])
-        measured.append(line.step_s * line.mfu * causal_share(cfg) / row.mfu)
+        measured.append(line.step_s * ceiling_of(row) / row.mfu)
     relative = np.array(times) / np.array(measured)[:, None]
     least, best = np.array([1.0, 0.0, 0.0]), None
     for free in itertools.product((False, True), repeat=3):  # which factors lie above their least value
@@ -109,9 +121,7 @@ def compare() -> list[dict[str, float | str]]:
     """Each published run beside its ceiling, and beside what the other rows make expected (one left out)."""
     table = []
     for row in PUBLISHED:
-        cfg, topology = config_of(row), parse_topology(row.topology)
-        line = roofline_of(cfg, topology, estimate(cfg, topology, fused_attention=True))
-        ceiling = line.mfu * causal_share(cfg)
+        line, ceiling = line_of(row), ceiling_of(row)
         expected = ceiling * line.step_s / expected_step_s(line, calibrate([r for r in PUBLISHED if r != row]))
         table.append({"run": row.name, "published": row.mfu, "ceiling": ceiling, "expected": expected})
     return table

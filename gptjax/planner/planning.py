@@ -7,11 +7,10 @@ from typing import Any
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.planner import calibration
-from gptjax.planner.analytic import Costs, abstract_trainable, estimate, resolve_mesh
+from gptjax.planner.analytic import Costs, estimate, held_bytes, resolve_mesh
 from gptjax.planner.chips import Topology
 from gptjax.planner.compiler import compile_for, has_compiler
 from gptjax.planner.roofline import roofline
-from gptjax.step import Trainable
 
 # Ids of the tokenizers that need no file.
 VOCABULARIES = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}
@@ -32,17 +31,16 @@ def prepared(cfg: Config) -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size, scan_layers=scan))
 
 
-def make_plan(cfg: Config, topology: Topology, analytic: bool = False, t: Trainable | None = None) -> dict[str, Any]:
+def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[str, Any]:
     """The plan, as plain values: see docs/planning.md for its keys.
 
     Args:
         analytic: never ask the compiler.
-        t: as for `estimate`.
 
     Raises:
         UserError: the mesh does not fit the chips, or cannot cut the model.
     """
-    costs = estimate(cfg, topology, t=t)
+    costs = estimate(cfg, topology)
     answer = None if analytic or not has_compiler(topology) else compile_for(cfg, topology)
     method, note = "compiled", ""
     if answer is None or "error" in answer:
@@ -183,10 +181,8 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
         for fsdp in (n for n in range(1, chips // tensor + 1) if (chips // tensor) % n == 0):
             mesh = {"mesh.data": chips // tensor // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
             try:
-                t = abstract_trainable(
-                    changed(cfg, {**mesh, "train.microbatches": 1}),
-                    resolve_mesh(changed(cfg, mesh), topology),
-                )
+                whole = changed(cfg, {**mesh, "train.microbatches": 1})
+                held = held_bytes(whole, resolve_mesh(whole, topology), topology.chip.kind == "tpu")
             except UserError:
                 continue
             rows = cfg.train.batch_sequences // mesh["mesh.data"] // fsdp
@@ -194,7 +190,7 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
                 for count in (2**k for k in range(rows.bit_length()) if rows % 2**k == 0):
                     overrides = {**mesh, "model.remat": remat, "train.microbatches": count}
                     tried = changed(cfg, overrides)
-                    costs = estimate(tried, topology, t=t)
+                    costs = estimate(tried, topology, held=held)
                     if costs.total_bytes <= 0.95 * topology.chip.hbm_bytes:
                         line = calibration.roofline_of(tried, topology, costs)
                         found.append((calibration.expected_step_s(line, calibration.factors()), overrides))
