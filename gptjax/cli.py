@@ -217,6 +217,14 @@ def bench(args: list[str]) -> int:
     return 0 if name is None else _call(VERBS[name], f"gptjax bench {name}", args[1:])
 
 
+@report_user_errors
+def plan(args: list[str]) -> int:
+    """say whether a run fits on chips that are not here, what bounds it, and what it costs"""
+    from gptjax.planner.commands import plan, words_of
+
+    return _call(plan, "gptjax plan", words_of(args))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
@@ -224,6 +232,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "scaling": scaling,
     "bench": bench,
+    "plan": plan,
 }
 
 

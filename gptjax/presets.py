@@ -1,7 +1,8 @@
 """Published models, as the values of `ModelConfig` that differ from its defaults (GPT-2's smallest).
 
-Sources: GPT-2, Radford et al. 2019, table 2, and the released hparams.json; Llama 3.1 and 3.2, Dubey et al. 2024
-(arXiv 2407.21783), table 3, and the released config.json; SmolLM2, Allal et al. 2025 (arXiv 2502.02737).
+Sources: GPT-2, Radford et al. 2019, table 2, and the released hparams.json; Llama 2, Touvron et al. 2023 (arXiv
+2307.09288), and the released config.json; Llama 3.1 and 3.2, Dubey et al. 2024 (arXiv 2407.21783), table 3, and the
+released config.json; SmolLM2, Allal et al. 2025 (arXiv 2502.02737).
 """
 
 from typing import Any
@@ -26,6 +27,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {**_GPT2, "n_layers": 24, "d_model": 1024, "n_heads": 16},
     "gpt2-large": {**_GPT2, "n_layers": 36, "d_model": 1280, "n_heads": 20},
     "gpt2-xl": {**_GPT2, "n_layers": 48, "d_model": 1600, "n_heads": 25},
+    "llama-2-70b": {
+        **_LLAMA,
+        "n_layers": 80,
+        "d_model": 8192,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "d_mlp": 28672,
+        "vocab_size": 32000,
+        "context_length": 4096,
+        "tie_embeddings": False,
+    },
     "llama-3.1-8b": {
         **_LLAMA3,
         "n_layers": 32,
@@ -33,6 +45,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_heads": 32,
         "n_kv_heads": 8,
         "d_mlp": 14336,
+        "rope_scaling": {"factor": 8.0},
+    },
+    "llama-3.1-70b": {
+        **_LLAMA3,
+        "n_layers": 80,
+        "d_model": 8192,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "d_mlp": 28672,
+        "rope_scaling": {"factor": 8.0},
+    },
+    "llama-3.1-405b": {
+        **_LLAMA3,
+        "n_layers": 126,
+        "d_model": 16384,
+        "n_heads": 128,
+        "n_kv_heads": 8,
+        "d_mlp": 53248,
         "rope_scaling": {"factor": 8.0},
     },
     "llama-3.2-1b": {
