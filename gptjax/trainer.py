@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from gptjax.convert import initial_model, load
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import Corpus, Source, load_corpus
 from gptjax.errors import UserError
+from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
 from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics
 from gptjax.nn.transformer import count_params, flops_per_token
@@ -58,7 +58,7 @@ def train(cfg: Config) -> int:
     start, total = int(state.step), cfg.train.total_steps
     report = Report(t, corpus, start)
     incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
-    with StopSignal() as stop, closing(incoming):
+    with StopSignal() as stop, Watchdog(cfg.distributed.stall_timeout_s) as watchdog, closing(incoming):
         if start == 0:
             report.write(0, evaluate(state))
         for step in range(start + 1, total + 1):
@@ -70,7 +70,7 @@ def train(cfg: Config) -> int:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
 
-            last = step == total or stop.requested
+            last = step == total or stop.after(step)
             values = report.measure(step) if last or step % cfg.train.log_interval_steps == 0 else {}
             if step == total or step % cfg.train.eval_interval_steps == 0:
                 values |= evaluate(state)
@@ -78,6 +78,7 @@ def train(cfg: Config) -> int:
                 report.write(step, values)
             if last or step % cfg.checkpoint.save_interval_steps == 0:
                 save(checkpoints, state, cfg, corpus, values.get("val/loss"))
+            watchdog.step_done()
             if last:
                 break
         checkpoints.close()
@@ -249,25 +250,6 @@ def first_state(t: Trainable, corpus: Corpus) -> TrainState:
     state = init_state(t)._replace(params=None, ema=None)  # the random weights make room
     params = model.read(t.state.params)
     return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))
-
-
-class StopSignal:
-    """While entered, SIGINT and SIGTERM only ask the loop to stop after the step; a second one ends the process."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        self.requested = True
-        signal.signal(number, self.previous[number])
 
 
 class Report:
