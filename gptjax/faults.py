@@ -46,14 +46,13 @@ class StopSignal:
 
 class Watchdog:
     """While entered, a process that gets nowhere ends, with every thread's stack on stderr: where no step has ended
-    for `timeout_s` (None: for ever), where JAX aborts because a peer is lost, and, of several, at any error but the
-    user's, since an orderly exit waits for peers. The timer is faulthandler's, which Python's lock cannot stop."""
+    for `timeout_s` (None: for ever), and, of several processes, at any error but the user's, since an orderly exit
+    waits for the others. The timer is faulthandler's, which Python's lock cannot stop."""
 
     def __init__(self, timeout_s: int | None):
         self.timeout_s, self.set_at = timeout_s, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        faulthandler.enable()  # JAX aborts by SIGABRT
         if self.timeout_s is not None:
             faulthandler.dump_traceback_later(START_FACTOR * self.timeout_s, exit=True)
         return self

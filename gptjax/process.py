@@ -1,6 +1,7 @@
 """What a process must settle before JAX looks for devices: their number, its peers, and the compilation cache."""
 
 import ctypes
+import faulthandler
 import importlib.util
 import os
 import re
@@ -33,6 +34,7 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     found = None if distributed is None else find_processes(distributed, os.environ)
     if distributed is None or found is None:
         return
+    faulthandler.enable()  # JAX aborts where a peer is lost: then every thread's stack goes to the log
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     limits = {"heartbeat_timeout_seconds": distributed.heartbeat_timeout_s, "shutdown_timeout_seconds": 120}
     try:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from etils import epath
 from tqdm import tqdm
 
 from gptjax.checkpoint import Checkpoints, newest_readable
@@ -27,7 +28,7 @@ from gptjax.data.corpus import Corpus, Source, load_corpus
 from gptjax.errors import UserError
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
-from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics
+from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics, write_whole
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
@@ -150,14 +151,14 @@ def make_evaluate(t: Trainable, corpus: Corpus):
 
 def check_workdir(cfg: Config) -> None:
     """Raise UserError where the run's directory belongs to a run of another config. Nothing is written."""
-    workdir = Path(cfg.workdir)
+    workdir = epath.Path(cfg.workdir)
     checkpoints = Checkpoints(cfg.workdir)
     saved = newest_readable(checkpoints, checkpoints.meta)
     checkpoints.close()
     metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
     if saved is not None:
         earlier = config_from_dict(saved[1]["config"])
-    elif path.exists() and metrics.exists() and metrics.stat().st_size:
+    elif path.exists() and metrics.exists() and metrics.stat().length:
         try:
             earlier = config_from_dict(read_yaml(path))
         except UserError as error:
@@ -172,16 +173,14 @@ def check_workdir(cfg: Config) -> None:
 
 def open_workdir(cfg: Config) -> Checkpoints:
     """The run's directory, made or found again; its checkpoints. Raises UserError where it cannot be written."""
-    workdir = Path(cfg.workdir)
+    workdir = epath.Path(cfg.workdir)
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            temporary = workdir / "config.yaml.new"
-            temporary.write_text(config_to_yaml(cfg))
-            os.replace(temporary, workdir / "config.yaml")
+            write_whole(workdir / "config.yaml", config_to_yaml(cfg))
             (workdir / "env.json").write_text(json.dumps(environment(), indent=1))
     except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; give another --workdir") from None
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror or error}; give another") from None
     return Checkpoints(cfg.workdir, cfg.checkpoint)
 
 
