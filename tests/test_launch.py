@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -12,6 +13,7 @@ from conftest import ROOT
 import gptjax.process
 from gptjax.config import DistributedConfig
 from gptjax.configfile import load_config
+from gptjax.data.batches import Batches
 from gptjax.errors import UserError
 from gptjax.launch.clusters import TPUS, XLA_FLAGS, check_mesh, parse_slice
 from gptjax.launch.commands import VERBS, split_flags
@@ -228,3 +230,16 @@ def test_pods_and_tpu_hosts_are_left_to_jax(monkeypatch, tmp_path):
     monkeypatch.setattr(gptjax.process, "TPU_DEVICES", (str(tmp_path),))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
     assert find_processes(NOT_TOLD, {}) == {}
+
+
+def test_a_host_reads_its_own_rows_alone():
+    read = []
+
+    class Examples:
+        def __getitem__(self, n: int) -> dict:
+            read.append(n)
+            return {"tokens": np.full(4, n)}
+
+    batch = Batches(Examples(), 8, range(4, 8))[3]
+    assert read == [28, 29, 30, 31]
+    np.testing.assert_array_equal(batch["tokens"][:, 0], read)

@@ -1,4 +1,4 @@
-"""A job of `gptjax launch slurm` on a real Slurm of two nodes (slurm.sh, beside this): requeued once, and finished."""
+"""A job of `gptjax launch slurm` on a real Slurm of two nodes (slurm.sh): requeued once, and finished."""
 
 import json
 import os
