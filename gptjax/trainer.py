@@ -25,6 +25,7 @@ from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, 
 from gptjax.convert import initial_model, load
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import Corpus, Source, load_corpus
+from gptjax.data.reading import readable
 from gptjax.errors import UserError
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
@@ -152,6 +153,8 @@ def make_evaluate(t: Trainable, corpus: Corpus):
 def check_workdir(cfg: Config) -> None:
     """Raise UserError where the run's directory belongs to a run of another config. Nothing is written."""
     workdir = epath.Path(cfg.workdir)
+    with readable(cfg.workdir):
+        workdir.exists()  # a bucket may be out of reach
     checkpoints = Checkpoints(cfg.workdir)
     saved = newest_readable(checkpoints, checkpoints.meta)
     checkpoints.close()

@@ -62,3 +62,12 @@ def test_a_run_in_a_bucket_is_that_of_a_disk(bucket, tiny_run, tmp_path):
     assert "gs://bucket/runs/tiny holds a run of another config: model.d_model (32 there, 64 here)" in other.stderr
     sampled = run_script("sample.py", "gs://bucket/runs/tiny", "--max_new_tokens", "5", "--format", "jsonl", **bucket)
     assert len(json.loads(sampled.stdout)["tokens"]) == 5, sampled.stderr
+
+
+def test_a_bucket_without_its_library_is_one_line(tiny_run, tmp_path):
+    (tmp_path / "gcsfs.py").write_text("raise ImportError")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from gptjax.cli import train; train(sys.argv[1:])"
+    result = run_script("-c", code, *tiny_run[1:], "--workdir=gs://bucket/run")
+    assert result.returncode == 2
+    assert "cannot read gs://bucket/run" in result.stderr
+    assert "pip install 'gptjax[cloud]'" in result.stderr
