@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_RUN
 
-STEPS = 600
+STEPS = 100
 SCRIPT = Path(__file__).with_name("slurm.sh")
-# A requeued job starts with the steps that are saved; a slow machine shall not lose a peer that is only slow.
 RUN = [
     *TINY_RUN,
     f"--train.total_steps={STEPS}",
-    "--train.eval_interval_steps=100",
-    "--distributed.heartbeat_timeout_s=100",
+    "--train.eval_interval_steps=50",
+    "--checkpoint.save_interval_steps=50",
 ]
+RUN += ["--distributed.heartbeat_timeout_s=600"]  # a slow machine shall not lose a peer that is only slow
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def wait_until(done, what: str) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not done():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
