@@ -70,6 +70,7 @@ def straight(tmp_path_factory, corpus_file, token_cache) -> Path:
     return pair.metrics.parent
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_after_the_same_step(tiny_run, tmp_path):
     pair = Pair(tiny_run, tmp_path / "run", *KEPT, "--train.total_steps=100000")
     pair.wait_for_step(7)
