@@ -108,8 +108,8 @@ def sample(args: list[str]) -> int:
     return _call(sample_from, "sample.py", args)
 
 
-def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
-    """Call a function with a command line that its signature and docstring describe.
+def _call(function: Callable[..., None], name: str, args: list[str], **fixed: Any) -> int:
+    """Call a function with a command line that its signature and docstring describe, but for what is `fixed`.
 
     Raises:
         UserError: arguments that it does not take.
@@ -117,23 +117,24 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
     parser = ArgumentParser(
         prog=name, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False, allow_abbrev=False
     )
-    lists = [p.name for p in inspect.signature(function).parameters.values() if p.annotation == list[str]]
+    options = [p for p in inspect.signature(function).parameters.values() if p.name not in fixed]
+    lists = [p.name for p in options if p.annotation == list[str]]
     for name in lists:  # as many as are given; what else has no default is then an option
         described = next(p for p in docstring_parser.parse(function.__doc__ or "").params if p.arg_name == name)
         parser.add_argument(name, nargs="+", type=str, help=described.description)
-    parser.add_function_arguments(function, as_group=False, as_positional=not lists, skip=set(lists))
-    known = [f"--{name}" for name in ("help", *inspect.signature(function).parameters)]
+    parser.add_function_arguments(function, as_group=False, as_positional=not lists, skip={*lists, *fixed})
+    known = ["--help", *(f"--{p.name}" for p in options)]
     for argument in args:
         option = argument.partition("=")[0]
         if option.startswith("--") and option not in known:
             raise UserError(f"unknown option {option}{nearest(option, known)}; {name} --help lists them")
-    flags = {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.annotation is bool}
+    flags = {f"--{p.name}" for p in options if p.annotation is bool}
     words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in _pairs(args)]
     try:
         values = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    function(**vars(values))
+    function(**vars(values), **fixed)
     return 0
 
 
@@ -225,6 +226,16 @@ def plan(args: list[str]) -> int:
     return _call(plan, "gptjax plan", words_of(args))
 
 
+@report_user_errors
+def launch(args: list[str]) -> int:
+    """start a run on a cluster: Slurm, Kubernetes (GKE) or TPU VMs"""
+    from gptjax.launch.commands import VERBS, split_flags
+
+    name = _choose("gptjax launch", _about(VERBS), args)
+    own, training = split_flags(args[1:])
+    return 0 if name is None else _call(VERBS[name], f"gptjax launch {name}", own, flags=training)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
@@ -233,6 +244,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scaling": scaling,
     "bench": bench,
     "plan": plan,
+    "launch": launch,
 }
 
 

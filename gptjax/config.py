@@ -390,17 +390,22 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes, started by hand; one process needs none of this.
+    """Several processes. Under Slurm, on Kubernetes and on TPUs they find each other; elsewhere say who they are.
 
     Args:
         coordinator: host:port of process 0.
         num_processes: how many there are.
         process_id: which one this is, from 0.
+        heartbeat_timeout_s: seconds of silence that make a process lost; the others end within twice as many.
+        stall_timeout_s: seconds without the end of a step (the first, which compiles, has six times as long) that
+            make a process write its threads' stacks and end; null means never.
     """
 
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    heartbeat_timeout_s: int = 20
+    stall_timeout_s: int | None = 600
 
     def __post_init__(self):
         given = [self.coordinator, self.num_processes, self.process_id]
@@ -410,6 +415,8 @@ class DistributedConfig:
             dataclasses.asdict(self),
             "needs coordinator, num_processes and process_id together, or none of them",
         )
+        for name in ("heartbeat_timeout_s", "stall_timeout_s"):
+            check_at_least(1, "distributed", self, name)
 
 
 @dataclass(frozen=True)

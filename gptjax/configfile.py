@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.config import Config, RopeScaling
@@ -64,7 +65,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping; raises UserError for what is not there or not a mapping."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+        values = yaml.load(epath.Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

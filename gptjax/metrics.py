@@ -1,10 +1,14 @@
 """Metrics of a run: metrics.jsonl, trackers behind extras, the picture of the loss, and model FLOPs utilisation."""
 
+import io
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
+
+from etils import epath
 
 from gptjax.errors import UserError
 
@@ -33,7 +37,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is damaged.
     """
-    path = Path(workdir, "metrics.jsonl")
+    path = epath.Path(workdir) / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -55,23 +59,47 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Give a file its whole text at once. In a bucket, where nothing can be renamed, every write does so."""
+    temporary = path if "://" in str(path) else path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    if temporary != path:
+        temporary.replace(path)
+
+
 class JsonLines:
     """metrics.jsonl, one object a line. Opened again, it is cut back to the restored step (0: to nothing)."""
 
     def __init__(self, workdir: str, step: int):
-        path = Path(workdir, "metrics.jsonl")
-        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if step and path.exists() else []
-        temporary = path.with_suffix(".jsonl.new")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
-        self.stream = path.open("a")
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if step and self.path.exists() else []
+        self.text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_whole(self.path, self.text)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self.stream.write(json.dumps({"step": step, **values}) + "\n")
-        self.stream.flush()
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None: ...
+
+
+class BucketLines(JsonLines):
+    """The same in a bucket, where nothing can be appended to: a thread writes the whole file anew, over and over."""
+
+    def __init__(self, workdir: str, step: int):
+        super().__init__(workdir, step)
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future[int] = self.thread.submit(len, "")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.text += json.dumps({"step": step, **values}) + "\n"
+        if self.writing.done():
+            self.writing.result()  # raises what went wrong
+            self.writing = self.thread.submit(self.path.write_text, self.text)
 
     def close(self) -> None:
-        self.stream.close()
+        self.thread.shutdown()
+        self.path.write_text(self.text)
 
 
 class TensorBoard:
@@ -116,7 +144,7 @@ def make_trackers(
     """metrics.jsonl and the trackers that the config names, to go on after `step`."""
     makers = {"tensorboard": lambda: TensorBoard(workdir, step), "wandb": lambda: WandB(workdir, project, config)}
     others = [makers[name]() for name in names]  # first, since one may not be installed, and JsonLines cuts its file
-    return [JsonLines(workdir, step), *others]
+    return [(BucketLines if "://" in workdir else JsonLines)(workdir, step), *others]
 
 
 def plot_loss(workdir: str) -> str | None:
@@ -143,7 +171,8 @@ def plot_loss(workdir: str) -> str | None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    path = os.path.join(workdir, "loss.png")
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture)
     plt.close(figure)
-    return path
+    (epath.Path(workdir) / "loss.png").write_bytes(picture.getvalue())
+    return os.path.join(workdir, "loss.png")

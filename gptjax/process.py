@@ -1,9 +1,14 @@
 """What a process must settle before JAX looks for devices: their number, its peers, and the compilation cache."""
 
 import ctypes
+import faulthandler
+import importlib.util
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gptjax.config import DistributedConfig
 from gptjax.errors import UserError
@@ -14,10 +19,10 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
 
     Args:
         cpu_devices: how many virtual devices a CPU shall show; None for one.
-        distributed: how to find the other processes; None, or empty, for a single one.
+        distributed: how to find the other processes, where the environment does not say; None for a single one.
 
     Raises:
-        UserError: the other processes could not be reached.
+        UserError: the other processes could not be found or reached.
     """
     set_cpu_devices(cpu_devices, os.environ)
     keep_freed_memory()
@@ -26,13 +31,41 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/xla").expanduser()))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    if distributed is None or distributed.coordinator is None:
+    found = None if distributed is None else find_processes(distributed, os.environ)
+    if distributed is None or found is None:
         return
+    faulthandler.enable()  # JAX aborts where a peer is lost: then every thread's stack goes to the log
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    limits = {"heartbeat_timeout_seconds": distributed.heartbeat_timeout_s, "shutdown_timeout_seconds": 120}
     try:
-        jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
+        jax.distributed.initialize(**found, **limits)
     except Exception as error:
-        raise UserError(f"cannot join distributed.coordinator {distributed.coordinator}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot join the other processes ({reason}); see that process 0 runs and can be reached, or say where "
+            "it is by distributed.coordinator, num_processes and process_id"
+        ) from None
+
+
+# Of a host's TPU chips, up to v4 and from v5e on.
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def find_processes(distributed: DistributedConfig, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """What to tell `jax.distributed.initialize`, which asks the cluster for the rest; None for a process on its own.
+
+    Flags win. Else the tasks of Slurm's srun, the pods of an indexed Kubernetes job, and TPU hosts have peers.
+    """
+    if distributed.coordinator is not None:
+        told = {"coordinator_address": distributed.coordinator, "num_processes": distributed.num_processes}
+        return {**told, "process_id": distributed.process_id, "cluster_detection_method": "deactivate"}
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        # JAX shows each task of Slurm one GPU; to a node's only task show all of them, which [] does.
+        alone = re.fullmatch(r"1(\(x\d+\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+        devices = [] if alone else [int(environ["SLURM_LOCALID"])]
+        return {"cluster_detection_method": "slurm", "local_device_ids": devices}
+    has_tpus = importlib.util.find_spec("libtpu") is not None and any(map(os.path.exists, TPU_DEVICES))
+    return {} if has_tpus or "JOB_COMPLETION_INDEX" in environ else None
 
 
 # What glibc's malloc.h calls them, and their values in bytes (but for the last, a count).

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from etils import epath
 from tqdm import tqdm
 
 from gptjax.checkpoint import Checkpoints, newest_readable
@@ -25,9 +25,11 @@ from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, 
 from gptjax.convert import initial_model, load
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import Corpus, Source, load_corpus
+from gptjax.data.reading import readable
 from gptjax.errors import UserError
+from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
-from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics
+from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics, write_whole
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
@@ -58,7 +60,7 @@ def train(cfg: Config) -> int:
     start, total = int(state.step), cfg.train.total_steps
     report = Report(t, corpus, start)
     incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
-    with StopSignal() as stop, closing(incoming):
+    with StopSignal() as stop, Watchdog(cfg.distributed.stall_timeout_s) as watchdog, closing(incoming):
         if start == 0:
             report.write(0, evaluate(state))
         for step in range(start + 1, total + 1):
@@ -70,7 +72,7 @@ def train(cfg: Config) -> int:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
 
-            last = step == total or stop.requested
+            last = step == total or stop.after(step)
             values = report.measure(step) if last or step % cfg.train.log_interval_steps == 0 else {}
             if step == total or step % cfg.train.eval_interval_steps == 0:
                 values |= evaluate(state)
@@ -78,6 +80,7 @@ def train(cfg: Config) -> int:
                 report.write(step, values)
             if last or step % cfg.checkpoint.save_interval_steps == 0:
                 save(checkpoints, state, cfg, corpus, values.get("val/loss"))
+            watchdog.step_done()
             if last:
                 break
         checkpoints.close()
@@ -149,14 +152,16 @@ def make_evaluate(t: Trainable, corpus: Corpus):
 
 def check_workdir(cfg: Config) -> None:
     """Raise UserError where the run's directory belongs to a run of another config. Nothing is written."""
-    workdir = Path(cfg.workdir)
+    workdir = epath.Path(cfg.workdir)
+    with readable(cfg.workdir):
+        workdir.exists()  # a bucket may be out of reach
     checkpoints = Checkpoints(cfg.workdir)
     saved = newest_readable(checkpoints, checkpoints.meta)
     checkpoints.close()
     metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
     if saved is not None:
         earlier = config_from_dict(saved[1]["config"])
-    elif path.exists() and metrics.exists() and metrics.stat().st_size:
+    elif path.exists() and metrics.exists() and metrics.stat().length:
         try:
             earlier = config_from_dict(read_yaml(path))
         except UserError as error:
@@ -171,16 +176,14 @@ def check_workdir(cfg: Config) -> None:
 
 def open_workdir(cfg: Config) -> Checkpoints:
     """The run's directory, made or found again; its checkpoints. Raises UserError where it cannot be written."""
-    workdir = Path(cfg.workdir)
+    workdir = epath.Path(cfg.workdir)
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            temporary = workdir / "config.yaml.new"
-            temporary.write_text(config_to_yaml(cfg))
-            os.replace(temporary, workdir / "config.yaml")
+            write_whole(workdir / "config.yaml", config_to_yaml(cfg))
             (workdir / "env.json").write_text(json.dumps(environment(), indent=1))
     except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; give another --workdir") from None
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror or error}; give another") from None
     return Checkpoints(cfg.workdir, cfg.checkpoint)
 
 
@@ -249,25 +252,6 @@ def first_state(t: Trainable, corpus: Corpus) -> TrainState:
     state = init_state(t)._replace(params=None, ema=None)  # the random weights make room
     params = model.read(t.state.params)
     return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))
-
-
-class StopSignal:
-    """While entered, SIGINT and SIGTERM only ask the loop to stop after the step; a second one ends the process."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        self.requested = True
-        signal.signal(number, self.previous[number])
 
 
 class Report:

@@ -1,0 +1,73 @@
+"""A run whose directory is in a bucket: an emulator of Google Cloud Storage stands in for it."""
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import run_script
+from test_train import losses
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """Environment variables that lead gs://bucket to an emulator in memory."""
+    if not (importlib.util.find_spec("gcp_storage_emulator") and importlib.util.find_spec("gcsfs")):
+        pytest.skip("pip install gcp-storage-emulator gcsfs")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = ["-m", "gcp_storage_emulator", "start", "--host", "localhost", "--port", str(port), "--in-memory"]
+    with (tmp_path / "emulator.log").open("w") as log:
+        emulator = subprocess.Popen([sys.executable, *command, "--default-bucket", "bucket"], stdout=log, stderr=log)
+    for _ in range(300):
+        with socket.socket() as s:
+            if s.connect_ex(("localhost", port)) == 0:
+                break
+        time.sleep(0.1)
+    # The first is read by gcsfs, for which etils asks; the second by TensorStore, which writes Orbax' arrays.
+    yield dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://localhost:{port}")
+    emulator.kill()
+    emulator.wait()
+
+
+READ = """
+import sys
+from etils import epath
+run = epath.Path(sys.argv[1])
+print(sorted(path.name for path in run.iterdir()), sorted(path.name for path in (run / "checkpoints").iterdir()))
+epath.Path(sys.argv[2], "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_that_of_a_disk(bucket, tiny_run, tmp_path):
+    """Begun, gone on with from there to the same bits, refused for another config, and sampled from."""
+    for steps in ("--train.total_steps=10", "--train.total_steps=30"):
+        result = run_script(
+            *tiny_run, "--workdir=gs://bucket/runs/tiny", steps, "--optim.schedule=constant", **bucket
+        )
+        assert result.returncode == 0, result.stderr
+    assert "going on after step 10" in result.stdout
+    straight = run_script(*tiny_run, f"--workdir={tmp_path / 'straight'}", "--optim.schedule=constant")
+    assert straight.returncode == 0, straight.stderr
+    listed = run_script("-c", READ, "gs://bucket/runs/tiny", tmp_path, **bucket)
+    assert "['checkpoints', 'config.yaml', 'env.json', 'loss.png', 'metrics.jsonl']" in listed.stdout, listed.stderr
+    assert losses(tmp_path) == losses(tmp_path / "straight")
+    other = run_script(*tiny_run, "--workdir=gs://bucket/runs/tiny", "--model.d_model=64", **bucket)
+    assert other.returncode == 2
+    assert "gs://bucket/runs/tiny holds a run of another config: model.d_model (32 there, 64 here)" in other.stderr
+    sampled = run_script("sample.py", "gs://bucket/runs/tiny", "--max_new_tokens", "5", "--format", "jsonl", **bucket)
+    assert len(json.loads(sampled.stdout)["tokens"]) == 5, sampled.stderr
+
+
+def test_a_bucket_without_its_library_is_one_line(tiny_run, tmp_path):
+    (tmp_path / "gcsfs.py").write_text("raise ImportError")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from gptjax.cli import train; train(sys.argv[1:])"
+    result = run_script("-c", code, *tiny_run[1:], "--workdir=gs://bucket/run")
+    assert result.returncode == 2
+    assert "cannot read gs://bucket/run" in result.stderr
+    assert "pip install 'gptjax[cloud]'" in result.stderr
