@@ -15,7 +15,7 @@ FLOORS = [
     ["errors", "presets"],
     ["checks"],
     ["config"],
-    ["configfile", "sharding", "tokenizers", "process"],
+    ["parametrization", "configfile", "sharding", "tokenizers", "process"],
     ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
     ["nn.layers", "data"],
     ["nn.transformer"],

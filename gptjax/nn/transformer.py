@@ -14,6 +14,7 @@ from flax import nnx
 from gptjax.config import ModelConfig
 from gptjax.nn.attention import causal_mask
 from gptjax.nn.layers import Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
+from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
@@ -89,7 +90,7 @@ class Transformer(nnx.Module):
         scan_layers = jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
         unroll = 1 if scan_layers else cfg.n_layers
         x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
-        return self.final_norm(x), kv
+        return self.final_norm(x) * factor(cfg, MULTIPLIERS["output"]), kv
 
     def head_matrix(self) -> jax.Array:
         """[D, V] float32: the head, or the transposed embedding where they are tied."""
@@ -103,14 +104,16 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
         graphdef: static, hashable.
         params: nested dict of ShapeDtypeStruct; blocks carry a leading axis L.
         metadata: by path; `axes` names every dimension ("layers" first in blocks), `n_in` counts those that
-            are a matrix's input (0: not a matrix; the layers' axis is not counted).
+            are a matrix's input (0: not a matrix; the layers' axis is not counted); `factors` are what
+            the parametrization makes of its treatment, by optimizer.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0))), nnx.Param)
     metadata = {}
     for path, variable in nnx.to_flat_state(state):
         given = variable.get_metadata()
         stacked = ("layers",) if path[0] == "blocks" else ()  # nnx.vmap added the axis, not its name
-        metadata[path] = {"axes": stacked + given["axes"], "n_in": given["n_in"]}
+        factors = treatment_factors(cfg, "/".join(path))
+        metadata[path] = {"axes": stacked + given["axes"], "n_in": given["n_in"], "factors": factors}
     return graphdef, nnx.to_pure_dict(state), metadata
 
 
