@@ -71,7 +71,7 @@ def directions(model: dict, grad: float, weight: float, **optim) -> dict[str, fl
     optimizer = make_optimizer(cfg.optim, metadata)
     params, grads = (jax.tree.map(lambda p, v=v: np.full(p.shape, v, np.float32), params) for v in (weight, grad))
     found, _ = optimizer.update(grads, optimizer.init(params), params)
-    return {"/".join(k.key for k in keys): float(leaf.flat[0]) for keys, leaf in jax.tree.leaves_with_path(found)}
+    return {"/".join(k.key for k in keys): float(leaf.ravel()[0]) for keys, leaf in jax.tree.leaves_with_path(found)}
 
 
 def test_the_optimizer_applies_rate_decay_eps_and_the_users_own_scales():
@@ -136,7 +136,8 @@ def test_the_base_model_is_the_standard_one_bit_for_bit(optimizer):
 def test_multipliers_can_be_taken_into_the_weights(form):
     """1/4 at the head, scores over the head's width, 1/3 of every branch: the standard model with these weights."""
     cfg = make_config({**COMPLETEP, **form}).model
-    params = jax.tree.map(lambda x: x + 0.1, init_params(cfg, jax.random.key(0)))  # biases too
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), init_params(cfg, jax.random.key(0)))
     plain = dataclasses.replace(cfg, parametrization="standard", norm_weights=True)
     shapes = abstract_model(plain)[1]
     folded = without_multipliers(cfg, params)
@@ -214,7 +215,7 @@ def narrow(corpus_file, tmp_path):
 def check(cfg, name: str) -> dict:
     sizes = [32, 128]
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, parametrization=name))
-    return describe(sizes, [change_of_activations(at_width(cfg, width), 3) for width in sizes], name)
+    return describe(sizes, [change_of_activations(at_width(cfg, width), 5) for width in sizes], name)
 
 
 def test_coordinates_are_flat_under_mup_and_not_under_standard(narrow):

@@ -15,13 +15,13 @@ from gptjax.errors import UserError
 from gptjax.process import prepare_process
 
 TOLERANCE = 0.25  # of a slope; what a wrong exponent does is half a power of the width, or a whole one
-SEQUENCES = 4  # of the one batch that every step sees
+SEQUENCES = 1  # of the one batch that every step sees: few tokens, so that small widths too are wide beside them
 
 
 def coord_check(
     config: str,
     widths: str = "64,128,256,512",
-    steps: int = 3,
+    steps: int = 5,
     parametrization: Literal["standard", "mup", "completep"] | None = None,
     json: bool = False,
     out: str | None = None,

@@ -1,6 +1,6 @@
 """Does the learning rate that suits width 64 suit width 256? Standard against muP.
 
-python studies/lr_transfer/run.py            runs what has no result yet, and reports
+python studies/lr_transfer/run.py            runs what has no result yet with AdamW (--muon: with Muon), and reports
 python studies/lr_transfer/run.py --report   reports
 
 One line of results.jsonl a run; a run whose line is there is not repeated. The loop is this script's own, with the
@@ -8,59 +8,63 @@ learning rate as an argument of the step: one compilation serves every rate and 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from gptjax.config import Config
 from gptjax.configfile import load_config
 from gptjax.process import prepare_process
 from gptjax.scaling.coordinates import at_width
 
 HERE = Path(__file__).parent
 WIDTHS, SEEDS = (64, 128, 256), (1, 2, 3)
-RATES = tuple(2.0**n for n in range(-10, -3))
+RATES = tuple(2.0**n for n in range(-11, -5))
 T_95 = 4.303  # two-sided, two degrees of freedom: of a mean over three seeds
 RESULTS = HERE / "results.jsonl"
 
 
-def read_results() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read_results(optimizer: str) -> list[dict]:
+    """The rows of results.jsonl."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [row for row in map(json.loads, lines) if row["optimizer"] == optimizer]
 
 
-def run_all(optimizers: list[str]) -> None:
-    """Every run that has no result yet; the widest, which cost most, last."""
+def run_all(optimizer: str) -> None:
+    """Every run that has no result yet, a seed after the other."""
     prepare_process()
-    done = {(r["optimizer"], r["parametrization"], r["width"], r["rate"], r["seed"]) for r in read_results()}
-    for optimizer in optimizers:
-        for width in WIDTHS:
-            for parametrization in ("standard", "mup"):
-                if width == WIDTHS[0] and parametrization == "mup":
-                    continue  # the base model: bit for bit the standard one (tests/test_parametrization.py)
-                cfg = load_config([str(HERE / "base.yaml")])
-                model = dataclasses.replace(cfg.model, parametrization=parametrization)
-                optim = dataclasses.replace(cfg.optim, name=optimizer, peak_lr=1.0)
-                train = None
-                for seed in SEEDS:
-                    for rate in RATES:
-                        key = (optimizer, parametrization, width, rate, seed)
-                        if key in done:
-                            continue
-                        train = train or make_train(
-                            at_width(dataclasses.replace(cfg, model=model, optim=optim), width)
-                        )
-                        began = time.perf_counter()
-                        row = dict(zip(("optimizer", "parametrization", "width", "rate", "seed"), key, strict=True))
-                        row |= {"loss": train(seed, rate), "wall_s": round(time.perf_counter() - began, 1)}
-                        with RESULTS.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
-                        print(row, flush=True)
+    done = {(r["parametrization"], r["width"], r["rate"], r["seed"]) for r in read_results(optimizer)}
+    trainers = {}
+    for seed, width, name, rate in itertools.product(SEEDS, WIDTHS, ("standard", "mup"), RATES):
+        # The base model is, bit for bit, the standard one (tests/test_parametrization.py): it runs once.
+        if (name, width, rate, seed) in done or (name, width) == ("mup", WIDTHS[0]):
+            continue
+        if (name, width) not in trainers:
+            trainers[name, width] = make_train(configure(optimizer, name, width))
+        began = time.perf_counter()
+        loss = trainers[name, width](seed, rate)
+        row = {"optimizer": optimizer, "parametrization": name, "width": width, "rate": rate, "seed": seed}
+        row |= {"loss": loss, "wall_s": round(time.perf_counter() - began, 1)}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
 
 
-def make_train(cfg):
+def configure(optimizer: str, parametrization: str, width: int) -> Config:
+    """The config of a run but for rate and seed."""
+    cfg = load_config([str(HERE / "base.yaml")])
+    model = dataclasses.replace(cfg.model, parametrization=parametrization)
+    optim = dataclasses.replace(cfg.optim, name=optimizer, peak_lr=1.0)
+    return at_width(dataclasses.replace(cfg, model=model, optim=optim), width)
+
+
+def make_train(cfg: Config) -> Callable[[int, float], float | None]:
     """(seed, rate) -> validation loss in nats a byte after the last step; None where it is not finite."""
     import jax
 
@@ -96,7 +100,7 @@ def make_train(cfg):
         params, opt_state = init(jax.random.key(seed))
         for number in range(total):
             params, opt_state = step(params, opt_state, batches[number], np.int32(number), np.float32(rate))
-        windows = validation_batches(corpus.sources[0].val, T, 32, 256, range(32))
+        windows = validation_batches(corpus.sources[0].val, T, 32, 128, range(32))
         sums = np.sum([jax.device_get(evaluate(params, batch)) for batch in windows], axis=0)
         loss = float(sums[0] / sums[1])
         return loss if math.isfinite(loss) else None
@@ -122,10 +126,10 @@ def report(optimizer: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in read_results() if r["optimizer"] == optimizer]
+    rows = read_results(optimizer)
+    print(f"{optimizer}: {len(rows)} runs, {sum(row['wall_s'] for row in rows) / 60:.0f} minutes")
     rows += [{**r, "parametrization": "mup"} for r in rows if r["width"] == WIDTHS[0]]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    print(f"{optimizer}: {len([r for r in read_results() if r['optimizer'] == optimizer])} runs")
     for panel, parametrization in zip(panels, ("standard", "mup"), strict=True):
         optima = {}
         for width in WIDTHS:
@@ -152,8 +156,7 @@ def report(optimizer: str) -> None:
 
 
 if __name__ == "__main__":
-    names = [name for name in sys.argv[1:] if not name.startswith("--")] or ["adamw"]
+    chosen = "muon" if "--muon" in sys.argv else "adamw"
     if "--report" not in sys.argv:
-        run_all(names)
-    for name in names:
-        report(name)
+        run_all(chosen)
+    report(chosen)
