@@ -112,20 +112,21 @@ def test_first_values_have_the_papers_spread(init):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_base_model_is_the_standard_one_bit_for_bit(optimizer):
+    """The same programs, to the letter, for first values and for a step."""
     own = {"base_width": 32, "base_layers": 2, "base_head_dim": 8}
-    tokens = np.random.default_rng(0).integers(0, 61, (8, 32), dtype=np.int32)
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": np.ones((8, 32), np.float32)}
+    batch = dict.fromkeys(("tokens", "targets", "weights"), jax.ShapeDtypeStruct((8, 32), jnp.int32))
+    batch["weights"] = jax.ShapeDtypeStruct((8, 32), jnp.float32)
 
-    def trained(name):
-        t = trainable_on(make_config({**MODERN, **own, "parametrization": name}, optim={"name": optimizer}))
-        state, step = init_state(t), make_train_step(t)
-        for _ in range(3):
-            state, _ = step(state, batch)
-        return jax.tree.map(np.asarray, (state.params, state.opt_state))
+    def programs(**model):
+        t = trainable_on(make_config({**MODERN, "scan_layers": True, **model}, optim={"name": optimizer}))
+        with jax.set_mesh(t.mesh):
+            step = make_train_step(t).compiled.lower(t.state, batch).as_text()
+        return jax.jit(lambda key: init_params(t.cfg.model, key)).lower(jax.random.key(0)).as_text(), step
 
-    standard = trained("standard")
-    for name in ("mup", "completep"):
-        jax.tree.map(np.testing.assert_array_equal, trained(name), standard)
+    standard = programs()
+    assert programs(**own, parametrization="mup") == standard
+    assert programs(**own, parametrization="completep") == standard
+    assert programs(**{**own, "base_width": 16}, parametrization="mup") != standard
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,8 @@ def test_gradients_shrink_as_adams_eps_does():
     tokens = np.random.default_rng(0).integers(0, 61, (4, 32), dtype=np.int32)
 
     def spread(width, layers):
-        model = {**GPT2_LIKE, "d_model": width, "n_heads": width // 16, "n_layers": layers, "tie_embeddings": False}
+        sizes = {"d_model": width, "n_heads": width // 16, "n_layers": layers, "scan_layers": True}
+        model = {**GPT2_LIKE, **sizes, "tie_embeddings": False}
         cfg = make_config({**model, "parametrization": "completep", "base_width": 64, "base_layers": 2}).model
         graphdef = abstract_model(cfg)[0]
 
@@ -187,8 +189,8 @@ def test_gradients_shrink_as_adams_eps_does():
         assert deep[name] / small == pytest.approx(1 / 4 if name in ("up", "norm") else 1, rel=0.25), name
 
 
-@pytest.mark.parametrize("other", [{"scan_layers": True}, {"remat": "full"}], ids=str)
-def test_scan_remat_and_eight_devices_change_nothing(other):
+def test_a_scan_on_eight_devices_is_the_unrolled_model_on_one():
+    model = {**COMPLETEP, "n_layers": 2, "base_layers": 1}
     tokens = np.random.default_rng(0).integers(0, 61, (8, 32), dtype=np.int32)
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": np.ones((8, 32), np.float32)}
 
@@ -201,34 +203,36 @@ def test_scan_remat_and_eight_devices_change_nothing(other):
             found.append(float(metrics["train/loss"]))
         return found
 
-    np.testing.assert_allclose(losses({**COMPLETEP, **other}, 8, fsdp=4, data=2), losses(COMPLETEP, 1), rtol=1e-5)
+    scanned = losses({**model, "scan_layers": True}, 8, fsdp=4, data=2)
+    np.testing.assert_allclose(scanned, losses(model, 1), rtol=1e-5)
 
 
-@pytest.fixture
-def narrow(corpus_file, tmp_path):
-    """A model to widen, on a small corpus."""
-    model = {**GPT2_LIKE, "n_heads": 2, "vocab_size": None, "tie_embeddings": False, "base_width": 32}
-    data = {"path": str(corpus_file), "tokenizer": "byte", "cache_dir": str(tmp_path)}
-    return config_from_dict({"model": model, "data": data, "optim": {"peak_lr": 4e-3}, "workdir": "unused"})
+@pytest.fixture(scope="module")
+def check(corpus_file, tmp_path_factory):
+    """Name of a parametrization -> the coordinate check of a small model, four times widened."""
+    model = {**GPT2_LIKE, "n_layers": 1, "n_heads": 2, "vocab_size": None, "tie_embeddings": False, "base_width": 32}
+    data = {"path": str(corpus_file), "tokenizer": "byte", "cache_dir": str(tmp_path_factory.mktemp("tokens"))}
+    cfg = config_from_dict({"model": model, "data": data, "optim": {"peak_lr": 4e-3}, "workdir": "unused"})
+    narrow = change_of_activations(cfg, 5)  # the same model under every parametrization
+
+    def run(name: str) -> dict:
+        named = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, parametrization=name))
+        return describe([32, 128], [narrow, change_of_activations(at_width(named, 128), 5)])
+
+    return run
 
 
-def check(cfg, name: str) -> dict:
-    sizes = [32, 128]
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, parametrization=name))
-    return describe(sizes, [change_of_activations(at_width(cfg, width), 5) for width in sizes], name)
-
-
-def test_coordinates_are_flat_under_mup_and_not_under_standard(narrow):
-    mup, standard = check(narrow, "mup"), check(narrow, "standard")
-    assert mup["flat"]
+def test_coordinates_are_flat_under_mup_and_not_under_standard(check):
+    assert check("mup")["flat"]
+    standard = check("standard")
     assert not standard["flat"]
     assert standard["layers"]["logits"]["slope"] > 0.5
 
 
-def test_the_coordinate_check_sees_a_wrong_exponent(narrow, monkeypatch):
-    wrong = {r"^blocks/.*(norm/|bias)": parametrization.Rule(), r"^blocks/": parametrization.Rule(lr=(-0.5, 0))}
+def test_the_coordinate_check_sees_a_wrong_exponent(check, monkeypatch):
+    wrong = {r"^blocks/": parametrization.Rule(lr=(-0.5, 0))}
     monkeypatch.setitem(parametrization.RULES, "adam", {**parametrization.RULES["adam"], **wrong})
-    assert not check(narrow, "mup")["flat"]
+    assert not check("mup")["flat"]
 
 
 def test_what_the_base_lacks_is_said():
