@@ -126,7 +126,10 @@ def report(optimizer: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_results(optimizer)
+    rows = [row for row in read_results(optimizer) if row["rate"] in RATES]
+    wanted = len(SEEDS) * len(RATES) * (2 * len(WIDTHS) - 1)
+    if len(rows) < wanted:
+        raise SystemExit(f"{len(rows)} of {wanted} runs have a result; the same command without --report goes on")
     print(f"{optimizer}: {len(rows)} runs, {sum(row['wall_s'] for row in rows) / 60:.0f} minutes")
     rows += [{**r, "parametrization": "mup"} for r in rows if r["width"] == WIDTHS[0]]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
