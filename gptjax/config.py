@@ -59,6 +59,11 @@ class ModelConfig:
         logit_softcap: cap c of the logits, c * tanh(logits / c); null means none.
         init: gpt2 is normal(0.02) with residual projections divided by sqrt(2 L); zero starts residual
             projections and an untied head at zero, other matrices at 1 / sqrt(fan_in).
+        parametrization: whether first values and rates follow the model's size: no, by muP (width) or by CompleteP
+            (width and depth); see gptjax/parametrization.py.
+        base_width: the d_model that the hyperparameters were tuned for; heads and MLP are to grow in proportion.
+        base_layers: the n_layers that they were tuned for, for CompleteP.
+        base_head_dim: the head_dim that they were tuned for; null means that heads grow in number alone.
         dropout: probability at the embedding and at each residual branch.
         dtype: of the matmuls. Weights, norms, softmax and loss are float32 always.
         attention: how it is computed; auto means the best way on the devices and the mesh of a run
@@ -93,6 +98,10 @@ class ModelConfig:
     tie_embeddings: bool = True
     logit_softcap: float | None = None
     init: Literal["gpt2", "zero"] = "gpt2"
+    parametrization: Literal["standard", "mup", "completep"] = "standard"
+    base_width: int | None = None
+    base_layers: int | None = None
+    base_head_dim: int | None = None
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash", "ring"] = "auto"
@@ -103,8 +112,12 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "context_length", "vocab_multiple", "vocab_size"):
             check_at_least(1, "model", self, name)
-        for name in ("n_kv_heads", "head_dim", "d_mlp"):
+        for name in ("n_kv_heads", "head_dim", "d_mlp", "base_width", "base_layers", "base_head_dim"):
             check_at_least(1, "model", self, name)
+        needed = {"standard": (), "mup": ("base_width",), "completep": ("base_width", "base_layers")}
+        for name in needed[self.parametrization]:
+            missing = f"needs model.{name}, the size at which the hyperparameters were tuned"
+            check(getattr(self, name) is not None, "model.parametrization", self.parametrization, missing)
         for name in ("rope_theta", "norm_eps", "logit_softcap"):
             check_positive("model", self, name)
         check(

@@ -70,16 +70,24 @@ def make_optimizer(cfg: OptimConfig, metadata: dict[tuple[str, ...], dict[str, A
         """A tree like the weights', each leaf what its path says."""
         return lambda tree: jax.tree.map_with_path(lambda keys, _: of(tuple(k.key for k in keys)), tree)
 
-    rules = {
-        "adam": optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-        "muon": scale_by_muon(cfg.momentum, by_path(lambda path: metadata[path])),
-    }
-    lr_scales = by_path(lambda path: first_match(cfg.lr_scales, "/".join(path), 1.0))
+    factors = {path: meta["factors"][treatments[path].optimizer] for path, meta in metadata.items()}
+    rules = {"muon": scale_by_muon(cfg.momentum, by_path(lambda path: metadata[path]))}
+    labels = {path: treatment.optimizer for path, treatment in treatments.items()}
+    for path in (path for path, label in labels.items() if label == "adam"):
+        eps = factors[path]["eps"]
+        labels[path] = "adam" if eps == 1 else f"adam, eps x {eps:g}"
+        rules[labels[path]] = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps * eps)
+    decays = by_path(lambda path: cfg.weight_decay * factors[path]["decay"] if treatments[path].decay else 0.0)
+    rates = by_path(lambda path: first_match(cfg.lr_scales, "/".join(path), 1.0) * factors[path]["lr"])
+
+    def decay_and_scale(updates, params):
+        trees = (updates, params, decays(updates), rates(updates))
+        return jax.tree.map(lambda u, w, decay, rate: (u + decay * w if decay else u) * rate, *trees)
+
     return optax.chain(
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
-        with_moments_in(cfg.moments_dtype, optax.partition(rules, by_path(lambda path: treatments[path].optimizer))),
-        optax.add_decayed_weights(cfg.weight_decay, by_path(lambda path: treatments[path].decay)),
-        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, lr_scales(updates))),
+        with_moments_in(cfg.moments_dtype, optax.partition(rules, by_path(lambda path: labels[path]))),
+        optax.stateless(decay_and_scale),
     )
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     ["errors", "presets"],
     ["checks"],
     ["config"],
-    ["configfile", "sharding", "tokenizers", "process", "faults"],
+    ["parametrization", "configfile", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
     ["nn.transformer"],

@@ -23,7 +23,7 @@ from gptjax.convert.card import model_card
 from gptjax.convert.families import FAMILIES, export_config, exported_form, family_for
 from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.safetensors import write_safetensors
-from gptjax.convert.weights import Layout, write_value
+from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
 from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe
 
@@ -68,7 +68,7 @@ def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "fl
     ends = {"bos_token_id": getattr(model.tokenizer, "bos_id", None), "eos_token_id": model.tokenizer.eos_id}
     config = export_config(model.config, kind, dtype) | ends
     with new_folder(out) as folder:
-        params = model.read(on_first_device(model.config))
+        params = without_multipliers(model.config, model.read(on_first_device(model.config)))
         shapes = {name: held.shape for name, held in layout.tensors.items()}
         write_safetensors(folder, shapes, DTYPES[dtype], lambda name: write_value(layout, params, name))
         generation = origin.get("generation") or ends

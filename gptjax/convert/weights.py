@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.convert.families import Family, Tensor
 from gptjax.errors import UserError
 from gptjax.nn.transformer import Params, abstract_model
+from gptjax.optim import first_match
+from gptjax.parametrization import MULTIPLIERS, attention_multiplier, factor
 
 # The letter of each logical axis in `Tensor.dims`.
 LETTERS = {
@@ -164,6 +167,25 @@ def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
+    """The weights of the standard model that computes the same: the parametrization's multipliers taken into them."""
+    queries = r"/query_norm/" if cfg.qk_norm else r"/query(_bias)?$"
+    multiplied = {
+        r"^final_norm/": factor(cfg, MULTIPLIERS["output"]),
+        r"^blocks/(attention/out|mlp/down)(_bias)?$": factor(cfg, MULTIPLIERS["residual"]),
+        queries: attention_multiplier(cfg),
+    }
+    if not cfg.norm_weights:  # what has no scale is given one, to carry the multiplier
+        attention = params["blocks"]["attention"]
+        if cfg.qk_norm:
+            attention = {**attention, "query_norm": {"scale": jnp.ones((cfg.n_layers, cfg.d_head))}}
+        blocks = {**params["blocks"], "attention": attention}
+        params = {**params, "blocks": blocks, "final_norm": {"scale": jnp.ones(cfg.d_model)}}
+    return jax.tree.map_with_path(
+        lambda keys, leaf: leaf * first_match(multiplied, "/".join(key.key for key in keys), 1.0), params
+    )
 
 
 def write_value(layout: Layout, params: Params, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
+from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth
 from gptjax.sharding import constrain, on_one_device
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
@@ -69,11 +70,13 @@ def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
 
     `gpt2`: Radford et al. 2019, section 2.3 (residual projections scaled by one over the root of their number).
     `zero`: residual branches and the head start at zero (Fixup and its kin: Zhang et al. 2019, arXiv 1901.09321).
+    Both are those of the base model, which the parametrization then scales.
     """
-    gpt2 = {"embed": 0.02, "position": 0.02, "matrix": 0.02, "residual": 0.02 * (2 * cfg.n_layers) ** -0.5}
-    zero = {"embed": 1.0, "position": 0.02, "matrix": fan_in**-0.5, "residual": 0.0}
+    m, l = growth(cfg)
+    gpt2 = {"embed": 0.02, "position": 0.02, "matrix": 0.02, "residual": 0.02 * (2 * cfg.n_layers / l) ** -0.5}
+    zero = {"embed": 1.0, "position": 0.02, "matrix": (fan_in / m) ** -0.5, "residual": 0.0}
     stds = {"gpt2": {**gpt2, "head": 0.02}, "zero": {**zero, "head": 0.02 if cfg.tie_embeddings else 0.0}}
-    return stds[cfg.init][kind]
+    return stds[cfg.init][kind] * factor(cfg, INIT_STDS[kind])
 
 
 def linear(spec: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> jax.Array:
@@ -172,7 +175,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         D, H, G, K = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head
         std = init_std(cfg, "matrix", D)
-        self.dtype = cfg.dtype
+        self.dtype, self.query_multiplier = cfg.dtype, attention_multiplier(cfg)
         self.query = param(rngs, (D, H, K), ("embed", "heads", "head_dim"), std)
         self.key = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
         self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
@@ -194,11 +197,10 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if ctx.rotation is not None:
             q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
+        q = q * self.query_multiplier
         y = ctx.attend(q, k, v) if cache is None else ctx.attend(q, k, v, cache)
-        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), (
-            jnp.swapaxes(k, 1, 2),
-            jnp.swapaxes(v, 1, 2),
-        )
+        new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), new
 
 
 ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -232,10 +234,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); what is added may be scaled by the parametrization."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.rate = cfg.dropout
+        self.rate, self.multiplier = cfg.dropout, factor(cfg, MULTIPLIERS["residual"])
         self.attention_norm = Norm(cfg, cfg.d_model, rngs)
         self.attention = Attention(cfg, rngs)
         self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
@@ -246,6 +248,6 @@ class Block(nnx.Module):
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         x = checkpoint_name(constrain(x, *STREAM), "block_input")
         y, kv = self.attention(constrain(self.attention_norm(x), "batch", "length", "residual"), ctx, cache)
-        x = constrain(x + dropout(y, self.rate, keys[0]), *STREAM)
+        x = constrain(x + self.multiplier * dropout(y, self.rate, keys[0]), *STREAM)
         y = self.mlp(constrain(self.mlp_norm(x), "batch", "length", "residual"))
-        return x + dropout(y, self.rate, keys[1]), kv
+        return x + self.multiplier * dropout(y, self.rate, keys[1]), kv

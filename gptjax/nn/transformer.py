@@ -23,6 +23,7 @@ from gptjax.nn.blocked import make_blocked
 from gptjax.nn.kernels import make_dot_product, make_splash
 from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
 from gptjax.nn.ring import make_ring
+from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
@@ -172,7 +173,8 @@ class Transformer(nnx.Module):
         else:
             unroll = 1 if scans_layers(cfg) else cfg.n_layers
             x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
-        return constrain(self.final_norm(x), "batch", "length", "residual"), kv
+        x = self.final_norm(x) * factor(cfg, MULTIPLIERS["output"])
+        return constrain(x, "batch", "length", "residual"), kv
 
     def head_matrix(self) -> jax.Array:
         """[D, V] float32: the head, or the transposed embedding where they are tied."""
@@ -186,14 +188,16 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
         graphdef: static, hashable.
         params: nested dict of ShapeDtypeStruct; blocks carry a leading axis L.
         metadata: by path; `axes` names every dimension ("layers" first in blocks), `n_in` counts those that
-            are a matrix's input (0: not a matrix; the layers' axis is not counted).
+            are a matrix's input (0: not a matrix; the layers' axis is not counted); `factors` are what
+            the parametrization makes of its treatment, by optimizer.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0))), nnx.Param)
     metadata = {}
     for path, variable in nnx.to_flat_state(state):
         given = variable.get_metadata()
         stacked = ("layers",) if path[0] == "blocks" else ()  # nnx.vmap added the axis, not its name
-        metadata[path] = {"axes": stacked + given["axes"], "n_in": given["n_in"]}
+        factors = treatment_factors(cfg, "/".join(path))
+        metadata[path] = {"axes": stacked + given["axes"], "n_in": given["n_in"], "factors": factors}
     return graphdef, nnx.to_pure_dict(state), metadata
 
 

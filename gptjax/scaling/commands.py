@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from gptjax.errors import UserError
 from gptjax.process import prepare_process
+from gptjax.scaling.coordinates import coord_check
 
 
 def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
@@ -136,3 +137,4 @@ def _source(study: str | None, table: str | None) -> Path:
 
 
 VERBS: dict[str, Callable[..., None]] = {"plan": plan, "run": run, "status": status, "collect": collect, "fit": fit}
+VERBS |= {"coord-check": coord_check}

@@ -1,0 +1,141 @@
+"""The coordinate check: do a few steps change the activations of a wide model as much as those of a narrow one?
+
+Yang et al. 2022 (arXiv 2203.03466), appendix D.1. Where the change grows or shrinks with the width, the learning rate
+that suits shifts with it; under muP, right to the last line of code, it keeps its size.
+"""
+
+import dataclasses
+import json as json_format
+from typing import Any, Literal
+
+from gptjax.config import Config
+from gptjax.configfile import load_config
+from gptjax.errors import UserError
+from gptjax.process import prepare_process
+
+TOLERANCE = 0.25  # of a slope; a wrong exponent makes it half a power of the width, or a whole one
+
+
+def coord_check(
+    config: str,
+    widths: str = "64,128,256,512",
+    steps: int = 5,
+    parametrization: Literal["standard", "mup", "completep"] | None = None,
+    json: bool = False,
+    out: str | None = None,
+) -> None:
+    """Measure how the change of the activations over a few steps grows with the width.
+
+    Args:
+        config: a config file of train.py; its heads keep their width and grow in number, its MLP grows in proportion.
+        widths: values of model.d_model, with commas between them.
+        steps: at the full learning rate, all on one sequence.
+        parametrization: instead of the config's; without model.base_width the narrowest width is the base.
+        json: print one JSON object.
+        out: a picture to draw, such as check.png.
+    """
+    values = [int(width) if width.strip().isdecimal() else 0 for width in widths.split(",")]
+    if len(set(values)) < 2 or min(values) < 1 or steps < 1:
+        raise UserError(f"--widths {widths!r} --steps {steps}: give two widths or more, such as 64,128, and a step")
+    cfg = load_config([config])
+    base = {"base_width": cfg.model.base_width or min(values), "base_layers": cfg.model.base_layers}
+    base["base_layers"] = base["base_layers"] or cfg.model.n_layers
+    name = parametrization or cfg.model.parametrization
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **base, parametrization=name))
+    sizes = [at_width(cfg, width) for width in values]
+    prepare_process()
+    found = describe(values, [change_of_activations(size, steps) for size in sizes])
+    if out is not None:
+        draw(found, name, out)
+    lines = ["change at width  " + "".join(f"{width:10}" for width in values) + "     slope"]
+    for layer, x in found["layers"].items():
+        lines.append(f"{layer:17}" + "".join(f"{rms:10.3g}" for rms in x["rms"]) + f"{x['slope']:+10.2f}")
+    verdict = "keep" if found["flat"] else "do not keep"
+    lines.append(f"{name}: changes {verdict} their size with the width (slopes within {TOLERANCE} of 0)")
+    print(json_format.dumps({"parametrization": name, **found}) if json else "\n".join(lines))
+
+
+def at_width(cfg: Config, width: int) -> Config:
+    """The config with another d_model: as many times the heads and the MLP's width. UserError for parts of heads."""
+    m = cfg.model
+    if width * m.n_heads % m.d_model or width * m.kv_heads % m.d_model or width * m.mlp_width % m.d_model:
+        raise UserError(f"--widths {width} does not hold whole heads of {m.d_head}; give multiples of it")
+    heads, kv_heads, mlp = (n * width // m.d_model for n in (m.n_heads, m.kv_heads, m.mlp_width))
+    wide = {"n_heads": heads, "n_kv_heads": kv_heads, "d_mlp": mlp, "head_dim": m.d_head}
+    return dataclasses.replace(cfg, model=dataclasses.replace(m, d_model=width, **wide))
+
+
+def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
+    """Root mean square, by kind of layer, of what so many steps on one sequence change in its activations."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from gptjax.data.batches import Batches, training_examples
+    from gptjax.nn.transformer import bind, logits
+    from gptjax.sharding import make_mesh
+    from gptjax.step import init_state, make_train_step, make_trainable
+    from gptjax.trainer import load_corpus, with_vocabulary
+
+    class Recorded(nnx.Module):
+        """A block that hands out what it adds, in the place of its keys and values."""
+
+        def __init__(self, block: Any):
+            self.block = block
+
+        def __call__(self, x, ctx, cache):
+            attention, _ = self.block.attention(self.block.attention_norm(x), ctx, cache)
+            after, _ = self.block(x, ctx, cache)
+            mlp = (after - x) / self.block.multiplier - attention
+            return after, {"embedding": x, "attention": attention, "mlp": mlp, "residual stream": after}
+
+    # Few tokens, so that narrow models too are wide beside them: that is the limit of which muP speaks.
+    train = dataclasses.replace(cfg.train, batch_sequences=1, microbatches=1)
+    optim = dataclasses.replace(cfg.optim, schedule="constant", warmup_steps=0, ema_decay=None)
+    corpus = load_corpus(cfg.data)
+    cfg = with_vocabulary(dataclasses.replace(cfg, optim=optim, train=train), corpus)
+    t = make_trainable(cfg, make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1]))
+    batch = Batches(training_examples(corpus, cfg.data, cfg.model.context_length, 1, cfg.seed), 1, range(1))[0]
+
+    def activations(params):
+        model = bind(t.graphdef, params)
+        model.blocks = Recorded(model.blocks)
+        hidden, layers = model(batch["tokens"], batch.get("positions"), batch.get("segments"))
+        layers |= {"embedding": layers["embedding"][0], "residual stream": layers["residual stream"][-1]}
+        return {**layers, "logits": logits(model, hidden)}
+
+    state, step, record = init_state(t), make_train_step(t), jax.jit(activations)
+    before = record(state.params)
+    for _ in range(steps):
+        state, _ = step(state, batch)
+    moved = jax.tree.map(lambda a, b: jnp.sqrt(jnp.mean(jnp.square(a - b))), record(state.params), before)
+    return {name: float(value) for name, value in moved.items()}
+
+
+def describe(widths: list[int], changes: list[dict[str, float]]) -> dict[str, Any]:
+    """The changes by kind of layer, the slopes of their logs against the width's, and whether all are near 0."""
+    import numpy as np
+
+    rms = {name: [change[name] for change in changes] for name in changes[0]}
+    if not np.all(np.array(list(rms.values())) > 0):  # nan too
+        raise UserError(
+            "activations did not change, or are not finite any more; give another optim.peak_lr or --steps"
+        )
+    slopes = {name: float(np.polyfit(np.log(widths), np.log(values), 1)[0]) for name, values in rms.items()}
+    layers = {name: {"rms": values, "slope": slopes[name]} for name, values in rms.items()}
+    return {"widths": widths, "layers": layers, "flat": max(map(abs, slopes.values())) <= TOLERANCE}
+
+
+def draw(found: dict[str, Any], title: str, out: str) -> None:
+    """Change against width, a line for each kind of layer; raises UserError where the picture cannot be written."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 4)).subplots()
+    for name, layer in found["layers"].items():
+        axes.loglog(found["widths"], layer["rms"], "o-", base=2, label=f"{name}, slope {layer['slope']:+.2f}")
+    axes.set(xlabel="width", ylabel="RMS of the change", title=title)
+    axes.legend()
+    try:
+        axes.figure.savefig(out, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --out {out!r}: {error}") from None
