@@ -15,11 +15,11 @@ from conftest import ROOT, run_script
 pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
 
 from gptjax.errors import UserError
+from gptjax.laws.table import read_table
 from gptjax.nn.transformer import flops_per_token
 from gptjax.scaling.ladder import Rung, describe_plan, make_rungs, warnings
 from gptjax.scaling.runner import collect, read_result, rung_dir, state_of
 from gptjax.scaling.study import load_study
-from gptjax.scaling.table import read_table
 
 LADDER = [{"n_layers": 1, "d_model": 16 * n, "n_heads": 2} for n in (1, 2, 3)]
 

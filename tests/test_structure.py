@@ -22,7 +22,7 @@ FLOORS = [
     ["step", "generate"],
     ["convert"],
     ["trainer"],
-    ["prepare", "finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
+    ["prepare", "finetune", "evals", "planner", "scaling", "laws", "serve", "launch", "bench"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from gptjax.config import Config, ModelConfig
-from gptjax.configfile import config_to_yaml, load_config
+from gptjax.configfile import FREE_ON_RESUME, load_config
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import UserError
 from gptjax.nn.transformer import count_params, flops_per_token
@@ -131,11 +132,23 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
     return Rung(name, config, corpus.fingerprint, N, steps * per_step, flops, epochs, held_out)
 
 
+# What decides how a rung is carried out, and not what comes of it.
+NOT_IN_ID = {*FREE_ON_RESUME, "data.path"} - {"init_from", "train.total_steps", "train.eval_sequences"}
+
+
 def _rung_id(config: Config, fingerprint: str) -> str:
-    """Hash of what decides a rung's result: not where its files lie, nor on how many devices it runs."""
-    data = dataclasses.replace(config.data, path="", cache_dir="", prefetch_batches=1)
-    decides = dataclasses.replace(config, data=data, mesh=None, distributed=None, log=None, checkpoint=None)
-    return hashlib.sha256(f"{config_to_yaml(decides)}{fingerprint}".encode()).hexdigest()[:12]
+    """Hash of what decides a rung's result: not where its files lie, nor on how many devices it runs.
+
+    A value that is the default's does not enter it, so that ids outlive a new key.
+    """
+    plain, usual, decides = dataclasses.asdict(config), dataclasses.asdict(Config()), {}
+    for section, value in plain.items():
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            name = f"{section}.{key}".rstrip(".")
+            default = usual[section][key] if key else usual[section]
+            if inner != default and not NOT_IN_ID & {section, name}:
+                decides[name] = inner
+    return hashlib.sha256(f"{json.dumps(decides, sort_keys=True)}{fingerprint}".encode()).hexdigest()[:12]
 
 
 def warnings(study: Study, rungs: list[Rung]) -> list[str]:

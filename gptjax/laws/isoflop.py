@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
-from gptjax.scaling.laws import PowerLaw, fit_power_law
-from gptjax.scaling.table import Table
+from gptjax.laws.parametric import PowerLaw, fit_power_law
+from gptjax.laws.table import Table
 
 METHODS = ("akima", "parabola")
 

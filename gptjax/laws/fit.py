@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.scaling import uncertainty
-from gptjax.scaling.isoflop import METHODS, find_floors, frontier
-from gptjax.scaling.laws import DELTA, fit_law, fit_overtraining
-from gptjax.scaling.table import Table
+from gptjax.laws.isoflop import METHODS, find_floors, frontier
+from gptjax.laws.parametric import DELTA, fit_law, fit_overtraining
+from gptjax.laws.table import Table
+from gptjax.laws import uncertainty
 
 Said = tuple[dict[str, Any], list[str]]  # for a program, and for a reader
 

@@ -1,0 +1,1 @@
+"""Scaling laws: fit a table of finished runs, say how far to trust the fit, and be held to its forecasts."""
