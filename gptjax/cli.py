@@ -202,7 +202,7 @@ def data(args: list[str]) -> int:
 @report_user_errors
 def scaling(args: list[str]) -> int:
     """plan, run and fit a scaling study"""
-    from gptjax.laws.commands import VERBS as LAWS  # first: it settles BLAS's threads before numpy is loaded
+    from gptjax.predict.commands import VERBS as LAWS  # first: it settles BLAS's threads before numpy is loaded
     from gptjax.scaling.commands import VERBS as STUDIES
 
     verbs = {**STUDIES, **LAWS}

@@ -1,1 +1,1 @@
-"""Scaling laws: fit a table of finished runs, say how far to trust the fit, and be held to its forecasts."""
+"""Scaling laws as published, and their fits to a table of runs. Numbers in, numbers out; no JAX, nothing printed."""

@@ -43,6 +43,20 @@ class Table:
         return budgets
 
 
+def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
+    """The rows of a CSV file as they stand, diverged ones too, without (or only) those held out of every fit.
+
+    Raises:
+        UserError: no such file, or not a CSV file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    return [row for row in rows if (row.get("held_out", "0") == "1") == held_out]
+
+
 def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
     """A CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
 
@@ -53,30 +67,31 @@ def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> 
         loss: the column of the loss.
 
     Raises:
-        UserError: no such file or column, a value that is not a positive number, or the same run twice.
+        UserError: no such file or column, a value that is not a positive number, the same run twice, or runs on
+            different data.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    rows = [row for row in rows if row.get("held_out", "0") != "1" and row.get("status", "done") == "done"]
+    rows = [row for row in read_rows(path) if row.get("status", "done") == "done"]
     if not rows:
         raise UserError(f"table {str(path)!r} has no rows to fit; it needs columns params, tokens, loss")
     names = [name for name in rows[0] if name is not None]
     for name in (params, "tokens", loss):
         if name not in names:
             raise UserError(f"table {str(path)!r} has no column {name!r}{nearest(name, names)}")
-    N, D, L = (_numbers(rows, name, path) for name in (params, "tokens", loss))
-    flops = _numbers(rows, "flops", path) if "flops" in names else 6 * N * D
-    seen: dict[tuple[float, ...], int] = {}
-    for number, key in enumerate(zip(N, D, L, strict=True), 1):
+    N, D, L = (numbers(rows, name, path) for name in (params, "tokens", loss))
+    flops = numbers(rows, "flops", path) if "flops" in names else 6 * N * D
+    prints = sorted({row["fingerprint"] for row in rows}) if "fingerprint" in names else []
+    if len(prints) > 1:
+        raise UserError(f"table {str(path)!r} mixes data {' and '.join(prints)}; fit each in a table of its own")
+    seeds = [row.get("seed", "") for row in rows]
+    seen: dict[tuple, int] = {}
+    for number, key in enumerate(zip(N, D, L, seeds, strict=True), 1):
         if seen.setdefault(key, number) != number:
             raise UserError(f"table {str(path)!r}: rows {seen[key]} and {number} are the same run; remove one")
     return Table(N, D, L, flops)
 
 
-def _numbers(rows: list[dict[str, str]], name: str, path: str | Path) -> np.ndarray:
+def numbers(rows: list[dict[str, str]], name: str, path: str | Path = "table.csv") -> np.ndarray:
+    """A column of positive numbers; raises UserError for any other value."""
     values = []
     for number, row in enumerate(rows, 1):
         try:

@@ -3,14 +3,23 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from gptjax.errors import UserError, nearest
 from gptjax.process import prepare_process
 
 
 def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
     values, lines = said
     print(json.dumps(values, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def _load(directory: str) -> tuple[Any, list[Any]]:
@@ -23,34 +32,73 @@ def _load(directory: str) -> tuple[Any, list[Any]]:
     return study, make_rungs(study)
 
 
-def plan(study: str, json: bool = False) -> None:
-    """Show a study's rungs, what they cost, and what is wrong with them; run nothing.
+def plan(study: str, probe: bool = False, json: bool = False) -> None:
+    """Show a study's rungs, what they cost, and what is wrong with them; train nothing.
 
     Args:
         study: the study's directory.
+        probe: measure five steps of every shape for the hours; the times are kept in probe.json for later plans.
         json: print one JSON object.
     """
     read, rungs = _load(study)
-    from gptjax.scaling.ladder import describe_plan
+    from gptjax.scaling.ladder import describe_plan, key_of
 
-    _say(describe_plan(read, rungs), json)
+    path = Path(study, "probe.json")
+    if probe:
+        from gptjax.scaling.probe import seconds_per_step
+
+        _write(path, seconds_per_step(rungs))
+    seconds = _read(path) if path.exists() else None
+    if seconds is not None and not {key_of(rung.config) for rung in rungs} <= set(seconds):
+        seconds = None  # of an earlier ladder
+    _write_plan(study, rungs)
+    _say(describe_plan(read, rungs, seconds), json)
 
 
-def run(study: str) -> None:
+def _write_plan(study: str, rungs: list[Any]) -> None:
+    """plan.json, from which the verbs that fit learn what is held out."""
+    from gptjax.scaling.ladder import plan_rows
+
+    _write(Path(study, "plan.json"), plan_rows(rungs))
+
+
+def run(
+    study: str, rung: str | None = None, emit: Literal["slurm", "gke"] | None = None, no_forecast: bool = False
+) -> None:
     """Carry out the rungs that have no result yet, the longest last; a killed study goes on.
 
     Args:
         study: the study's directory.
+        rung: the id of one rung, to carry out that alone.
+        emit: print a Slurm job array, or a Kubernetes Job of GKE, instead: one task for each rung without a result.
+        no_forecast: carry out held-out rungs although nothing was predicted of them.
     """
-    _, rungs = _load(study)
-    from gptjax.scaling.runner import collect, run_rungs
+    read, rungs = _load(study)
+    from gptjax.scaling.emit import EMITTERS
+    from gptjax.scaling.runner import collect, missing_forecasts, read_result, run_rungs
 
     if any(Path(study, "rungs").glob("*/result.json")):
         collect(study, rungs)  # so that a study changed under its results is refused before hours are spent
-    code = run_rungs(study, rungs)
+    _write_plan(study, rungs)
+    wanted = [r for r in rungs if rung in (None, r.id)]
+    if not wanted:
+        raise UserError(f"the study has no rung {rung!r}{nearest(str(rung), [r.id for r in rungs])}; plan lists them")
+    unforecast = [] if no_forecast else missing_forecasts(study, wanted)
+    wanted = [r for r in wanted if r not in unforecast]
+    if emit:
+        ids = [r.id for r in wanted if read_result(study, r.id) is None]
+        if not ids:
+            raise UserError(f"every rung of {study} that may run has its result: nothing to emit")
+        print(EMITTERS[emit](study, ids), end="")
+        return
+    if rung and unforecast:
+        raise UserError(f"rung {rung} is held out: gptjax scaling forecast {study} first, or --no_forecast")
+    code = run_rungs(study, wanted, rungs if read.branches else None)
     if code:
         raise SystemExit(code)
     collect(study, rungs)
+    for r in unforecast:
+        print(f"held out until it is forecast: {r.id} {r.name}; gptjax scaling forecast {study}, then run again")
     print(f"gptjax scaling fit --study {study}    fits the law")
 
 

@@ -39,7 +39,7 @@ def fit(
         resamples: of the bootstrap that gives the intervals.
         json: print one JSON object.
     """
-    from gptjax.laws.fit import describe_fit, describe_overtraining
+    from gptjax.predict.fit import describe_fit, describe_overtraining
     from gptjax.laws.table import read_table
 
     rows = read_table(_source(study, table), params, loss)
