@@ -313,7 +313,7 @@ def test_a_job_array_runs_every_rung_once(make_study, tmp_path):
 
 
 def test_the_probe_measures_each_shape(make_study):
-    directory = make_study()
+    directory = make_study(run={"train": {"batch_sequences": 8}})
     rungs = rungs_of(directory)
     seconds = seconds_per_step(rungs)
     assert set(seconds) == {key_of(rung.config) for rung in rungs}

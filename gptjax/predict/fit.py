@@ -112,9 +112,8 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Said:
             continue
         values[name] = {"exponent": fit.exponent, "alpha": fit.alpha, "beta": fit.beta, "E": fit.E}
         values[name]["loss"] = _best_loss(fit, rows, budget)
-        lines.append(
-            f"{name:30}" + "{exponent:8.3f}{alpha:9.3f}{beta:9.3f}{E:9.4f}{loss:18.4f}".format(**values[name])
-        )
+        v = values[name]
+        lines.append(f"{name:30}{v['exponent']:8.3f}{v['alpha']:9.3f}{v['beta']:9.3f}{v['E']:9.4f}{v['loss']:18.4f}")
     one_out = [
         fit_law(rows.params, rows.tokens, rows.loss, starts=start).exponent
         for rows in (table.take(np.arange(len(table)) != i) for i in range(len(table)))
@@ -158,7 +157,7 @@ def describe_rates(path: Path) -> Said:
     Raises:
         UserError: no shape and budget of the table has two rates.
     """
-    valleys = _valleys(read_rows(path))
+    valleys = valleys_of_rate(read_rows(path))
     if not valleys:
         raise UserError(f"{path} has no shape and budget with two learning rates; give sweeps.peak_lr")
     law = fit_rate(valleys)
@@ -175,10 +174,10 @@ def describe_rates(path: Path) -> Said:
 
 def rate_law(rows: list[dict[str, str]]) -> PowerLaw | None:
     """Best learning rate over FLOPs; None where the rows do not say."""
-    return fit_rate(_valleys(rows)) if rows and "peak_lr" in rows[0] else None
+    return fit_rate(valleys_of_rate(rows)) if rows and "peak_lr" in rows[0] else None
 
 
-def _valleys(rows: list[dict[str, str]]) -> list[Any]:
+def valleys_of_rate(rows: list[dict[str, str]]) -> list[Any]:
     capped = [  # a diverged run counts as if it had learned nothing
         {**row, "loss": row["first_loss"]} if row.get("status") == "diverged" else row
         for row in rows

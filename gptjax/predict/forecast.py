@@ -14,10 +14,10 @@ from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, read_yaml
 from gptjax.errors import UserError
 from gptjax.laws import uncertainty
-from gptjax.predict.fit import Said, rate_law
 from gptjax.laws.parametric import Law, fit_law
 from gptjax.laws.table import Table, read_rows, read_table
 from gptjax.nn.transformer import count_params, flops_per_token
+from gptjax.predict.fit import Said, rate_law
 
 FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade says little beyond
 
@@ -133,11 +133,8 @@ def choose_shape(rows: list[dict[str, Any]], params: float) -> dict[str, int]:
     """
     largest = max(rows, key=lambda row: row["params"]["matmul"])
     L, D, counts = largest["n_layers"], largest["d_model"], largest["params"]
-    blocks, head, width = (
-        counts["blocks"] / (L * D**2),
-        (counts["matmul"] - counts["blocks"]) / D,
-        D // largest["n_heads"],
-    )
+    blocks, head = counts["blocks"] / (L * D**2), (counts["matmul"] - counts["blocks"]) / D
+    width = D // largest["n_heads"]
 
     def misfit(layers: int, heads: int) -> float:
         d = width * heads
@@ -182,9 +179,7 @@ def write_forecasts(study: str, fitted: Fitted, table: Path, force: bool) -> lis
     """
     held = [row for row in read_plan(study) if row["held_out"]]
     if not held:
-        raise UserError(
-            f"{study}/study.yaml holds nothing out; add budgets.held_out, and gptjax scaling plan {study}"
-        )
+        raise UserError(f"{study}/study.yaml holds nothing out; add budgets.held_out, then gptjax scaling plan")
     folder, made = Path(study, "forecasts"), []
     for row in held:
         path = folder / f"{row['id']}.json"
@@ -225,9 +220,7 @@ def audit(study: str, table: Path) -> tuple[list[dict[str, Any]], list[str]]:
         score = {"rung": forecast["rung"], "forecast": forecast["loss"], "interval": forecast["interval"]}
         score |= {"made_at": forecast["made_at"], "sha256": forecast["sha256"]}
         result, (low, high) = results.get(forecast["rung"]), forecast["interval"]
-        said = (
-            f"{forecast['rung']}: forecast {forecast['loss']:.4f} ({low:.4f} to {high:.4f}) at {forecast['made_at']}"
-        )
+        said = f"{forecast['rung']}: forecast {forecast['loss']:.4f} ({low:.4f} to {high:.4f}), {forecast['made_at']}"
         if result is None or result["status"] != "done":
             score["status"] = "not finished" if result is None else result["status"]
             lines.append(f"{said}; its run is {score['status']}")
