@@ -46,7 +46,14 @@ def table_row(planned: dict, loss: float) -> dict:
     counts = {f"params_{name}": count for name, count in planned["params"].items()}
     row = {"id": planned["id"], "status": "done", "loss": loss, "params": planned["params"]["matmul"], **counts}
     row |= {name: planned[name] for name in ("tokens", "flops")} | {"held_out": int(planned["held_out"])}
-    row |= {"budget_flops": planned["flops"], "peak_lr": 0.01, "steps": 1000, "warmup_steps": 20, "epochs": 0.5}
+    row |= {
+        "budget_flops": planned["flops"],
+        "peak_lr": 0.01,
+        "batch_sequences": 16,
+        "steps": 1000,
+        "warmup_steps": 20,
+        "epochs": 0.5,
+    }
     return row | {"fingerprint": "plays", "began_at": "2999-01-01T00:00:00+00:00"}
 
 
@@ -83,7 +90,7 @@ def write_table(directory: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def fitted(directory: Path, resamples: int = 8):
+def fitted(directory: Path, resamples: int = 100):
     return fit_table(directory / "table.csv", resamples=resamples)
 
 
@@ -178,7 +185,7 @@ def test_the_doctor_finds_what_was_done_wrong(make_study):
     assert "9.0 epochs" in said["epochs"]
     assert "depth against noise" not in said
     assert "the valley is" in findings(make_study("noisy", noise=0.2))["depth against noise"]
-    tilted = Law(E=1.2, A=12.0, B=60.0, alpha=0.50, beta=0.20)
+    tilted = Law(E=1.2, A=225.0, B=60.0, alpha=0.45, beta=0.25)
     assert "a parabola errs by" in findings(make_study("tilted", tilted, noise=0.0))["bias of the parabola"]
     small = Law(E=1.2, A=12.0, B=6e4, alpha=0.30, beta=0.60)  # wants the smallest models
     assert "is the best: nothing straddles it" in findings(make_study("small", small, noise=0.0))["edge of the grid"]
@@ -258,7 +265,7 @@ def test_the_critical_batch_is_recovered():
 
 
 def test_the_best_rate_and_its_sensitivity():
-    rates = np.geomspace(1e-3, 1e-1, 9)
+    rates = np.geomspace(1e-3, 1e-1, 33)
     flops, rate = (x.ravel() for x in np.meshgrid([1e12, 1e13, 1e14], rates))
     best = 1e-2 * (flops / 1e13) ** -0.125
     loss = 2 + 0.05 * np.log(rate / best) ** 2

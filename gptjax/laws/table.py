@@ -60,7 +60,8 @@ def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
 def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
     """A CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
 
-    Of a study's table.csv, held-out and diverged rows are left out: no fit touches them.
+    Of a study's table.csv, held-out and diverged rows are left out: no fit touches them. Where rates or batches were
+    swept, each shape and budget counts by the setting that did best, with all of its seeds.
 
     Args:
         params: the column of N, for a table that counts weights in several ways.
@@ -70,7 +71,7 @@ def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> 
         UserError: no such file or column, a value that is not a positive number, the same run twice, or runs on
             different data.
     """
-    rows = [row for row in read_rows(path) if row.get("status", "done") == "done"]
+    rows = best_tuned([row for row in read_rows(path) if row.get("status", "done") == "done"], loss)
     if not rows:
         raise UserError(f"table {str(path)!r} has no rows to fit; it needs columns params, tokens, loss")
     names = [name for name in rows[0] if name is not None]
@@ -88,6 +89,22 @@ def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> 
         if seen.setdefault(key, number) != number:
             raise UserError(f"table {str(path)!r}: rows {seen[key]} and {number} are the same run; remove one")
     return Table(N, D, L, flops)
+
+
+def best_tuned(rows: list[dict[str, str]], loss: str) -> list[dict[str, str]]:
+    """A study's rows at the learning rate and batch that did best at their shape and budget, by mean over seeds."""
+    if not rows or not {"budget_flops", "peak_lr", "batch_sequences", loss} <= set(rows[0]):
+        return rows
+    losses: dict[tuple[str, ...], dict[tuple[str, ...], list[float]]] = {}
+    for row, value in zip(rows, numbers(rows, loss), strict=True):
+        point, setting = _point(row)
+        losses.setdefault(point, {}).setdefault(setting, []).append(float(value))
+    best = {point: min(of, key=lambda setting: float(np.mean(of[setting]))) for point, of in losses.items()}
+    return [row for row in rows if best[_point(row)[0]] == _point(row)[1]]
+
+
+def _point(row: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (row["params"], row["budget_flops"]), (row["peak_lr"], row["batch_sequences"])
 
 
 def numbers(rows: list[dict[str, str]], name: str, path: str | Path = "table.csv") -> np.ndarray:

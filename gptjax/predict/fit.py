@@ -131,19 +131,23 @@ def _best_loss(law: Law, table: Table, flops: float) -> float:
 
 def describe_repetition(path: Path, params: str = "params", loss: str = "loss") -> Said:
     """Fit the law of repeated data to a table with the column epochs, and say it; raises UserError as the fit."""
-    table, rows = read_table(path, params, loss), _done(path)
-    law = fit_repetition(table.params, table.tokens, table.loss, numbers(rows, "epochs", path))
+    rows = _done(path)
+    if not rows or "epochs" not in rows[0]:
+        raise UserError(f"table {str(path)!r} has no column 'epochs'; the cost of repeating needs it")
+    law = fit_repetition(*(numbers(rows, name, path) for name in (params, "tokens", loss, "epochs")))
     values = {**asdict(law.law), "R_D": law.R_D, "R_N": law.R_N}
     return values, [f"repeating data: R_D* {law.R_D:.4g}, R_N* {law.R_N:.4g} (Muennighoff et al.: 15.4 and 5.3)"]
 
 
 def describe_batch(path: Path, target: float | None = None) -> Said:
     """Fit the critical batch of each shape of a table with batch_tokens, and say it; raises UserError as the fit."""
-    rows, table = _done(path), read_table(path)
-    batch, values, lines = numbers(rows, "batch_tokens", path), {}, []
-    for N in np.unique(table.params):
-        at = table.params == N
-        law = fit_batch(batch[at], table.tokens[at], table.loss[at], target)
+    rows, values, lines = _done(path), {}, []
+    if not rows or "batch_tokens" not in rows[0]:
+        raise UserError(f"table {str(path)!r} has no column 'batch_tokens'; the critical batch needs it")
+    params, batch, tokens, loss = (numbers(rows, name, path) for name in ("params", "batch_tokens", "tokens", "loss"))
+    for N in np.unique(params):
+        at = params == N
+        law = fit_batch(batch[at], tokens[at], loss[at], target)
         values[f"{N:.4g}"] = asdict(law)
         low, high = law.critical_interval
         lines.append(f"{N:.4g} params to a loss of {law.target:.4f}: at least {law.least_tokens:.4g} tokens, ")

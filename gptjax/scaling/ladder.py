@@ -195,7 +195,7 @@ def warnings(study: Study, rungs: list[Rung]) -> list[str]:
         if steps < study.limits.min_steps:
             found.append(f"{where}: {steps} steps are few; use smaller batches or larger budgets")
         if (share := rung.config.optim.warmup_steps / steps) > LONG_WARMUP:
-            found.append(f"{where}: warm-up takes {share:.0%} of the steps; set warmup_frac")
+            found.append(f"{where}: warm-up takes {share:.0%} of the steps; make it shorter")
         if rung.epochs > study.limits.epochs:
             found.append(f"{where}: {rung.epochs:.1f} epochs; repeated data is worth less, bring more of it")
         if abs(rung.flops / rung.budget_flops - 1) > 0.02:

@@ -212,7 +212,8 @@ def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
             raise UserError(f"rung {result['id']} has loss {result['loss']}; remove its result.json and run it again")
     results.sort(key=lambda result: (result["flops"], result["id"]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(name for result in results for name in result))  # older results may have fewer
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(results)
     write_atomically(Path(study_dir, "table.csv"), text.getvalue())
