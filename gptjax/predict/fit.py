@@ -22,6 +22,7 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Sa
     Raises:
         UserError: rows that cannot determine the law.
     """
+    refuse_unstraddled(table)
     law = fit_law(table.params, table.tokens, table.loss, delta)
     intervals = uncertainty.law_intervals(uncertainty.resampled_laws(law, table, resamples, delta))
     std = uncertainty.noise(law, table)
@@ -43,6 +44,13 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Sa
     values["frontier"], said = _describe_frontier(table, std)
     lines += said
     return values, lines
+
+
+def refuse_unstraddled(table: Table) -> None:
+    """Raise UserError for an isoFLOP table of which no budget has its best model inside the grid."""
+    tried = [floor.refused for floor in find_floors(table) if "too few" not in floor.refused]
+    if tried and all(tried):
+        raise UserError(f"no budget straddles its optimum: {'; '.join(tried)}")
 
 
 def _describe_frontier(table: Table, std: float) -> tuple[dict[str, Any], list[str]]:

@@ -17,7 +17,7 @@ from gptjax.laws import uncertainty
 from gptjax.laws.parametric import Law, fit_law
 from gptjax.laws.table import Table, read_rows, read_table
 from gptjax.nn.transformer import count_params, flops_per_token
-from gptjax.predict.fit import Said, rate_law
+from gptjax.predict.fit import Said, rate_law, refuse_unstraddled
 
 FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade says little beyond
 
@@ -61,6 +61,7 @@ class Fitted:
 def fit_table(path: Path, params: str = "params", resamples: int = 400) -> Fitted:
     """The law of a table with its bootstraps; raises UserError as `read_table` and `fit_law`."""
     table = read_table(path, params)
+    refuse_unstraddled(table)
     law = fit_law(table.params, table.tokens, table.loss)
     return Fitted(table, law, uncertainty.resampled_laws(law, table, resamples), uncertainty.noise(law, table))
 

@@ -135,7 +135,7 @@ class Study:
             raise UserError(f"warmup_frac {self.warmup_frac} must lie in [0, 1)")
         if self.branches and self.warmup_frac is not None:
             raise UserError(
-                "branches share their warm-up; set optim.warmup_steps in the base config, not warmup_frac"
+                "branches share their warm-up; drop warmup_frac, set optim.warmup_steps in the base config"
             )
 
 
