@@ -129,17 +129,16 @@ def audit(study: str, json: bool = False) -> None:
     _say(({"audit": scores}, lines), json)
 
 
-def doctor(study: str | None = None, table: str | None = None, json: bool = False) -> None:
+def doctor(study: str, json: bool = False) -> None:
     """Say why a study's law should not be trusted.
 
     Args:
         study: the study's directory, after `collect`.
-        table: a CSV file instead.
         json: print one JSON object.
     """
     from gptjax.predict.doctor import diagnose
 
-    _say(diagnose(_source(study, table)), json)
+    _say(diagnose(_source(study, None)), json)
 
 
 def compare(a: str, b: str, flops: float | None = None, resamples: int = 400, json: bool = False) -> None:
