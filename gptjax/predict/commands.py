@@ -228,9 +228,9 @@ def _source(study: str | None, table: str | None) -> Path:
         return Path(table)
     path = Path(study, "table.csv")
     newest = max((p.stat().st_mtime for p in Path(study, "rungs").glob("*/result.json")), default=None)
-    if newest is None:
+    if newest is None and not path.exists():  # a study may be handed on as its table alone
         raise UserError(f"{study} has no finished rung yet; gptjax scaling run {study}")
-    if not path.exists() or path.stat().st_mtime < newest:
+    if not path.exists() or path.stat().st_mtime < (newest or 0):
         raise UserError(f"{path} lacks the newest results; gptjax scaling collect {study}")
     return path
 
