@@ -203,10 +203,12 @@ def data(args: list[str]) -> int:
 @report_user_errors
 def scaling(args: list[str]) -> int:
     """plan, run and fit a scaling study"""
-    from gptjax.scaling.commands import VERBS
+    from gptjax.predict.commands import VERBS as LAWS  # first: it settles BLAS's threads before numpy is loaded
+    from gptjax.scaling.commands import VERBS as STUDIES
 
-    name = _choose("gptjax scaling", _about(VERBS), args)
-    return 0 if name is None else _call(VERBS[name], f"gptjax scaling {name}", args[1:])
+    verbs = {**STUDIES, **LAWS}
+    name = _choose("gptjax scaling", _about(verbs), args)
+    return 0 if name is None else _call(verbs[name], f"gptjax scaling {name}", args[1:])
 
 
 @report_user_errors

@@ -15,11 +15,13 @@ from conftest import ROOT, run_script
 pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
 
 from gptjax.errors import UserError
+from gptjax.laws.table import read_table
 from gptjax.nn.transformer import flops_per_token
-from gptjax.scaling.ladder import Rung, describe_plan, make_rungs, warnings
-from gptjax.scaling.runner import collect, read_result, rung_dir, state_of
+from gptjax.scaling.emit import gke, slurm
+from gptjax.scaling.ladder import Rung, describe_plan, groups, key_of, make_rungs, steps_to_take, warnings
+from gptjax.scaling.probe import seconds_per_step
+from gptjax.scaling.runner import collect, missing_forecasts, read_result, rung_dir, state_of
 from gptjax.scaling.study import load_study
-from gptjax.scaling.table import read_table
 
 LADDER = [{"n_layers": 1, "d_model": 16 * n, "n_heads": 2} for n in (1, 2, 3)]
 
@@ -239,10 +241,102 @@ def test_a_study_killed_and_started_again_gives_the_same_results(make_study):
     assert states == {0.003: "done", 1e30: "diverged"}
     for rung in rungs:
         one, other = read_result(straight, rung.id), read_result(killed, rung.id)
-        assert {**one, "wall_s": 0} == {**other, "wall_s": 0}
+        timed = {"wall_s": 0, "began_at": ""}
+        assert {**one, **timed} == {**other, **timed}
     assert len(read_table(killed / "table.csv")) == 1
 
 
 def begun(directory: Path, rung: Rung) -> bool:
     state = state_of(directory, rung)
     return state.startswith("step") and int(state.split()[1]) >= 5
+
+
+# ---- branches, forecasts before runs, and batch systems
+
+
+def test_branches_spare_the_flat_part_and_have_the_ids_of_whole_runs(make_study):
+    base = {"optim": {"peak_lr": 0.003, "schedule": "wsd", "decay_frac": 0.25}}
+    changes = {"ladder": LADDER[:1], "budgets": {"tokens": [12800, 25600, 51200]}, "warmup_frac": None}
+    whole, branched = make_study("whole", base, **changes), make_study("branched", base, branches=True, **changes)
+    rungs, study = rungs_of(branched), load_study(branched)
+    assert [r.id for r in rungs] == [r.id for r in rungs_of(whole)]
+    assert [r.cooldown_step for r in rungs] == [75, 150, 300]
+    assert [steps_to_take(study, r, rungs) for r in rungs] == [100, 200 - 75, 400 - 150]
+    assert "branches spare 32% of these FLOPs" in describe_plan(study, rungs)[1]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "said"),
+    [
+        ({"optim": {"schedule": "wsd"}}, {}, "drop warmup_frac"),
+        ({}, {"warmup_frac": None}, "branches need optim.schedule wsd"),
+    ],
+)
+def test_branches_that_cannot_be_are_refused(make_study, base, changes, said):
+    with pytest.raises(UserError, match=said):
+        rungs_of(make_study(run=base, branches=True, **changes))
+
+
+HELD = {"flops": 1e11, "shape": {"n_layers": 1, "d_model": 64, "n_heads": 2}}
+
+
+def test_a_held_out_rung_waits_for_its_forecast(make_study):
+    directory = make_study(budgets={"flops": [1e9, 1e10], "held_out": [HELD]})
+    *_, held = rungs_of(directory)
+    assert missing_forecasts(directory, rungs_of(directory)) == [held]
+    refused = run_script("-m", "gptjax", "scaling", "run", directory, "--rung", held.id)
+    assert refused.returncode == 2
+    assert "is held out: gptjax scaling forecast" in refused.stderr
+    (directory / "forecasts").mkdir()
+    (directory / "forecasts" / f"{held.id}.json").write_text("{}")
+    assert missing_forecasts(directory, rungs_of(directory)) == []
+
+
+def test_a_job_array_runs_every_rung_once(make_study, tmp_path):
+    """Each task of either batch system, by a shell, with a stand-in for the command."""
+    ids = [rung.id for rung in rungs_of(make_study())]
+    (tmp_path / "gptjax").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nexit 75\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    for name in ("gptjax", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7"}
+    job = yaml.safe_load(gke("study", ids))
+    assert job["spec"]["completions"] == len(ids) and job["spec"]["completionMode"] == "Indexed"
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    for number in range(len(ids)):
+        task = env | {"SLURM_ARRAY_TASK_ID": str(number), "JOB_COMPLETION_INDEX": str(number)}
+        assert subprocess.run(["bash", "-c", slurm("study", ids)], env=task, check=False).returncode == 75
+        assert subprocess.run(container["command"], env=task, check=False).returncode == 75
+    said = (tmp_path / "said").read_text().splitlines()
+    assert [line.split()[-1] for line in said] == [i for i in ids for _ in range(2)]
+    assert (tmp_path / "requeued").read_text().split()[1::2] == [f"7_{n}" for n in range(len(ids))]
+
+
+def test_the_probe_measures_each_shape(make_study):
+    directory = make_study(run={"train": {"batch_sequences": 8}})
+    rungs = rungs_of(directory)
+    seconds = seconds_per_step(rungs)
+    assert set(seconds) == {key_of(rung.config) for rung in rungs}
+    values, lines = describe_plan(load_study(directory), rungs, dict.fromkeys(seconds, 2.0))
+    assert values["hours"] == sum(rung.config.train.total_steps for rung in rungs) * 2 / 3600
+    assert any("by the probe" in line for line in lines)
+
+
+def test_weights_by_group_add_up(make_study):
+    model = {**LADDER[0], "context_length": 32, "positions": "learned", "tie_embeddings": False}
+    rung = rungs_of(make_study(run={"model": model}))[0]
+    assert sum(groups(rung.config.model).values()) == rung.params["total"]
+    assert groups(rung.config.model)["position"] == 32 * 16
+
+
+@pytest.mark.slow
+def test_a_branch_ends_in_the_bits_of_a_whole_run(make_study):
+    base = {"optim": {"peak_lr": 0.003, "schedule": "wsd", "decay_frac": 0.25}}
+    changes = {"ladder": LADDER[:1], "budgets": {"tokens": [12800, 25600]}, "warmup_frac": None}
+    whole, branched = make_study("whole", base, **changes), make_study("branched", base, branches=True, **changes)
+    for directory in (whole, branched):
+        assert run_script("-m", "gptjax", "scaling", "run", directory).returncode == 0
+    rungs = rungs_of(branched)
+    assert "going on after step 75" in (rung_dir(branched, rungs[1].id) / "log.txt").read_text()
+    losses = [[read_result(d, rung.id)["loss"] for rung in rungs] for d in (whole, branched)]
+    assert losses[0] == losses[1]

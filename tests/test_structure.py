@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gptjax"
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
     ["errors", "presets"],
-    ["checks"],
+    ["checks", "laws"],
     ["config"],
     ["parametrization", "configfile", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "loss", "optim", "checkpoint", "metrics"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["step", "generate"],
     ["convert"],
     ["trainer"],
-    ["prepare", "finetune", "evals", "planner", "scaling", "serve", "launch", "bench"],
+    ["prepare", "finetune", "evals", "planner", "scaling", "predict", "serve", "launch", "bench"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -85,8 +85,8 @@ def test_the_core_is_at_most_3000_lines_and_each_application_1200():
     for name, path in modules().items():
         sizes[room(name)] = sizes.get(room(name), 0) + len(path.read_text().splitlines())
     applications = FLOORS[10]
-    assert all(sizes.get(name, 0) <= 1200 for name in applications)
-    growing = {"convert", "data", "tokenizers", "nn.kernels", "nn.ring"}
+    assert all(sizes.get(name, 0) <= 1200 for name in [*applications, "laws"])
+    growing = {"convert", "data", "tokenizers", "laws", "nn.blocked", "nn.kernels", "nn.ring"}
     core = {name for floor in FLOORS[:10] for name in floor} - growing
     assert sum(sizes.get(name, 0) for name in core) <= 3000
 

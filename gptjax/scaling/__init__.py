@@ -1,1 +1,1 @@
-"""Scaling studies: plan a ladder of runs, carry it out, and fit its law."""
+"""Scaling studies: plan a ladder of runs, carry it out, and gather the results in a table."""

@@ -1,15 +1,11 @@
-"""The verbs of `gptjax scaling`. Each reads a study's directory or a table, computes, and prints or writes."""
+"""The verbs of `gptjax scaling` that make runs; those that read them are in `gptjax/laws/commands.py`."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-# Before numpy is loaded: fits work on tables of a few hundred rows, for which BLAS threads only wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-from gptjax.errors import UserError
+from gptjax.errors import UserError, nearest
 from gptjax.process import prepare_process
 from gptjax.scaling.coordinates import coord_check
 
@@ -17,6 +13,14 @@ from gptjax.scaling.coordinates import coord_check
 def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
     values, lines = said
     print(json.dumps(values, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def _load(directory: str) -> tuple[Any, list[Any]]:
@@ -29,34 +33,73 @@ def _load(directory: str) -> tuple[Any, list[Any]]:
     return study, make_rungs(study)
 
 
-def plan(study: str, json: bool = False) -> None:
-    """Show a study's rungs, what they cost, and what is wrong with them; run nothing.
+def plan(study: str, probe: bool = False, json: bool = False) -> None:
+    """Show a study's rungs, what they cost, and what is wrong with them; train nothing.
 
     Args:
         study: the study's directory.
+        probe: measure five steps of every shape for the hours; the times are kept in probe.json for later plans.
         json: print one JSON object.
     """
     read, rungs = _load(study)
-    from gptjax.scaling.ladder import describe_plan
+    from gptjax.scaling.ladder import describe_plan, key_of
 
-    _say(describe_plan(read, rungs), json)
+    path = Path(study, "probe.json")
+    if probe:
+        from gptjax.scaling.probe import seconds_per_step
+
+        _write(path, seconds_per_step(rungs))
+    seconds = _read(path) if path.exists() else None
+    if seconds is not None and not {key_of(rung.config) for rung in rungs} <= set(seconds):
+        seconds = None  # of an earlier ladder
+    _write_plan(study, rungs)
+    _say(describe_plan(read, rungs, seconds), json)
 
 
-def run(study: str) -> None:
+def _write_plan(study: str, rungs: list[Any]) -> None:
+    """plan.json, from which the verbs that fit learn what is held out."""
+    from gptjax.scaling.ladder import plan_rows
+
+    _write(Path(study, "plan.json"), plan_rows(rungs))
+
+
+def run(
+    study: str, rung: str | None = None, emit: Literal["slurm", "gke"] | None = None, no_forecast: bool = False
+) -> None:
     """Carry out the rungs that have no result yet, the longest last; a killed study goes on.
 
     Args:
         study: the study's directory.
+        rung: the id of one rung, to carry out that alone.
+        emit: print a Slurm job array, or a Kubernetes Job of GKE, instead: one task for each rung without a result.
+        no_forecast: carry out held-out rungs although nothing was predicted of them.
     """
-    _, rungs = _load(study)
-    from gptjax.scaling.runner import collect, run_rungs
+    read, rungs = _load(study)
+    from gptjax.scaling.emit import EMITTERS
+    from gptjax.scaling.runner import collect, missing_forecasts, read_result, run_rungs
 
     if any(Path(study, "rungs").glob("*/result.json")):
         collect(study, rungs)  # so that a study changed under its results is refused before hours are spent
-    code = run_rungs(study, rungs)
+    _write_plan(study, rungs)
+    wanted = [r for r in rungs if rung in (None, r.id)]
+    if not wanted:
+        raise UserError(f"the study has no rung {rung!r}{nearest(str(rung), [r.id for r in rungs])}; plan lists them")
+    unforecast = [] if no_forecast else missing_forecasts(study, wanted)
+    wanted = [r for r in wanted if r not in unforecast]
+    if emit:
+        ids = [r.id for r in wanted if read_result(study, r.id) is None]
+        if not ids:
+            raise UserError(f"every rung of {study} that may run has its result: nothing to emit")
+        print(EMITTERS[emit](study, ids), end="")
+        return
+    if rung and unforecast:
+        raise UserError(f"rung {rung} is held out: gptjax scaling forecast {study} first, or --no_forecast")
+    code = run_rungs(study, wanted, rungs if read.branches else None)
     if code:
         raise SystemExit(code)
     collect(study, rungs)
+    for r in unforecast:
+        print(f"held out until it is forecast: {r.id} {r.name}; gptjax scaling forecast {study}, then run again")
     print(f"gptjax scaling fit --study {study}    fits the law")
 
 
@@ -91,50 +134,10 @@ def collect(study: str) -> None:
     print(f"{len(results)} finished rungs, {diverged} of them diverged, in {Path(study, 'table.csv')}")
 
 
-def fit(
-    study: str | None = None,
-    table: str | None = None,
-    law: Literal["chinchilla", "overtraining"] = "chinchilla",
-    params: str = "params",
-    loss: str = "loss",
-    delta: float = 1e-3,
-    resamples: int = 400,
-    json: bool = False,
-) -> None:
-    """Fit a law of the loss to a study's finished runs, or to a table.
-
-    Args:
-        study: the study's directory, after `collect`.
-        table: a CSV file instead, with columns params, tokens, loss and perhaps flops (else 6 N D).
-        law: L = E + A/N^alpha + B/D^beta, or Gadre's law for models trained far beyond their optimum.
-        params: the column that counts weights.
-        loss: the column of the loss.
-        delta: where the Huber loss on log loss turns straight.
-        resamples: of the bootstrap that gives the intervals.
-        json: print one JSON object.
-    """
-    from gptjax.scaling.fit import describe_fit, describe_overtraining
-    from gptjax.scaling.table import read_table
-
-    rows = read_table(_source(study, table), params, loss)
-    said = describe_overtraining(rows) if law == "overtraining" else describe_fit(rows, delta, resamples)
-    _say(said, json)
-
-
-def _source(study: str | None, table: str | None) -> Path:
-    """The table that a verb is to read; raises UserError for none, for two, or where a result is missing in it."""
-    if (study is None) == (table is None):
-        raise UserError("say what to fit: --study DIR, or --table F.csv with columns params, tokens, loss")
-    if table is not None:
-        return Path(table)
-    path = Path(study, "table.csv")
-    newest = max((p.stat().st_mtime for p in Path(study, "rungs").glob("*/result.json")), default=None)
-    if newest is None:
-        raise UserError(f"{study} has no finished rung yet; gptjax scaling run {study}")
-    if not path.exists() or path.stat().st_mtime < newest:
-        raise UserError(f"{path} lacks the newest results; gptjax scaling collect {study}")
-    return path
-
-
-VERBS: dict[str, Callable[..., None]] = {"plan": plan, "run": run, "status": status, "collect": collect, "fit": fit}
-VERBS |= {"coord-check": coord_check}
+VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "run": run,
+    "status": status,
+    "collect": collect,
+    "coord-check": coord_check,
+}

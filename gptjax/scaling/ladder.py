@@ -3,16 +3,18 @@
 import dataclasses
 import hashlib
 import itertools
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from gptjax.config import Config, ModelConfig
-from gptjax.configfile import config_to_yaml, load_config
+from gptjax.config import CheckpointConfig, Config, ModelConfig
+from gptjax.configfile import FREE_ON_RESUME, load_config
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import UserError
-from gptjax.nn.transformer import count_params, flops_per_token
+from gptjax.nn.transformer import abstract_model, count_params, flops_per_token
 from gptjax.scaling.study import Shape, Study
 from gptjax.trainer import with_vocabulary
 
@@ -50,6 +52,17 @@ class Rung:
         return self.config.train.total_steps * _tokens_per_step(self.config)
 
     @property
+    def cooldown_step(self) -> int:
+        """The last step that a wsd schedule takes at its peak; from here a longer rung of its kind can go on."""
+        return int(self.config.train.total_steps * (1 - self.config.optim.decay_frac))
+
+    @property
+    def kind(self) -> Config:
+        """The config but for how long it trains: equal for rungs of which one can branch off the other."""
+        train = dataclasses.replace(self.config.train, total_steps=1, eval_interval_steps=1)
+        return dataclasses.replace(self.config, train=train, checkpoint=CheckpointConfig())
+
+    @property
     def name(self) -> str:
         """For a reader: shape and tokens."""
         m = self.config.model
@@ -63,6 +76,8 @@ def make_rungs(study: Study) -> list[Rung]:
         UserError: a base config, shape or corpus that is not possible, equal rungs, or a study beyond its limit.
     """
     base = load_config([study.base])
+    if study.branches and base.optim.schedule != "wsd":
+        raise UserError(f"branches need optim.schedule wsd; the base config has {base.optim.schedule}")
     corpus = load_corpus(base.data)
     base = with_vocabulary(base, corpus)
     sweeps, rates = study.sweeps, study.sweeps.peak_lr or (base.optim.peak_lr,)
@@ -93,6 +108,23 @@ def conventions(model: ModelConfig) -> dict[str, int]:
     counts = count_params(model)
     head = model.d_model * model.vocab_size
     return {"total": counts["total"], "matmul": counts["blocks"] + head, "blocks": counts["blocks"]}
+
+
+@cache
+def groups(model: ModelConfig) -> dict[str, int]:
+    """Weights of a model by what they are: embedding, position, head (0 where tied), blocks, norms."""
+    counts = dict.fromkeys(("embedding", "position", "head", "blocks", "norms"), 0)
+    whole, (_, params, metadata) = count_params(model), abstract_model(model)
+    for names, group in {"embed": "embedding", "positions": "position", "head": "head", "blocks": "blocks"}.items():
+        counts[group] = whole.get(names, 0)
+    for path in metadata:
+        if any("norm" in name for name in path):
+            leaf = params
+            for name in path:
+                leaf = leaf[name]
+            counts["norms"] += math.prod(leaf.shape)
+            counts["blocks"] -= math.prod(leaf.shape) if path[0] == "blocks" else 0
+    return counts
 
 
 _flops_per_token = cache(flops_per_token)
@@ -126,16 +158,32 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
         train=dataclasses.replace(config.train, total_steps=steps, eval_interval_steps=steps),
         checkpoint=dataclasses.replace(config.checkpoint, keep_last=1, keep_best=False),
     )
+    if study.branches:
+        cooldown = max(1, int(steps * (1 - config.optim.decay_frac)))
+        kept = dataclasses.replace(config.checkpoint, save_interval_steps=cooldown, keep_last=2)
+        config = dataclasses.replace(config, checkpoint=kept)
     name, N = _rung_id(config, corpus.fingerprint), conventions(config.model)
     epochs = steps * _tokens_per_step(config) / corpus.train_tokens
     return Rung(name, config, corpus.fingerprint, N, steps * per_step, flops, epochs, held_out)
 
 
+# What decides how a rung is carried out, and not what comes of it.
+NOT_IN_ID = {*FREE_ON_RESUME, "data.path"} - {"init_from", "train.total_steps", "train.eval_sequences"}
+
+
 def _rung_id(config: Config, fingerprint: str) -> str:
-    """Hash of what decides a rung's result: not where its files lie, nor on how many devices it runs."""
-    data = dataclasses.replace(config.data, path="", cache_dir="", prefetch_batches=1)
-    decides = dataclasses.replace(config, data=data, mesh=None, distributed=None, log=None, checkpoint=None)
-    return hashlib.sha256(f"{config_to_yaml(decides)}{fingerprint}".encode()).hexdigest()[:12]
+    """Hash of what decides a rung's result: not where its files lie, nor on how many devices it runs.
+
+    A value that is the default's does not enter it, so that ids outlive a new key.
+    """
+    plain, usual, decides = dataclasses.asdict(config), dataclasses.asdict(Config()), {}
+    for section, value in plain.items():
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            name = f"{section}.{key}".rstrip(".")
+            default = usual[section][key] if key else usual[section]
+            if inner != default and not NOT_IN_ID & {section, name}:
+                decides[name] = inner
+    return hashlib.sha256(f"{json.dumps(decides, sort_keys=True)}{fingerprint}".encode()).hexdigest()[:12]
 
 
 def warnings(study: Study, rungs: list[Rung]) -> list[str]:
@@ -147,7 +195,7 @@ def warnings(study: Study, rungs: list[Rung]) -> list[str]:
         if steps < study.limits.min_steps:
             found.append(f"{where}: {steps} steps are few; use smaller batches or larger budgets")
         if (share := rung.config.optim.warmup_steps / steps) > LONG_WARMUP:
-            found.append(f"{where}: warm-up takes {share:.0%} of the steps; set warmup_frac")
+            found.append(f"{where}: warm-up takes {share:.0%} of the steps; make it shorter")
         if rung.epochs > study.limits.epochs:
             found.append(f"{where}: {rung.epochs:.1f} epochs; repeated data is worth less, bring more of it")
         if abs(rung.flops / rung.budget_flops - 1) > 0.02:
@@ -163,25 +211,65 @@ def warnings(study: Study, rungs: list[Rung]) -> list[str]:
     return found
 
 
-def describe_plan(study: Study, rungs: list[Rung]) -> tuple[dict[str, Any], list[str]]:
-    """A study's rungs with parameters, steps and FLOPs; hours and cost where the study states their rates."""
-    rows, lines = (
-        [],
-        ["id            shape       params    blocks     total    steps    tokens     FLOPs  tok/param  epochs"],
-    )
+def plan_rows(rungs: list[Rung]) -> list[dict[str, Any]]:
+    """What plan.json and `plan --json` say of each rung: plain values."""
+    rows = []
+    for rung in rungs:
+        model, train = rung.config.model, rung.config.train
+        row = {"id": rung.id, "n_layers": model.n_layers, "d_model": model.d_model, "n_heads": model.n_heads}
+        row |= {"params": rung.params, "groups": groups(model), "steps": train.total_steps, "tokens": rung.tokens}
+        row |= {"flops": rung.flops, "flops_6nd": {name: 6 * N * rung.tokens for name, N in rung.params.items()}}
+        row |= {"peak_lr": rung.config.optim.peak_lr, "batch_sequences": train.batch_sequences}
+        rows.append(row | {"seed": rung.config.seed, "epochs": rung.epochs, "held_out": rung.held_out})
+    return rows
+
+
+def describe_plan(
+    study: Study, rungs: list[Rung], seconds: dict[str, float] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """A study's rungs with parameters, steps and FLOPs; hours and cost where they are measured or stated.
+
+    Args:
+        seconds: of a step, by `key_of`; None: the hours follow from the study's flops_per_s.
+    """
+    rows = plan_rows(rungs)
+    lines = ["id            shape       params    blocks     total    steps    tokens     FLOPs  tok/param  epochs"]
     for rung in rungs:
         model, steps, N = rung.config.model, rung.config.train.total_steps, rung.params
-        row = {"id": rung.id, "params": N, "steps": steps, "tokens": rung.tokens, "flops": rung.flops}
-        row["flops_6nd"] = {name: 6 * count * rung.tokens for name, count in N.items()}
-        rows.append(row | {"epochs": rung.epochs, "held_out": rung.held_out})
         counts = "".join(f"{N[name]:10.4g}" for name in ("matmul", "blocks", "total"))
         spent = f"{steps:9}{rung.tokens:10.3g}{rung.flops:10.3g}{rung.tokens / N['matmul']:11.1f}{rung.epochs:8.2f}"
         shape = f"{model.n_layers}x{model.d_model}"
         lines.append(f"{rung.id}  {shape:8}{counts}{spent}{'  held out' if rung.held_out else ''}")
     flops, said = sum(rung.flops for rung in rungs), warnings(study, rungs)
     hours = None if study.flops_per_s is None else flops / study.flops_per_s / 3600
+    if seconds is not None:
+        hours = sum(steps_to_take(study, rung, rungs) * seconds[key_of(rung.config)] for rung in rungs) / 3600
     usd = None if hours is None or study.usd_per_hour is None else hours * study.usd_per_hour
     lines.append(f"{len(rungs)} rungs, {flops:.4g} FLOPs")
-    lines[-1] += ("" if hours is None else f", {hours:.3g} hours") + ("" if usd is None else f", {usd:.2f} USD")
+    measured = "" if seconds is None else " by the probe"
+    lines[-1] += "" if hours is None else f", {hours:.3g} hours{measured}"
+    lines[-1] += "" if usd is None else f", {usd:.2f} USD"
+    if study.branches:
+        share = 1 - sum(steps_to_take(study, r, rungs) * r.flops / r.config.train.total_steps for r in rungs) / flops
+        lines.append(f"branches spare {share:.0%} of these FLOPs")
     lines += [f"warning: {warning}" for warning in said]
     return {"rungs": rows, "flops": flops, "hours": hours, "usd": usd, "warnings": said}, lines
+
+
+def trunk_of(rung: Rung, rungs: list[Rung]) -> Rung | None:
+    """The longest of the shorter rungs of the same kind: where a branch begins; None for the shortest."""
+    steps = rung.config.train.total_steps
+    shorter = [r for r in rungs if r.config.train.total_steps < steps and r.kind == rung.kind]
+    return max(shorter, key=lambda r: r.config.train.total_steps, default=None)
+
+
+def steps_to_take(study: Study, rung: Rung, rungs: list[Rung]) -> int:
+    """A rung's own steps: all of them, or those after the point where it leaves its trunk."""
+    trunk = trunk_of(rung, rungs) if study.branches else None
+    return rung.config.train.total_steps - (trunk.cooldown_step if trunk else 0)
+
+
+def key_of(config: Config) -> str:
+    """What decides how long a step takes, for probe.json."""
+    m = config.model
+    return f"{m.n_layers}x{m.d_model}x{m.n_heads} {config.train.batch_sequences}x{m.context_length}"

@@ -7,18 +7,20 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from gptjax.configfile import config_to_yaml
 from gptjax.errors import UserError
 from gptjax.metrics import read_metrics
-from gptjax.scaling.ladder import Rung
+from gptjax.scaling.ladder import Rung, trunk_of
 from gptjax.trainer import STOPPED
 
 
@@ -40,8 +42,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def run_rungs(study_dir: str | Path, rungs: list[Rung]) -> int:
+def missing_forecasts(study_dir: str | Path, rungs: list[Rung]) -> list[Rung]:
+    """The held-out rungs that have neither a result nor a forecast yet."""
+    held = [rung for rung in rungs if rung.held_out and read_result(study_dir, rung.id) is None]
+    return [rung for rung in held if not Path(study_dir, "forecasts", f"{rung.id}.json").exists()]
+
+
+def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | None = None) -> int:
     """Carry out every rung that has no result yet; one that was killed goes on from its last checkpoint.
+
+    Args:
+        trunks: rungs off which others may branch: one begins where its trunk began to cool down, if that checkpoint
+            is there. None: every rung begins at step 0.
 
     Returns:
         exit code: 0 all have results; 75 a signal came and the rung at hand is saved; 1 a rung failed, or another
@@ -58,12 +70,14 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung]) -> int:
                 continue
             if read_result(study_dir, rung.id) is not None:
                 continue
-            began = time.perf_counter()
-            code = _train(rung, directory, lock)
-            if code == STOPPED:
+            if trunks and (trunk := trunk_of(rung, trunks)):
+                begin_at(trunk.cooldown_step, rung_dir(study_dir, trunk.id), directory)
+            began, began_at = time.perf_counter(), now()
+            code, stopped = _train(rung, directory, lock)
+            if code == STOPPED or (stopped and code < 0):
                 print(f"stopped in rung {rung.id}; all is saved, and the same command goes on")
                 return STOPPED
-            result = _result(rung, directory, code, time.perf_counter() - began)
+            result = _result(rung, directory, code, time.perf_counter() - began, began_at)
             if result is None:
                 print(f"[{number}/{len(rungs)}] {rung.id} failed ({code}): {_last_line(directory)}", flush=True)
                 left_over += 1
@@ -74,6 +88,28 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung]) -> int:
     return 1 if left_over else 0
 
 
+def begin_at(step: int, trunk: Path, directory: Path) -> None:
+    """Give a run that has not begun the trunk's checkpoint of a step, and its metrics up to there.
+
+    The schedule wsd is flat until the cooldown and a batch depends on the step alone, so that the run ends in the
+    bits that it would have come to by itself. Where the trunk keeps no such checkpoint, the run begins at step 0.
+    """
+    source, target = trunk / "checkpoints" / str(step), directory / "checkpoints" / str(step)
+    if (directory / "checkpoints").exists() or not source.exists():
+        return
+    temporary = directory / "checkpoints.new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary / str(step))
+    rows = [row for row in read_metrics(trunk) if row["step"] <= step]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, target.parent)
+
+
+def now() -> str:
+    """The time, for results and forecasts: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _take(lock: IO[str]) -> bool:
     """Whether the lock is ours now. The training process inherits it: it lasts while either of the two lives."""
     with contextlib.suppress(BlockingIOError):
@@ -82,23 +118,27 @@ def _take(lock: IO[str]) -> bool:
     return False
 
 
-def _train(rung: Rung, directory: Path, lock: IO[str]) -> int:
-    """The exit code of the rung's training; signals that come meanwhile are handed on to it."""
+def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
+    """The exit code of the rung's training, and whether a signal came meanwhile: it is handed on to the training."""
     write_atomically(directory / "rung.yaml", config_to_yaml(replace(rung.config, workdir=str(directory))))
-    command = [sys.executable, "-m", "gptjax", "train", str(directory / "rung.yaml")]
+    command, stopped = [sys.executable, "-m", "gptjax", "train", str(directory / "rung.yaml")], []
     with (directory / "log.txt").open("a") as log:
         child = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()], start_new_session=True
         )
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda number, frame: child.send_signal(number)) for number in numbers]
+
+        def hand_on(number: int, frame: Any) -> None:
+            stopped.append(number)
+            child.send_signal(number)
+
+        before = [(number, signal.signal(number, hand_on)) for number in (signal.SIGINT, signal.SIGTERM)]
         code = child.wait()
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before:
             signal.signal(number, handler)
-    return code
+    return code, bool(stopped)
 
 
-def _result(rung: Rung, directory: Path, code: int, wall_s: float) -> dict[str, Any] | None:
+def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str) -> dict[str, Any] | None:
     """What result.json says; None where the training process failed for a reason other than its loss.
 
     Diverged is what gave up after its first evaluation (exit code 2), skipped most steps, or learned nothing.
@@ -117,14 +157,16 @@ def _result(rung: Rung, directory: Path, code: int, wall_s: float) -> dict[str, 
         reason = f"diverged: validation loss {losses[-1]:.4g} is not below the first, {losses[0]:.4g}"
     model, train, optim = rung.config.model, rung.config.train, rung.config.optim
     outcome = {"status": "diverged" if reason else "done", "reason": reason, "loss": None if reason else losses[-1]}
+    outcome["first_loss"] = losses[0]
     sizes = {"params": rung.params["matmul"], "tokens": rung.tokens, "flops": rung.flops}
     sizes |= {f"params_{name}": count for name, count in rung.params.items()}
     sizes |= {f"flops_6nd_{name}": 6 * count * rung.tokens for name, count in rung.params.items()}
     asked = {"budget_flops": rung.budget_flops, "held_out": int(rung.held_out), "epochs": rung.epochs}
     shape = {"n_layers": model.n_layers, "d_model": model.d_model, "n_heads": model.n_heads}
     how = {"steps": train.total_steps, "batch_sequences": train.batch_sequences, "seed": rung.config.seed}
+    how |= {"batch_tokens": train.batch_sequences * model.context_length, "decay_frac": optim.decay_frac}
     how |= {"peak_lr": optim.peak_lr, "warmup_steps": optim.warmup_steps}
-    made = {"fingerprint": rung.fingerprint, "wall_s": wall_s}
+    made = {"fingerprint": rung.fingerprint, "wall_s": wall_s, "began_at": began_at}
     return {"id": rung.id, **outcome, **sizes, **asked, **shape, **how, **made}
 
 
@@ -170,7 +212,8 @@ def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
             raise UserError(f"rung {result['id']} has loss {result['loss']}; remove its result.json and run it again")
     results.sort(key=lambda result: (result["flops"], result["id"]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(name for result in results for name in result))  # older results may have fewer
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(results)
     write_atomically(Path(study_dir, "table.csv"), text.getvalue())

@@ -1,9 +1,11 @@
 """The study file: which models, which budgets, and within which limits. Its directory holds all that follows from it.
 
 study.yaml            this file
+plan.json             the rungs, for the verbs that fit
+probe.json            seconds a step of each shape, by `plan --probe`
 rungs/ID/             a run's directory, and result.json once it is finished
 table.csv             the results, by `collect`
-forecasts/HASH.json   what was predicted, before the run
+forecasts/ID.json     what was predicted of a held-out rung, before its run
 """
 
 import dataclasses
@@ -104,6 +106,8 @@ class Study:
         budgets: how long they are trained.
         sweeps: what else is varied.
         warmup_frac: warm-up as a share of each rung's steps; null keeps the base config's warmup_steps.
+        branches: with the schedule wsd, begin a rung where the shorter one of its kind began to cool down, rather
+            than at step 0; the results are the same bits.
         limits: warnings and refusals.
         flops_per_s: FLOPs a second that training reaches, for the hours; null: they are not known.
         usd_per_hour: price of the machine, for the cost.
@@ -114,6 +118,7 @@ class Study:
     budgets: Budgets = field(default_factory=Budgets)
     sweeps: Sweeps = field(default_factory=Sweeps)
     warmup_frac: float | None = None
+    branches: bool = False
     limits: Limits = field(default_factory=Limits)
     flops_per_s: float | None = None
     usd_per_hour: float | None = None
@@ -128,6 +133,10 @@ class Study:
                 raise UserError(f"budgets.{name} {min(getattr(self.budgets, name))} must be positive")
         if self.warmup_frac is not None and not 0 <= self.warmup_frac < 1:
             raise UserError(f"warmup_frac {self.warmup_frac} must lie in [0, 1)")
+        if self.branches and self.warmup_frac is not None:
+            raise UserError(
+                "branches share their warm-up; drop warmup_frac, set optim.warmup_steps in the base config"
+            )
 
 
 def load_study(directory: str | Path) -> Study:

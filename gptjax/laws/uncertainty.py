@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from gptjax.scaling.isoflop import find_floors, frontier
-from gptjax.scaling.laws import DELTA, Law, fit_law
-from gptjax.scaling.table import Table
+from gptjax.laws.isoflop import find_floors, frontier
+from gptjax.laws.parametric import DELTA, Law, fit_law
+from gptjax.laws.table import Table
 
 LEVEL = 0.95
 Interval = tuple[float, float]
