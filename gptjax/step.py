@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.loss import LossSpec, next_token_loss
+from gptjax.nn.backends import for_mesh
 from gptjax.nn.ring import zigzag
-from gptjax.nn.transformer import Params, abstract_model, bind, for_mesh, init_params
+from gptjax.nn.transformer import Params, abstract_model, bind, init_params
 from gptjax.optim import learning_rate, make_optimizer
 from gptjax.sharding import check_divides, sharding
 

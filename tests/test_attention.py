@@ -11,10 +11,11 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from gptjax.errors import UserError
 from gptjax.nn.attention import make_reference
+from gptjax.nn.backends import BACKENDS, for_mesh
 from gptjax.nn.blocked import make_blocked
 from gptjax.nn.kernels import make_dot_product, make_splash
 from gptjax.nn.ring import make_ring, zigzag
-from gptjax.nn.transformer import BACKENDS, abstract_model, bind, for_mesh, init_params
+from gptjax.nn.transformer import abstract_model, bind, init_params
 from gptjax.sharding import make_mesh
 
 B, T, H, G, K = 2, 136, 4, 2, 16  # neither T nor K is a multiple of the TPU's 128 lanes

@@ -6,47 +6,21 @@ dict of arrays) are kept apart, so that weights can be sharded, saved and differ
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
-from gptjax.nn.attention import Attend, make_cached, make_reference
-from gptjax.nn.blocked import make_blocked
-from gptjax.nn.kernels import make_dot_product, make_splash
+from gptjax.nn.attention import make_cached
+from gptjax.nn.backends import ATTENTIONS, scans_layers
 from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
-from gptjax.nn.ring import make_ring
 from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
-
-# How attention is computed: (positions [B or 1, T], segments [B, T] or None) -> Attend.
-ATTENTIONS: dict[str, Callable[..., Attend]] = {
-    "auto": make_reference,  # of a model on no mesh, as for generation; on a mesh, `for_mesh` chooses
-    "reference": make_reference,
-    "blocked": make_blocked,
-    "xla": partial(make_dot_product, "xla"),
-    "cudnn": partial(make_dot_product, "cudnn"),
-    "splash": make_splash,
-    "ring": make_ring,
-}
-
-ATTENTION_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the others run on any platform
-
-# What `auto` and null mean, by the platform of a mesh's devices.
-BACKENDS: dict[str, dict[str, Any]] = {
-    "cpu": {"attention": "blocked", "scan_layers": False},
-    "tpu": {"attention": "splash", "scan_layers": True},
-    "gpu": {"attention": "cudnn", "scan_layers": True},
-}
 
 # The names -> what the backward pass finds saved.
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
@@ -60,37 +34,6 @@ REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
         offload_dst="pinned_host",
     ),
 }
-
-
-def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
-    """The config with what `auto` and null leave open chosen for a mesh's devices (BACKENDS).
-
-    An abstract mesh is taken to be of the devices that are here.
-
-    Raises:
-        UserError: attention that the devices do not have, or that cannot cut the sequence as the mesh does.
-    """
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-    parts = mesh.shape["context"]
-    chosen, attention = BACKENDS[platform], cfg.attention
-    if attention == "auto":
-        attention = "ring" if parts > 1 else chosen["attention"]
-        if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
-            attention = "xla"  # the fused kernel does not do these
-    if ATTENTION_NEEDS.get(attention, platform) != platform:
-        raise UserError(
-            f"model.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "
-            f"{platform.upper()}s; make it auto"
-        )
-    if attention in ATTENTION_NEEDS and parts > 1:
-        raise UserError(f"model.attention {attention} does not cut sequences; make it ring, or mesh.context 1")
-    if attention == "ring" and cfg.context_length % (2 * parts):
-        raise UserError(
-            f"model.context_length {cfg.context_length} cannot be cut into two chunks for each of mesh.context "
-            f"{parts} devices; make it a multiple of {2 * parts}"
-        )
-    scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
-    return replace(cfg, attention=attention, scan_layers=scan_layers)
 
 
 class Transformer(nnx.Module):
@@ -204,11 +147,6 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """First values of the weights; the same bits on any mesh (jit it with out_shardings)."""
     return nnx.to_pure_dict(nnx.split(Transformer(cfg, nnx.Rngs(params=key)), nnx.Param)[1])
-
-
-def scans_layers(cfg: ModelConfig) -> bool:
-    """Whether one block is compiled and looped over; where nothing is said, everywhere but on a CPU."""
-    return jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
 
 
 def unstack(params: Params) -> Params:
