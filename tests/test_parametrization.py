@@ -185,8 +185,8 @@ def test_gradients_shrink_as_adams_eps_does():
 
     base, wide, deep = spread(64, 2), spread(256, 2), spread(64, 8)
     for name, small in base.items():
-        assert wide[name] / small == pytest.approx(1 / 4, rel=0.25), name
-        assert deep[name] / small == pytest.approx(1 / 4 if name in ("up", "norm") else 1, rel=0.25), name
+        assert wide[name] / small == pytest.approx(1 / 4, rel=0.4), name  # of one draw; 1 / 2 would be the next power
+        assert deep[name] / small == pytest.approx(1 / 4 if name in ("up", "norm") else 1, rel=0.4), name
 
 
 def test_a_scan_on_eight_devices_is_the_unrolled_model_on_one():
