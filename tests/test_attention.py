@@ -84,7 +84,7 @@ def test_cudnn_is_what_a_gpu_gets(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     x = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
-    attend = partial(make_dot_product, "cudnn")(None, None, None)
+    attend = make_dot_product("cudnn", None, None)
     text = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text
     assert "CAUSAL" in text

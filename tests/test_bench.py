@@ -1,10 +1,9 @@
 """The bench: what it prints, and what it refuses. Its figures are for people: no test looks at a time."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from conftest import run_script
 
 from gptjax.bench import worker
 from gptjax.bench.pairs import Side
@@ -12,8 +11,7 @@ from gptjax.errors import UserError
 
 
 def bench(*words):
-    command = [sys.executable, "-m", "gptjax", "bench", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script("-m", "gptjax", "bench", *words)
 
 
 def test_training_is_measured_and_reported_as_json():

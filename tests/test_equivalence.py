@@ -16,7 +16,6 @@ AXES = ("data", "fsdp", "tensor", "context")
 # Every pair and triple of axes on 8 devices. GPT-2's kind has 4 heads, the modern one 2 heads of keys.
 PAIRS = [{a: 4, b: 2} if b == "tensor" else {a: 2, b: 4} for a, b in itertools.combinations(AXES, 2) if a != "tensor"]
 MESHES = [*PAIRS, {"tensor": 2, "context": 4}, *(dict.fromkeys(axes, 2) for axes in itertools.combinations(AXES, 3))]
-FAST = [("muon", {"fsdp": 2, "tensor": 2, "context": 2}), ("adamw", {"tensor": 2, "context": 4})]
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +23,9 @@ def one_device():
     return {name: losses_on(name, {}, jax.devices()[:1]) for name in CONFIGS}
 
 
-@pytest.mark.parametrize(
-    ("name", "axes"),
-    [
-        pytest.param(name, axes, marks=() if (name, axes) in FAST else pytest.mark.slow)
-        for name in CONFIGS
-        for axes in MESHES
-    ],
-    ids=str,
-)
+@pytest.mark.slow  # a few meshes are in test_step.py
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_pair_and_triple_of_axes_gives_the_losses_of_one_device(one_device, name, axes):
     np.testing.assert_allclose(losses_on(name, axes, jax.devices()), one_device[name], atol=1e-5, rtol=0)
 

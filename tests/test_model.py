@@ -28,7 +28,7 @@ def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, GPT2_LIKE["vocab_size"], shape, dtype=np.int32)
 
 
-# Radford et al. 2019 (as released), Dubey et al. 2024 and Allal et al. 2025, from the models' cards.
+# Radford et al. 2019 (as released), Touvron et al. 2023, Dubey et al. 2024, Allal et al. 2025, from the cards.
 PUBLISHED = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -36,6 +36,9 @@ PUBLISHED = {
     "gpt2-xl": 1_557_611_200,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-2-70b": 68_976_648_192,
     "smollm2-135m": 134_515_008,
 }
 

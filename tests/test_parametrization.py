@@ -164,6 +164,7 @@ def _leaf_or_ones(tree, keys, shape):
     return tree
 
 
+@pytest.mark.slow
 def test_gradients_shrink_as_adams_eps_does():
     """Per entry as 1 / m outside the blocks, and as 1 / (m l) inside: Dey et al. 2025, appendix on eps."""
     tokens = np.random.default_rng(0).integers(0, 61, (4, 32), dtype=np.int32)
@@ -189,6 +190,7 @@ def test_gradients_shrink_as_adams_eps_does():
         assert deep[name] / small == pytest.approx(1 / 4 if name in ("up", "norm") else 1, rel=0.4), name
 
 
+@pytest.mark.slow
 def test_a_scan_on_eight_devices_is_the_unrolled_model_on_one():
     model = {**COMPLETEP, "n_layers": 2, "base_layers": 1}
     tokens = np.random.default_rng(0).integers(0, 61, (8, 32), dtype=np.int32)

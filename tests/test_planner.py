@@ -14,11 +14,11 @@ from conftest import ROOT, run_script, trainable_on
 from gptjax import cli
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, load_config
+from gptjax.hlo import Program
 from gptjax.planner import calibration, planning
 from gptjax.planner.analytic import abstract_trainable, estimate, executed_flops_per_token, padded_bytes
 from gptjax.planner.chips import CHIPS, parse_topology
 from gptjax.planner.commands import words_of
-from gptjax.planner.hlo import Program
 from gptjax.planner.report import report
 from gptjax.planner.worker import read_out_of_memory
 from gptjax.step import make_train_step

@@ -312,6 +312,7 @@ def test_a_job_array_runs_every_rung_once(make_study, tmp_path):
     assert (tmp_path / "requeued").read_text().split()[1::2] == [f"7_{n}" for n in range(len(ids))]
 
 
+@pytest.mark.slow
 def test_the_probe_measures_each_shape(make_study):
     directory = make_study(run={"train": {"batch_sequences": 8}})
     rungs = rungs_of(directory)

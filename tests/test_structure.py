@@ -12,7 +12,7 @@ PACKAGE = ROOT / "gptjax"
 
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
-    ["errors", "presets"],
+    ["errors", "presets", "hlo"],
     ["checks", "laws"],
     ["config"],
     ["parametrization", "configfile", "sharding", "tokenizers", "process", "faults"],
@@ -88,7 +88,7 @@ def test_the_core_is_at_most_3000_lines_and_each_application_1200():
     applications = FLOORS[11]
     assert all(sizes.get(name, 0) <= 1200 for name in [*applications, "laws"])
     attention = {"nn.backends", "nn.blocked", "nn.kernels", "nn.ring"}
-    growing = {"convert", "data", "tokenizers", "laws", "presets", "parametrization"} | attention
+    growing = {"convert", "data", "tokenizers", "laws", "presets", "parametrization", "hlo"} | attention
     core = {name for floor in FLOORS[:11] for name in floor} - growing
     assert sum(sizes.get(name, 0) for name in core) <= 3000
 

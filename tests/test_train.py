@@ -79,7 +79,9 @@ def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(strai
     assert losses(workdir) == losses(straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda s: s.name
+)
 def test_a_signal_saves_and_leaves_with_75(straight, tiny_run, tmp_path, number):
     workdir = tmp_path / "stopped"
     process = start(*tiny_run, f"--workdir={workdir}", "--checkpoint.save_interval_steps=1000")

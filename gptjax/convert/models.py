@@ -145,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # Fields in which a model may differ from the one it starts from: they change how it is run or trained.
-FREE = ("preset", "init", "dropout", "dtype", "remat", "scan_layers")
+FREE = ("preset", "init", "dropout", "dtype", "attention", "remat", "remat_names", "scan_layers")
 # These change what it computes, as those who stretch a context or cap the logits want it: a note says so.
 NOTED = ("rope_theta", "rope_scaling", "logit_softcap")
 

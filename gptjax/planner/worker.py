@@ -69,7 +69,7 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
     import jax.numpy as jnp
 
     from gptjax.configfile import config_from_dict
-    from gptjax.planner.hlo import Program
+    from gptjax.hlo import Program
     from gptjax.step import make_train_step, make_trainable
 
     cfg = config_from_dict(config)
