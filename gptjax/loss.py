@@ -83,7 +83,7 @@ def _chunks(hidden, targets, weights, n):
 
 
 def _chunk_loss(hidden, head, targets, weights, spec):
-    logits = jnp.einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = _logits(hidden, head)
     if spec.cap is not None:
         logits = spec.cap * jnp.tanh(logits / spec.cap)
     ids = jnp.arange(head.shape[1])
@@ -93,3 +93,26 @@ def _chunk_loss(hidden, head, targets, weights, spec):
     chosen = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
     cross_entropy = jnp.sum(weights * (log_denominator - chosen))
     return cross_entropy + spec.z_loss * jnp.sum(weights * jnp.square(log_denominator)), cross_entropy
+
+
+@jax.custom_vjp
+def _logits(hidden, head):
+    """[B, T, D] and [D, V] float32 -> [B, T, V] float32, from operands in hidden's dtype.
+
+    So are those of the gradient's products: left to themselves they would be float32, the logits' own.
+    """
+    return jnp.einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_forward(hidden, head):
+    return _logits(hidden, head), (hidden, head)
+
+
+def _logits_backward(saved, slopes):
+    hidden, head = saved
+    slopes = slopes.astype(hidden.dtype)
+    hidden_grad = jnp.einsum("BTV,DV->BTD", slopes, head.astype(hidden.dtype))
+    return hidden_grad, jnp.einsum("BTD,BTV->DV", hidden, slopes, preferred_element_type=jnp.float32)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)

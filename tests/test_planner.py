@@ -199,11 +199,11 @@ def test_a_compiler_that_dies_leaves_an_estimate_that_says_so(monkeypatch):
     assert (plan["method"], plan["note"], plan["fits"]) == ("analytic", "ended by signal 9", True)
 
 
-@pytest.mark.parametrize(("remat", "code"), [("full", 0), ("none", 3)])
-def test_the_verdict_is_the_exit_code(remat, code):
+@pytest.mark.parametrize(("remat", "attention", "code"), [("full", "auto", 0), ("none", "reference", 3)])
+def test_the_verdict_is_the_exit_code(remat, attention, code):
     result = run_script(
         *("-m", "gptjax", "plan", "configs/gpt2_1.5b.yaml", "--topology", "v5e:16x16", "--analytic", "--json"),
-        *("--tokens", "300e9", "--model.remat", remat, "--price_per_chip_hour=1.2"),
+        *("--tokens", "300e9", "--model.remat", remat, "--price_per_chip_hour=1.2", "--model.attention", attention),
     )
     assert result.returncode == code, result.stderr
     plan = json.loads(result.stdout)

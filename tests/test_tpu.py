@@ -70,9 +70,7 @@ def test_splash_and_its_gradient_compile_for_a_tpu(mesh):
     q, kv = array((2, 1000, 4, 64), jnp.bfloat16), array((2, 1000, 2, 64), jnp.bfloat16)
 
     def gradient(q, k, v, segments):
-        return jax.grad(lambda *x: make_splash(None, None, segments)(*x).sum().astype(jnp.float32), (0, 1, 2))(
-            q, k, v
-        )
+        return jax.grad(lambda *x: make_splash(None, segments)(*x).sum().astype(jnp.float32), (0, 1, 2))(q, k, v)
 
     with jax.set_mesh(on):
         program = jax.jit(gradient).lower(q, kv, kv, array((2, 1000), jnp.int32)).compile().as_text()
@@ -96,10 +94,10 @@ def test_the_program_of_gpt2_on_one_chip_has_nothing_that_was_not_asked_for():
 
 
 def test_a_chunked_loss_spares_most_of_the_temporaries():
-    whole, chunked = (gpt2_on_a_chip(n).memory_analysis().temp_size_in_bytes for n in (1, 8))
+    whole, chunked = (gpt2_on_a_chip(n).memory_analysis().temp_size_in_bytes for n in (1, 16))
     print(
         f"\ntemporaries of GPT-2 124M, 16 x 1,024 tokens, one v5e chip, full remat, splash attention: "
-        f"{whole / 2**30:.2f} GiB with whole logits, {chunked / 2**30:.2f} GiB with the loss in 8 chunks "
+        f"{whole / 2**30:.2f} GiB with whole logits, {chunked / 2**30:.2f} GiB with the loss in 16 chunks "
         f"({chunked / whole - 1:+.0%})"
     )
     assert chunked < 0.4 * whole
@@ -109,7 +107,7 @@ def test_a_chunked_loss_spares_most_of_the_temporaries():
 def test_compiled_flops_are_the_models(remat, most):
     """Attention by the reference, whose products the compiler counts (of a kernel it sees only an estimate)."""
     model = {**GPT2, "remat": remat, "scan_layers": False, "attention": "reference"}
-    step, cfg = compile_step(model, {"batch_sequences": 4})
+    step, cfg = compile_step(model, {"batch_sequences": 4, "loss_chunks": 1})  # XLA counts a loop's body once
     tokens = cfg.train.batch_sequences * cfg.model.context_length
     ratio = step.cost_analysis()["flops"] / (flops_per_token(cfg.model) * tokens)
     print(f"\ncompiled FLOPs over model FLOPs, GPT-2 124M on one v5e chip, remat {remat}: {ratio:.3f}")

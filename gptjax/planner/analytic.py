@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
+from gptjax.nn.backends import BACKENDS
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.planner.chips import Topology
 from gptjax.step import Trainable, make_trainable
@@ -154,19 +155,26 @@ def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]
     }
 
 
+FUSED = ("splash", "cudnn", "ring")  # of `nn.backends.ATTENTIONS`
+
+
 def estimate(
-    cfg: Config, topology: Topology, fused_attention: bool = False, held: dict[str, int] | None = None
+    cfg: Config, topology: Topology, fused_attention: bool | None = None, held: dict[str, int] | None = None
 ) -> Costs:
     """The costs of a step.
 
     Args:
-        fused_attention: scores never reach HBM, and their masked half is not computed (flash or splash attention).
+        fused_attention: scores never reach HBM, and their masked half is not computed (flash or splash attention);
+            None: as the config has it on these chips.
         held: `held_bytes` of the same model, optimizer and mesh, where they are at hand.
 
     Raises:
         UserError: the mesh does not fit the chips, or cannot cut the model.
     """
     axes = resolve_mesh(cfg, topology)
+    if fused_attention is None:
+        auto = BACKENDS[topology.chip.kind]["attention"]
+        fused_attention = (auto if cfg.model.attention == "auto" else cfg.model.attention) in FUSED
     held = held or held_bytes(cfg, axes, topology.chip.kind == "tpu")
     tokens = cfg.train.batch_sequences * cfg.model.context_length
     collectives, dcn = _communication(cfg, axes, topology)

@@ -42,23 +42,6 @@ def devices_of(topology_name: str, num_slices: int) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology_name, **wanted).devices)
 
 
-def mesh_of(axes: dict[str, int], devices: list[Any], num_slices: int) -> Any:
-    """The run's mesh; over several slices each keeps its own part of the data axis."""
-    import numpy as np
-    from jax.experimental.mesh_utils import create_hybrid_device_mesh
-    from jax.sharding import AxisType, Mesh
-
-    from gptjax.sharding import make_mesh
-
-    if num_slices == 1:
-        return make_mesh(axes, devices)
-    fixed = int(np.prod([size for size in axes.values() if size != -1]))
-    sizes = {name: len(devices) // fixed if size == -1 else size for name, size in axes.items()}
-    inner = [size // num_slices if name == "data" else size for name, size in sizes.items()]
-    outer = [num_slices if name == "data" else 1 for name in sizes]
-    return Mesh(create_hybrid_device_mesh(inner, outer, devices), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
-
-
 def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) -> dict[str, Any]:
     """Compile the training step for a topology.
 
@@ -70,11 +53,12 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
 
     from gptjax.configfile import config_from_dict
     from gptjax.hlo import Program
+    from gptjax.sharding import make_mesh
     from gptjax.step import make_train_step, make_trainable
 
     cfg = config_from_dict(config)
     devices = devices_of(topology_name, num_slices)
-    t = make_trainable(cfg, mesh_of(cfg.mesh.axes, devices, num_slices))
+    t = make_trainable(cfg, make_mesh(cfg.mesh.axes, devices, num_slices))
     shape = (cfg.train.batch_sequences, cfg.model.context_length)
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=t.batch_sharding) for name, kind in kinds.items()}
