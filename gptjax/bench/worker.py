@@ -115,7 +115,8 @@ def sample_ours(job: dict[str, Any]) -> Turn:
     import jax
 
     from gptjax.generate import LanguageModel, Sampling
-    from gptjax.nn.transformer import init_params, unstack
+    from gptjax.nn.backends import unstack
+    from gptjax.nn.transformer import init_params
     from gptjax.tokenizers import CharTokenizer
 
     cfg = config_from_dict({"model": {**SIZES[job["size"]], "dtype": job["dtype"]}}).model

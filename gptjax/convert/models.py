@@ -19,8 +19,8 @@ from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, Source, check_tensors, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.nn.backends import scans_layers
-from gptjax.nn.transformer import Params, abstract_model, unstack
+from gptjax.nn.backends import scans_layers, unstack
+from gptjax.nn.transformer import Params, abstract_model
 from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
 
 

@@ -1,4 +1,4 @@
-"""The ways to compute attention, and what is best on which devices."""
+"""The ways to compute attention and to go through the layers, and what is best on which devices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,3 +70,26 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
 def scans_layers(cfg: ModelConfig) -> bool:
     """Whether one block is compiled and looped over; where nothing is said, everywhere but on a CPU."""
     return jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The weights with the layers apart, each leaf of `blocks` a tuple of L arrays. It takes them over, leaf by leaf.
+
+    For generation without `scans_layers`: a loop over tokens would cut the layers out of the stack at every token, a
+    copy of all of the weights.
+    """
+
+    def take_apart(tree: dict[str, Any]) -> None:
+        for name, leaf in tree.items():
+            if isinstance(leaf, dict):
+                take_apart(leaf)
+            else:
+                tree[name] = tuple(leaf)
+
+    take_apart(params["blocks"])
+    return params
+
+
+def is_apart(leaf: Any) -> bool:
+    """Whether a leaf of `blocks` is what `unstack` made of it."""
+    return isinstance(leaf, tuple)

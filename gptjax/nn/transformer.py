@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.nn.attention import make_cached
-from gptjax.nn.backends import ATTENTIONS, scans_layers
+from gptjax.nn.backends import ATTENTIONS, is_apart, scans_layers
 from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
 from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
 from gptjax.sharding import constrain
@@ -106,10 +106,10 @@ class Transformer(nnx.Module):
             # Without a loop between them, the compiler would merge the second computation into the first.
             policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scans_layers(cfg))
-        if _is_apart(jax.tree.leaves(blocks, is_leaf=_is_apart)[0]):
+        if is_apart(jax.tree.leaves(blocks, is_leaf=is_apart)[0]):
             new = []
             for i in range(cfg.n_layers):
-                weights = jax.tree.map(lambda w, i=i: w[i], blocks, is_leaf=_is_apart)
+                weights = jax.tree.map(lambda w, i=i: w[i], blocks, is_leaf=is_apart)
                 x, kv = layer(x, (weights, i, None if cache is None else (cache[0][i], cache[1][i])))
                 new.append(kv)
             kv = tuple(zip(*new, strict=True))
@@ -147,28 +147,6 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """First values of the weights; the same bits on any mesh (jit it with out_shardings)."""
     return nnx.to_pure_dict(nnx.split(Transformer(cfg, nnx.Rngs(params=key)), nnx.Param)[1])
-
-
-def unstack(params: Params) -> Params:
-    """The weights with the layers apart, each leaf of `blocks` a tuple of L arrays. It takes them over, leaf by leaf.
-
-    For generation without `scans_layers`: a loop over tokens would cut the layers out of the stack at every token, a
-    copy of all of the weights.
-    """
-
-    def take_apart(tree: Params) -> None:
-        for name, leaf in tree.items():
-            if isinstance(leaf, dict):
-                take_apart(leaf)
-            else:
-                tree[name] = tuple(leaf)
-
-    take_apart(params["blocks"])
-    return params
-
-
-def _is_apart(leaf: Any) -> bool:
-    return isinstance(leaf, tuple)
 
 
 def bind(graphdef: nnx.GraphDef, params: Params) -> Transformer:
