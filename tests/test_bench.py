@@ -24,6 +24,13 @@ def test_training_is_measured_and_reported_as_json():
     assert set(found["machine"]) == {"cpu", "cores", "python", "versions"}
 
 
+def test_reading_is_measured_beside_training(corpus_file):
+    done = bench("data", "--path", str(corpus_file), "--pairs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert min(found["mb_per_s"], found["delivered_per_s"], found["consumed_per_s"]) > 0
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

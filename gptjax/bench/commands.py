@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from gptjax.bench.launched import seconds_to_first_step
 from gptjax.bench.pairs import Side, compare, machine, machine_line, show
-from gptjax.configfile import load_config
+from gptjax.configfile import config_from_dict, load_config
 from gptjax.errors import UserError
 
 Size = Literal["tiny", "baby", "gpt2"]
@@ -90,7 +90,8 @@ def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, jso
     seconds = []
     for _ in range(pairs):
         with tempfile.TemporaryDirectory() as cache:
-            cfg = load_config(["--data.path", path, "--data.tokenizer", tokenizer, "--data.cache_dir", cache])
+            read = {"path": path, "tokenizer": tokenizer, "cache_dir": cache}
+            cfg = config_from_dict({"workdir": "-", "data": read})
             began = time.perf_counter()
             corpus = load_corpus(cfg.data)
             seconds.append(time.perf_counter() - began)
