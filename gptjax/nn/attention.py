@@ -13,6 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q [B, T, H, K], k and v [B, S, G, K] -> q's shape
 
 
+def float32_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum of two arrays, summed and kept in float32."""
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
 def causal_mask(
     q_positions: jax.Array,
     k_positions: jax.Array,
@@ -49,7 +54,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     B, T, H, K = q.shape
     G = k.shape[2]
     q = q.reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q, k, preferred_element_type=jnp.float32) * K**-0.5
+    scores = float32_product("BTGRK,BSGK->BGRTS", q, k) * K**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)
@@ -72,9 +77,7 @@ def make_cached(positions: jax.Array, cache_positions: jax.Array) -> Callable[..
         B, T, H, K = q.shape
         q = q.reshape(B, T, k.shape[2], -1, K)
         parts = [("BGSK", *cache), ("BSGK", k, v)]
-        scores = [
-            jnp.einsum(f"BTGRK,{axes}->BGRTS", q, keys, preferred_element_type=jnp.float32) for axes, keys, _ in parts
-        ]
+        scores = [float32_product(f"BTGRK,{axes}->BGRTS", q, keys) for axes, keys, _ in parts]
         scores = jnp.where(mask, jnp.concatenate(scores, axis=-1) * K**-0.5, jnp.finfo(jnp.float32).min)
         weights = jnp.split(jax.nn.softmax(scores, axis=-1).astype(v.dtype), [cache[0].shape[2]], axis=-1)
         ys = [jnp.einsum(f"BGRTS,{axes}->BTGRK", w, x) for w, (axes, _, x) in zip(weights, parts, strict=True)]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attend
+from gptjax.nn.attention import Attend, float32_product
 
 SMALLEST_BLOCK = 64  # queries; shorter ones make matmuls too small
 MOST_BLOCKS = 8  # of one row, since each is compiled by itself
@@ -33,12 +33,12 @@ def _forward(q, k, v, segments):
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     outputs, kept = [], []
     for rows, past in _blocks(q.shape[1]):
-        scores = _product("BGSK,BGRTK->BGSRT", keys[:, :, past], queries[:, :, :, rows])
+        scores = float32_product("BGSK,BGRTK->BGSRT", keys[:, :, past], queries[:, :, :, rows])
         scores = jnp.where(_allowed(rows, past, segments), scores, jnp.finfo(jnp.float32).min)
         weights = jnp.exp(scores - scores.max(2, keepdims=True))
         total = weights.sum(2)[..., None]
         weights = weights.astype(v.dtype)
-        outputs.append(_product("BGSRT,BGSK->BGRTK", weights, values[:, :, past]) / total)
+        outputs.append(float32_product("BGSRT,BGSK->BGRTK", weights, values[:, :, past]) / total)
         kept.append((weights, total))
     y = _join_heads(jnp.concatenate(outputs, axis=3)).astype(q.dtype)
     y = checkpoint_name(y, "attention")
@@ -53,11 +53,11 @@ def _backward(saved, y_grad):
         g = slopes[:, :, :, rows] / total
         inner = (g * outputs[:, :, :, rows]).sum(-1)[:, :, None]
         g = g.astype(values.dtype)
-        s = weights * (_product("BGSK,BGRTK->BGSRT", values[:, :, past], g) - inner)
+        s = weights * (float32_product("BGSK,BGRTK->BGSRT", values[:, :, past], g) - inner)
         s = s.astype(keys.dtype)
-        q_grads.append(_product("BGSRT,BGSK->BGRTK", s, keys[:, :, past]))
-        k_grad = k_grad.at[:, :, past].add(_product("BGSRT,BGRTK->BGSK", s, queries[:, :, :, rows]))
-        v_grad = v_grad.at[:, :, past].add(_product("BGSRT,BGRTK->BGSK", weights, g))
+        q_grads.append(float32_product("BGSRT,BGSK->BGRTK", s, keys[:, :, past]))
+        k_grad = k_grad.at[:, :, past].add(float32_product("BGSRT,BGRTK->BGSK", s, queries[:, :, :, rows]))
+        v_grad = v_grad.at[:, :, past].add(float32_product("BGSRT,BGRTK->BGSK", weights, g))
     q_grad = _join_heads(jnp.concatenate(q_grads, axis=3)) * y.shape[-1] ** -0.5
     k_grad, v_grad = jnp.swapaxes(k_grad, 1, 2), jnp.swapaxes(v_grad, 1, 2)
     return q_grad.astype(y.dtype), k_grad.astype(keys.dtype), v_grad.astype(values.dtype), None
@@ -91,7 +91,3 @@ def _join_heads(x):
     """[B, G, R, T, K] -> [B, T, H, K]."""
     B, G, R, T, K = x.shape
     return jnp.moveaxis(x, 3, 1).reshape(B, T, G * R, K)
-
-
-def _product(spec: str, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

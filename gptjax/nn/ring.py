@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attend
+from gptjax.nn.attention import Attend, float32_product
 from gptjax.sharding import by_shard
 
 AXIS = "context"  # the mesh axis, as sharding.RULES has it for "length"
@@ -53,7 +53,7 @@ def _forward(q, k, v, segments):
         (y, log_sum), (k, v, ids) = sums, guest
         scores = _scores(q[a], k[b], segments[a], ids[b], diagonal)
         block_sum = jax.nn.logsumexp(scores, axis=-1)
-        block = _product("BGRTS,BSGK->BGRTK", jnp.exp(scores - block_sum[..., None]).astype(v.dtype), v[b])
+        block = float32_product("BGRTS,BSGK->BGRTK", jnp.exp(scores - block_sum[..., None]).astype(v.dtype), v[b])
         total = jnp.logaddexp(log_sum[a], block_sum)
         merged = [x * jnp.exp(part - total)[..., None] for x, part in ((y[a], log_sum[a]), (block, block_sum))]
         return (y.at[a].set(sum(merged)), log_sum.at[a].set(total)), guest
@@ -67,16 +67,16 @@ def _forward(q, k, v, segments):
 
 def _backward(kept, y_grad):
     q, k, v, segments, y, log_sum = kept
-    inner = _product("NBTGRK,NBTGRK->NBGRT", y_grad, y)  # sum of each row of weights x their gradients
+    inner = float32_product("NBTGRK,NBTGRK->NBGRT", y_grad, y)  # sum of each row of weights x their gradients
 
     def visit(q_grad, guest, a, b, diagonal):
         k, v, ids, k_grad, v_grad = guest
         weights = jnp.exp(_scores(q[a], k[b], segments[a], ids[b], diagonal) - log_sum[a][..., None])
-        slopes = _product("BTGRK,BSGK->BGRTS", y_grad[a], v[b]) - inner[a][..., None]
+        slopes = float32_product("BTGRK,BSGK->BGRTS", y_grad[a], v[b]) - inner[a][..., None]
         slopes = (weights * slopes * q.shape[-1] ** -0.5).astype(q.dtype)
-        q_grad = q_grad.at[a].add(_product("BGRTS,BSGK->BTGRK", slopes, k[b]))
-        k_grad = k_grad.at[b].add(_product("BGRTS,BTGRK->BSGK", slopes, q[a]))
-        v_grad = v_grad.at[b].add(_product("BGRTS,BTGRK->BSGK", weights.astype(q.dtype), y_grad[a]))
+        q_grad = q_grad.at[a].add(float32_product("BGRTS,BSGK->BTGRK", slopes, k[b]))
+        k_grad = k_grad.at[b].add(float32_product("BGRTS,BTGRK->BSGK", slopes, q[a]))
+        v_grad = v_grad.at[b].add(float32_product("BGRTS,BTGRK->BSGK", weights.astype(q.dtype), y_grad[a]))
         return q_grad, (k, v, ids, k_grad, v_grad)
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
@@ -109,12 +109,8 @@ def _round(visit, home, guest):
 
 def _scores(q, k, q_segments, k_segments, diagonal: bool):
     """[B, G, R, T, S] float32."""
-    scores = _product("BTGRK,BSGK->BGRTS", q, k) * q.shape[-1] ** -0.5
+    scores = float32_product("BTGRK,BSGK->BGRTS", q, k) * q.shape[-1] ** -0.5
     allowed = q_segments[:, :, None] == k_segments[:, None, :]
     if diagonal:
         allowed &= np.tri(q.shape[1], dtype=bool)
     return jnp.where(allowed[:, None, None], scores, _MASKED)
-
-
-def _product(spec: str, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
