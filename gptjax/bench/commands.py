@@ -87,7 +87,8 @@ def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, jso
     from gptjax.data.batches import Batches, training_examples
     from gptjax.data.corpus import load_corpus
 
-    seconds = []
+    batch, context, steps = TRAINING["tiny"]
+    seconds, rates = [], []
     for _ in range(pairs):
         with tempfile.TemporaryDirectory() as cache:
             read = {"path": path, "tokenizer": tokenizer, "cache_dir": cache}
@@ -95,12 +96,12 @@ def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, jso
             began = time.perf_counter()
             corpus = load_corpus(cfg.data)
             seconds.append(time.perf_counter() - began)
-            source = corpus.sources[0]
-            # The bytes of the whole, from those of its validation half.
-            text_bytes = source.val_bytes / len(source.val) * (source.train_tokens + len(source.val))
-            batch, context, steps = TRAINING["tiny"]
             batches = Batches(training_examples(corpus, cfg.data, context, batch, 0), batch, range(batch))
-            delivered = _delivered(batches, 4000)
+            rates.append(_delivered(batches, 4000))
+    source = corpus.sources[0]
+    # The bytes of the whole, from those of its validation half.
+    text_bytes = source.val_bytes / len(source.val) * (source.train_tokens + len(source.val))
+    delivered = statistics.median(rates)
     consumed = compare(_training("tiny", "float32", None), None, pairs, "batches", steps)["gptjax"]["median"]
     rate = text_bytes / statistics.median(seconds) / 1e6
     found = {"machine": machine(), "mb_per_s": rate, "delivered_per_s": delivered, "consumed_per_s": consumed}
@@ -158,11 +159,8 @@ def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> N
     _check_pairs(pairs)
     rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
     flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
-    cfg = load_config(flags)
-    from gptjax.data.corpus import load_corpus
-
-    size = cfg.model.vocab_size or load_corpus(cfg.data).tokenizer.vocab_size
-    job = {"work": "loop", "flags": flags, "steps": steps, "vocab_size": size}
+    load_config(flags)  # so that a mistake in it is said here
+    job = {"work": "loop", "flags": flags, "steps": steps}
     # Steps a second: the pure side's over the run's is the wall of the run over its pure steps.
     found = compare({**job, "side": "steps"}, {**job, "side": "gptjax"}, pairs, "steps", steps)
     _print(found, show(f"{config}, {steps} steps: alone, and in a run", found, ["steps", "gptjax"]), json)

@@ -36,17 +36,17 @@ def random_ids(job: dict[str, Any], length: int) -> np.ndarray:
 
 def train_ours(job: dict[str, Any]) -> Turn:
     """Steps of the trainer's own compiled step, batches put on the device as its loop does."""
-    model = {**SIZES[job["size"]], "context_length": job["context"], "vocab_multiple": 1, "dtype": job["dtype"]}
-    values = {"workdir": "-", "model": model, "train": {"batch_sequences": job["batch"]}, "optim": ADAMW}
-    return _steps({**values, "mesh": {"cpu_devices": job["cpu_devices"]}}, job["steps"])
-
-
-def _steps(values: dict[str, Any], count: int) -> Turn:
     from gptjax.configfile import config_from_dict
     from gptjax.process import prepare_process
 
-    cfg = config_from_dict(values)
+    model = {**SIZES[job["size"]], "context_length": job["context"], "vocab_multiple": 1, "dtype": job["dtype"]}
+    values = {"workdir": "-", "model": model, "train": {"batch_sequences": job["batch"]}, "optim": ADAMW}
+    cfg = config_from_dict({**values, "mesh": {"cpu_devices": job["cpu_devices"]}})
     prepare_process(cfg.mesh.cpu_devices)
+    return _steps(cfg, job["steps"])
+
+
+def _steps(cfg: Any, count: int) -> Turn:
     import jax
 
     from gptjax.sharding import make_mesh
@@ -155,13 +155,15 @@ def loop_whole(job: dict[str, Any]) -> Turn:
 
 def loop_steps(job: dict[str, Any]) -> Turn:
     """The compiled step of the same config alone, over and over on one batch."""
-    import yaml
+    from gptjax.configfile import load_config
+    from gptjax.process import prepare_process
 
-    from gptjax.configfile import config_to_yaml, load_config
+    cfg = load_config(job["flags"])
+    prepare_process(cfg.mesh.cpu_devices)
+    from gptjax.data.corpus import load_corpus
+    from gptjax.trainer import with_vocabulary
 
-    values = yaml.safe_load(config_to_yaml(load_config(job["flags"])))
-    values["model"]["vocab_size"] = job["vocab_size"]
-    return _steps(values, job["steps"])
+    return _steps(with_vocabulary(cfg, load_corpus(cfg.data)), job["steps"])
 
 
 def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]]:
