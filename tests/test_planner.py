@@ -199,6 +199,18 @@ def test_a_compiler_that_dies_leaves_an_estimate_that_says_so(monkeypatch):
     assert (plan["method"], plan["note"], plan["fits"]) == ("analytic", "ended by signal 9", True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "kept"), [("remat", "named", True), ("remat", "offload", False), ("attention", "splash", False)]
+)
+def test_all_that_a_config_may_say_of_memory_can_be_planned(key, value, kept):
+    """By default `named` keeps attention's output in every layer; what lies on the host costs the chip nothing."""
+    topology = parse_topology("v5e:16x16")
+    configs = gpt2_xl(), gpt2_xl(**{f"model.{key}": value})
+    full, other = (planning.make_plan(cfg, topology, analytic=True)["memory"]["temporaries"] for cfg in configs)
+    tokens, model = 512 * 1024 / 256, configs[0].model
+    assert other - full == pytest.approx(2 * tokens * model.n_layers * model.n_heads * model.d_head * kept)
+
+
 @pytest.mark.parametrize(("remat", "attention", "code"), [("full", "auto", 0), ("none", "reference", 3)])
 def test_the_verdict_is_the_exit_code(remat, attention, code):
     result = run_script(

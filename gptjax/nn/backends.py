@@ -39,7 +39,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """The config with what `auto` and null leave open chosen for a mesh's devices (BACKENDS).
 
-    An abstract mesh is taken to be of the devices that are here.
+    An abstract mesh has no devices: what needs one kind is allowed there, and `auto` is as on those that are here.
 
     Raises:
         UserError: attention that the devices do not have, or that cannot cut the sequence as the mesh does.
@@ -51,7 +51,7 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
         attention = "ring" if parts > 1 else chosen["attention"]
         if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
             attention = "xla"  # the fused kernel does not do these
-    if ATTENTION_NEEDS.get(attention, platform) != platform:
+    if isinstance(mesh, Mesh) and ATTENTION_NEEDS.get(attention, platform) != platform:
         raise UserError(
             f"model.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "
             f"{platform.upper()}s; make it auto"

@@ -197,7 +197,7 @@ def executed_flops_per_token(cfg: ModelConfig, fused_attention: bool) -> float:
     blocks = weight_counts(cfg)["blocks"]
     square = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * cfg.context_length  # one matmul of the scores' size
     share = 0.5 if fused_attention else 1.0
-    again = {"none": (0, 0), "dots": (0, 2), "full": (2 * blocks, 2)}[cfg.remat]
+    again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.remat, (2 * blocks, 2))  # named and offload spare some of full's
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
     return 6 * (blocks + cfg.d_model * cfg.padded_vocab) + again[0] + matmuls * share * square
 
@@ -219,6 +219,9 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     n_hidden = 3 if m.mlp == "swiglu" else 2
     if m.remat == "dots":
         kept += qkv + hidden * (n_hidden - 1) + 2 * stream
+    elif m.remat == "named":
+        parts = {"block_input": 0, "qkv": qkv, "attention": s.tokens * H * m.d_head * s.width, "mlp": hidden}
+        kept += sum(parts[name] for name in m.remat_names)
     elif m.remat == "none":
         kept += 2 * qkv + hidden * (n_hidden + 1) + 6 * stream + scores * (F32 + BF16 + 1)
     # In the backward pass of one layer: scores and their gradient, and the activations that were computed again.
@@ -243,7 +246,7 @@ def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
     m, s = cfg.model, _shape(cfg, axes)
     H, G, F = m.n_heads / s.tensor, m.kv_heads / s.tensor, m.mlp_width / s.tensor
     counts = weight_counts(m)
-    passes = 3 + {"none": 0, "dots": 0.5, "full": 1}[m.remat]
+    passes = 3 + {"none": 0, "dots": 0.5}.get(m.remat, 1)
     arrays = 8 * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + (6 if m.mlp == "swiglu" else 4) * F
     scores = 0 if fused else 3 * F32 * s.sequences * H * m.context_length**2 / axes["context"]
     weights = 3 * s.width * counts["blocks"] / m.n_layers / s.tensor
