@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from gptjax.errors import UserError
@@ -33,3 +34,10 @@ def is_pattern(text: str) -> bool:
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def filled_axes(axes: Mapping[str, int], devices: int) -> dict[str, int] | None:
+    """Sizes of a mesh's axes with -1 filled in; None where they do not multiply to so many devices."""
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    filled = {name: devices // fixed if size == -1 else size for name, size in axes.items()}
+    return filled if math.prod(filled.values()) == devices else None

@@ -104,10 +104,6 @@ def _logits(hidden, head):
     return jnp.einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _logits_forward(hidden, head):
-    return _logits(hidden, head), (hidden, head)
-
-
 def _logits_backward(saved, slopes):
     hidden, head = saved
     slopes = slopes.astype(hidden.dtype)
@@ -115,4 +111,4 @@ def _logits_backward(saved, slopes):
     return hidden_grad, jnp.einsum("BTD,BTV->DV", hidden, slopes, preferred_element_type=jnp.float32)
 
 
-_logits.defvjp(_logits_forward, _logits_backward)
+_logits.defvjp(lambda hidden, head: (_logits(hidden, head), (hidden, head)), _logits_backward)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gptjax.checks import filled_axes
 from gptjax.errors import UserError
 
 # Logical axis -> mesh axis or axes. Weights and activations name their axes; nothing else knows the mesh.
@@ -40,14 +41,15 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
         UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
-    fixed = int(np.prod([size for size in axes.values() if size != -1]))
-    sizes = [len(devices) // fixed if size == -1 else size for size in axes.values()]
-    if int(np.prod(sizes)) != len(devices):
+    filled = filled_axes(axes, len(devices))
+    if filled is None:
+        fixed = int(np.prod([size for size in axes.values() if size != -1]))
         asked = ", ".join(f"{name}={size}" for name, size in axes.items() if size != 1)
         raise UserError(
             f"mesh {asked} needs a multiple of {fixed} devices and there are {len(devices)}; change mesh.* "
             "(-1 takes what is left), or on a CPU set mesh.cpu_devices"
         )
+    sizes = list(filled.values())
     found = len({getattr(d, "slice_index", 0) for d in devices})
     if sizes[0] % slices or found not in (1, slices):
         raise UserError(

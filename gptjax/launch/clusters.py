@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from gptjax.checks import filled_axes
 from gptjax.config import Config
 from gptjax.errors import UserError, nearest
 
@@ -95,8 +96,6 @@ def parse_slice(topology: str) -> Slice:
 
 def check_mesh(cfg: Config, devices: int) -> None:
     """Raise UserError where the config's mesh does not fit so many devices; the cluster would say so hours later."""
-    sizes = cfg.mesh.axes
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (-1 not in sizes.values() and devices != fixed):
-        asked = ", ".join(f"mesh.{name} {size}" for name, size in sizes.items() if size != 1)
+    if filled_axes(cfg.mesh.axes, devices) is None:
+        asked = ", ".join(f"mesh.{name} {size}" for name, size in cfg.mesh.axes.items() if size != 1)
         raise UserError(f"{asked or 'a mesh of one device'} does not fit the {devices} devices of this job")

@@ -94,10 +94,6 @@ def _product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, weight)
 
 
-def _product_forward(spec, x, weight):
-    return _product(spec, x, weight), (x, weight)
-
-
 def _product_backward(spec, saved, y_grad):
     x, weight = saved
     if on_one_device():
@@ -109,7 +105,7 @@ def _product_backward(spec, saved, y_grad):
     return jnp.einsum(f"{c},{b}->{a}", y_grad, weight), jnp.einsum(f"{a},{c}->{b}", x, y_grad)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda spec, x, weight: (_product(spec, x, weight), (x, weight)), _product_backward)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from gptjax.checks import filled_axes
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.nn.backends import BACKENDS
@@ -60,11 +61,9 @@ def resolve_mesh(cfg: Config, topology: Topology) -> dict[str, int]:
     Raises:
         UserError: they do not multiply to the number of chips, or `data` does not split over the slices.
     """
-    axes = dict(cfg.mesh.axes)
-    fixed = math.prod(size for size in axes.values() if size != -1)
-    axes = {name: topology.n_chips // fixed if size == -1 else size for name, size in axes.items()}
-    if math.prod(axes.values()) != topology.n_chips:
-        asked = ", ".join(f"{name}={size}" for name, size in axes.items())
+    axes = filled_axes(cfg.mesh.axes, topology.n_chips)
+    if axes is None:
+        asked = ", ".join(f"{name}={size}" for name, size in cfg.mesh.axes.items())
         raise UserError(
             f"mesh {asked} does not make the {topology.n_chips} chips of {topology.name}; change mesh.* "
             "(-1 takes what is left)"

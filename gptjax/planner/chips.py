@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 from gptjax.errors import UserError, nearest
+from gptjax.metrics import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
@@ -12,7 +13,7 @@ class Chip(NamedTuple):
 
     Attributes:
         kind: tpu or gpu.
-        flops: bfloat16 FLOP/s, dense.
+        device_kind: as in `metrics.PEAK_FLOPS`.
         hbm_bytes: memory that a program may use. On TPUs it is what the compiler allows, less than is sold.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that leave the chip, over all of its links (TPU: torus links; GPU: NVLink).
@@ -22,7 +23,7 @@ class Chip(NamedTuple):
     """
 
     kind: str
-    flops: float
+    device_kind: str
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
@@ -30,19 +31,25 @@ class Chip(NamedTuple):
     torus: int
     source: str
 
+    @property
+    def flops(self) -> float:
+        """Peak FLOP/s in bfloat16, dense."""
+        return PEAK_FLOPS[self.device_kind]
+
 
 GIB = 2**30
 
 # TPU bandwidths between chips are published for both directions together: here they are halved. DCN figures are
-# published a pod (v5e 6.4, v6e 25.6 Tbit/s over 256 chips) or a chip (v5p 50 Gbit/s; v4 as the Scaling Book has it).
+# published a pod (v5e 6.4, v6e 25.6 Tbit/s over 256 chips) or a chip (v5p 50 Gbit/s; v4 as the Scaling Book has it),
+# or a GPU.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 275e12, 30.75 * GIB, 1200e9, 270e9, 6.25e9, 3, "cloud.google.com/tpu/docs/v4; Scaling Book"),
-    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, "cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 3, "cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 2, "cloud.google.com/tpu/docs/v6e"),
-    "a100": Chip("gpu", 312e12, 80e9, 2039e9, 300e9, 25e9, 0, "NVIDIA A100 80GB SXM data sheet; 200 Gbit/s a GPU"),
-    "h100": Chip("gpu", 989e12, 80e9, 3350e9, 450e9, 50e9, 0, "NVIDIA H100 SXM data sheet; 400 Gbit/s a GPU"),
-    "h200": Chip("gpu", 989e12, 141e9, 4800e9, 450e9, 50e9, 0, "NVIDIA H200 SXM data sheet; 400 Gbit/s a GPU"),
+    "v4": Chip("tpu", "TPU v4", 30.75 * GIB, 1200e9, 270e9, 6.25e9, 3, "cloud.google.com/tpu/docs/v4; Scaling Book"),
+    "v5e": Chip("tpu", "TPU v5 lite", 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, "cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip("tpu", "TPU v5", 95.74 * GIB, 2765e9, 600e9, 6.25e9, 3, "cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip("tpu", "TPU v6 lite", 31.25 * GIB, 1638e9, 400e9, 12.5e9, 2, "cloud.google.com/tpu/docs/v6e"),
+    "a100": Chip("gpu", "NVIDIA A100", 80e9, 2039e9, 300e9, 25e9, 0, "NVIDIA A100 SXM 80GB data sheet; 200 Gbit/s"),
+    "h100": Chip("gpu", "NVIDIA H100", 80e9, 3350e9, 450e9, 50e9, 0, "NVIDIA H100 SXM data sheet; 400 Gbit/s"),
+    "h200": Chip("gpu", "NVIDIA H200", 141e9, 4800e9, 450e9, 50e9, 0, "NVIDIA H200 SXM data sheet; 400 Gbit/s"),
 }
 
 
