@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,11 @@ class Pair:
                 )
 
     def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: self.metrics.exists() and f'"step": {step},' in self.metrics.read_text())
+
+    def wait_until(self, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 400
-        while not (self.metrics.exists() and f'"step": {step},' in self.metrics.read_text()):
+        while not reached():
             assert all(process.poll() is None for process in self.processes), self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.01)
@@ -97,8 +101,10 @@ def test_after_sigterm_the_run_goes_on_to_the_last_bit(tiny_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_within_a_minute_and_the_run_goes_on(straight, tiny_run, tmp_path, killed):
-    pair = Pair(tiny_run, tmp_path / "run", "--distributed.heartbeat_timeout_s=20")
+    saving = "--checkpoint.save_interval_steps=15"
+    pair = Pair(tiny_run, tmp_path / "run", saving, "--distributed.heartbeat_timeout_s=20")
     pair.wait_for_step(17)
+    pair.wait_until((tmp_path / "run" / "checkpoints" / "15").exists)  # it is saved while steps go on
     pair.processes[killed].kill()
     codes = pair.codes(60)
     assert codes[killed] == -signal.SIGKILL
