@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+DIVERGED = "no gradient was finite"  # how the message of a training that gives up begins
+
 
 class UserError(Exception):
     """The user's input is at fault. The message names the value and the remedy; the exit code is 2."""

@@ -26,7 +26,7 @@ from gptjax.convert import initial_model, load
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import Corpus, Source, load_corpus
 from gptjax.data.reading import readable
-from gptjax.errors import UserError
+from gptjax.errors import DIVERGED, UserError
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
 from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics, write_whole
@@ -293,7 +293,7 @@ class Report:
         values["skipped"] = sum(float(metrics["skipped"]) for metrics in self.unmeasured)
         steps, now = len(self.unmeasured), time.perf_counter()
         if values["skipped"] == steps > 1:
-            raise UserError(f"no gradient was finite from step {step - steps + 1} to {step}; lower optim.peak_lr")
+            raise UserError(f"{DIVERGED} from step {step - steps + 1} to {step}; lower optim.peak_lr")
         values["step_time_s"] = (now - self.measured_at) / steps
         values["tokens_per_s"] = self.tokens_per_step / values["step_time_s"]
         if self.mfu_per_rate is not None:

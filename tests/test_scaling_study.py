@@ -246,6 +246,18 @@ def test_a_study_killed_and_started_again_gives_the_same_results(make_study):
     assert len(read_table(killed / "table.csv")) == 1
 
 
+def test_a_rung_that_failed_for_another_reason_than_its_loss_has_no_result(make_study):
+    directory = make_study(ladder=LADDER[:1], budgets={"tokens": [12800]})
+    [rung] = rungs_of(directory)
+    spoilt = rung_dir(directory, rung.id)
+    (spoilt / "checkpoints" / "5").mkdir(parents=True)
+    (spoilt / "metrics.jsonl").write_text('{"step": 0, "val/loss": 5.5}\n{"step": 5, "train/loss": 5.0}\n')
+    result = run_script("-m", "gptjax", "scaling", "run", directory)
+    assert result.returncode == 1
+    assert "failed (2): error: no checkpoint" in result.stdout
+    assert read_result(directory, rung.id) is None
+
+
 def begun(directory: Path, rung: Rung) -> bool:
     state = state_of(directory, rung)
     return state.startswith("step") and int(state.split()[1]) >= 5

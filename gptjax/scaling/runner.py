@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gptjax.configfile import config_to_yaml
-from gptjax.errors import UserError
+from gptjax.errors import DIVERGED, UserError
 from gptjax.metrics import read_metrics
 from gptjax.scaling.ladder import Rung, trunk_of
 from gptjax.trainer import STOPPED
@@ -141,16 +141,18 @@ def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
 def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str) -> dict[str, Any] | None:
     """What result.json says; None where the training process failed for a reason other than its loss.
 
-    Diverged is what gave up after its first evaluation (exit code 2), skipped most steps, or learned nothing.
+    Diverged is what gave up after its first evaluation (exit code 2, and so it says), skipped most steps, or learned
+    nothing.
     """
     rows = read_metrics(directory) if (directory / "metrics.jsonl").exists() else []
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
-    if code not in (0, 2) or not losses:
+    said = _last_line(directory).removeprefix("error: ") if code else ""
+    if (code and not (code == 2 and said.startswith(DIVERGED))) or not losses:
         return None
     reason, steps = "", rung.config.train.total_steps
     skipped = int(sum(row.get("skipped", 0) for row in rows))
-    if code == 2:
-        reason = f"diverged: {_last_line(directory).removeprefix('error: ')}"
+    if code:
+        reason = f"diverged: {said}"
     elif skipped > steps / 2:
         reason = f"diverged: {skipped} of {steps} steps had no finite gradient"
     elif not losses[-1] < losses[0]:  # also where it is nan
