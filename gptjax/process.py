@@ -5,7 +5,6 @@ import faulthandler
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,11 @@ def find_processes(distributed: DistributedConfig, environ: Mapping[str, str]) -
     return {} if has_tpus or "JOB_COMPLETION_INDEX" in environ else None
 
 
-# What glibc's malloc.h calls them, and their values in bytes (but for the last, a count).
+# What glibc's malloc.h calls them, and their values.
 MALLOC_OPTIONS = {
-    "M_MMAP_THRESHOLD": (-3, 2**30),
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-    "M_TOP_PAD": (-2, 2**26),
+    "M_MMAP_MAX": (-4, 0),  # nothing by itself, however large
+    "M_TRIM_THRESHOLD": (-1, -1),  # never
+    "M_TOP_PAD": (-2, 2**26),  # bytes
     "M_ARENA_MAX": (-8, 1),  # any other than the first arena holds 64 MiB at most, and XLA allocates in threads
 }
 
@@ -83,11 +82,15 @@ def keep_freed_memory() -> None:
     XLA's CPU buffers are large enough for malloc to take each from the kernel anew, page by page: that was a quarter
     of a small model's step, and two fifths of a larger one's (docs/performance.md).
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     for option, value in MALLOC_OPTIONS.values() if mallopt else ():
         mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Give the kernel back what was kept, for once: what making the first weights leaves behind, no step can use."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def set_cpu_devices(count: int | None, environ: "os._Environ[str] | dict[str, str]") -> None:

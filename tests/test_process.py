@@ -37,12 +37,36 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(30): x = step(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+needs_glibc = pytest.mark.skipif(
+    sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc"
+)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
+@needs_glibc
 def test_a_step_does_not_take_its_memory_from_the_kernel_again():
     faults = {}
     for keep in (False, True):
         result = run_script("-c", FAULTS.format(keep=keep), JAX_PLATFORMS="cpu")
         faults[keep] = int(result.stdout)
     assert faults[True] < faults[False] / 5
+
+
+# mallinfo2 counts the blocks that malloc mapped by themselves; the kernel gives their pages anew each time.
+MAPPED = """
+import ctypes
+from gptjax.process import keep_freed_memory
+if {keep}: keep_freed_memory()
+libc = ctypes.CDLL(None)
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Info(ctypes.Structure): _fields_ = [(name, ctypes.c_size_t) for name in names]
+libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+before = libc.mallinfo2().hblks
+assert libc.malloc(ctypes.c_size_t(3 << 30))
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+@needs_glibc
+def test_the_temporaries_of_a_large_step_are_kept_too():
+    mapped = [int(run_script("-c", MAPPED.format(keep=keep)).stdout) for keep in (False, True)]
+    assert mapped == [1, 0]
