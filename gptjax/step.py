@@ -16,14 +16,20 @@ from gptjax.nn.backends import for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, bind, init_params
 from gptjax.optim import learning_rate, make_optimizer
+from gptjax.process import return_freed_memory
 from gptjax.sharding import check_divides, sharding
 
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
 
 
 # By the platform of the devices. On a CPU operations in the order of the program use the caches and the memory better
-# than ones that compete for the cores (docs/performance.md).
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
+# than ones that compete for the cores, and YNNPACK gains with products alone (docs/performance.md).
+COMPILER_OPTIONS = {
+    "cpu": {
+        "xla_cpu_enable_concurrency_optimized_scheduler": False,
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    }
+}
 
 
 class TrainState(NamedTuple):
@@ -125,7 +131,9 @@ def init_state(t: Trainable) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), total, params, t.optimizer.init(params), ema)
 
     with jax.set_mesh(t.mesh):
-        return jax.jit(init, out_shardings=shardings_of(t.state))()
+        state = jax.block_until_ready(jax.jit(init, out_shardings=shardings_of(t.state))())
+    return_freed_memory()
+    return state
 
 
 def make_loss(t: Trainable) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
@@ -182,18 +190,20 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         loss, grads = cross_entropy / weight, jax.tree.map(lambda g: g / weight, grads)
         grad_norm = optax.tree.norm(grads)
 
-        directions, opt_state = t.optimizer.update(grads, state.opt_state, state.params)
         lr = learning_rate(cfg.optim, state.step, state.total_steps)
-        params = jax.tree.map(lambda p, d: p - lr * d, state.params, directions)
-        ema = state.ema
-        if ema is not None:
-            # A young average forgets faster, so that the first weights do not linger in it.
-            decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        old = (state.params, state.opt_state, state.ema)
-        kept = jax.tree.map(lambda new, was: jnp.where(good, new, was), (params, opt_state, ema), old)
+
+        def update(grads, params, opt_state, ema):
+            directions, opt_state = t.optimizer.update(grads, opt_state, params)
+            params = jax.tree.map(lambda p, d: p - lr * d, params, directions)
+            if ema is not None:
+                # A young average forgets faster, so that the first weights do not linger in it.
+                decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+            return params, opt_state, ema
+
+        # A branch and not a choice of results: the moments are then changed in place, where a CPU copied them first.
+        kept = jax.lax.cond(good, update, lambda _, *old: old, grads, state.params, state.opt_state, state.ema)
         metrics = {"train/loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": 1.0 - good}
         return TrainState(state.step + 1, state.total_steps, *kept), metrics
 

@@ -1,5 +1,7 @@
 """The model against other people's numbers and code."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.attention import attention, causal_mask
 from gptjax.nn.layers import standard_normal
+from gptjax.nn.products import heads_of, plus
 from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
 from gptjax.presets import PRESETS
 
@@ -181,3 +184,22 @@ def test_bfloat16_matmuls_keep_float32_weights_and_logits():
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, high, atol=0.05)
     assert np.abs(low - high).max() > 0
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_products_with_gradients_of_their_own_are_plain_ones(joined):
+    rng = np.random.default_rng(0)
+    x, *rest = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 5, 8), (8, 4, 2), (8, 2, 2), (2, 2), (5, 8)]
+    )
+
+    def ours(x, a, b, bias, rows):
+        first, second = heads_of(plus(x, rows), [a, b], joined)
+        return jnp.sin(first).sum() + jnp.cos(plus(second, bias)).sum()
+
+    def plain(x, a, b, bias, rows):
+        first, second = (jnp.einsum("BTD,DHK->BTHK", x + rows, w) for w in (a, b))
+        return jnp.sin(first).sum() + jnp.cos(second + bias).sum()
+
+    values, expected = (jax.value_and_grad(f, argnums=(0, 1, 2, 3, 4))(x, *rest) for f in (ours, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), values, expected)

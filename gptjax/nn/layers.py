@@ -12,8 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
+from gptjax.nn.products import heads_of, plus, product
 from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth
-from gptjax.sharding import constrain, on_one_device
+from gptjax.sharding import constrain
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
 KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B, G, S, K] each
@@ -81,31 +82,8 @@ def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
 
 def linear(spec: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> jax.Array:
     """einsum(x, weight) + bias, with operands in `dtype`."""
-    y = _product(spec, x.astype(dtype), weight[...].astype(dtype))
-    return y if bias is None else y + bias[...].astype(dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """einsum of x [B, T, ...] and a weight, with a gradient by matrices where no device has but a part of them.
-
-    The layouts that XLA chooses for the plain gradient cost a tenth of a small model's step on a CPU.
-    """
-    return jnp.einsum(spec, x, weight)
-
-
-def _product_backward(spec, saved, y_grad):
-    x, weight = saved
-    if on_one_device():
-        B, T = x.shape[:2]
-        rows, slopes = x.reshape(B * T, -1), y_grad.reshape(B * T, -1)
-        matrix = weight.reshape(rows.shape[1], slopes.shape[1])
-        return (slopes @ matrix.T).reshape(x.shape), (rows.T @ slopes).reshape(weight.shape)
-    a, b, c = spec.replace("->", ",").split(",")
-    return jnp.einsum(f"{c},{b}->{a}", y_grad, weight), jnp.einsum(f"{a},{c}->{b}", x, y_grad)
-
-
-_product.defvjp(lambda spec, x, weight: (_product(spec, x, weight), (x, weight)), _product_backward)
+    y = product(spec, x.astype(dtype), weight[...].astype(dtype))
+    return y if bias is None else plus(y, bias[...].astype(dtype))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -186,9 +164,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
         """x [B, T, D] -> the same shape, and the keys and values of these T positions alone."""
-        q = linear("BTD,DHK->BTHK", x, self.query, self.query_bias, self.dtype)
-        k = linear("BTD,DGK->BTGK", x, self.key, self.key_bias, self.dtype)
-        v = linear("BTD,DGK->BTGK", x, self.value, self.value_bias, self.dtype)
+        weights = [weight[...].astype(self.dtype) for weight in (self.query, self.key, self.value)]
+        q, k, v = heads_of(x.astype(self.dtype), weights, joined=cache is None)
+        if self.query_bias is not None:
+            biases = [bias[...].astype(self.dtype) for bias in (self.query_bias, self.key_bias, self.value_bias)]
+            q, k, v = map(plus, (q, k, v), biases)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if ctx.rotation is not None:

@@ -17,6 +17,7 @@ from gptjax.config import ModelConfig
 from gptjax.nn.attention import make_cached
 from gptjax.nn.backends import ATTENTIONS, is_apart, scans_layers
 from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
+from gptjax.nn.products import plus
 from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
 from gptjax.sharding import constrain
 
@@ -86,7 +87,8 @@ class Transformer(nnx.Module):
         # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
         x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
         if self.positions is not None:
-            x = x + self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
+            rows = self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
+            x = x + rows if len(rows) > 1 else plus(x, rows[0])
         if dropout_key is not None:
             x = dropout(x, cfg.dropout, jax.random.fold_in(dropout_key, cfg.n_layers))
         x = constrain(x, *STREAM)
