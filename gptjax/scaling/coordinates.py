@@ -19,7 +19,7 @@ TOLERANCE = 0.25  # of a slope; a wrong exponent makes it half a power of the wi
 def coord_check(
     config: str,
     widths: str = "64,128,256,512",
-    steps: int = 5,
+    steps: int = 6,
     parametrization: Literal["standard", "mup", "completep"] | None = None,
     json: bool = False,
     out: str | None = None,
