@@ -115,7 +115,8 @@ def test_compiled_flops_are_the_models(remat, most):
 
 
 def test_the_program_does_not_grow_with_depth():
-    small, large = (compile_step({**SMALL, "n_layers": n}, {})[0] for n in (2, 8))
+    # Below eight layers the stacks of weights are so small that the compiler treats them otherwise.
+    small, large = (compile_step({**SMALL, "n_layers": n}, {})[0] for n in (8, 24))
     assert large.as_text().count("\n") < 1.02 * small.as_text().count("\n")
     sizes = [step.memory_analysis().generated_code_size_in_bytes for step in (small, large)]
     assert sizes[1] < 1.05 * sizes[0]
