@@ -5,6 +5,7 @@ import faulthandler
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,24 @@ MALLOC_OPTIONS = {
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees for the next one; elsewhere do nothing.
+    """Have glibc keep the memory that a step frees for the next one.
 
     XLA's CPU buffers are large enough for malloc to take each from the kernel anew, page by page: that was a quarter
     of a small model's step, and two fifths of a larger one's (docs/performance.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    for option, value in MALLOC_OPTIONS.values() if mallopt else ():
-        mallopt(option, value)
+    for option, value in MALLOC_OPTIONS.values():
+        _glibc("mallopt", option, value)
 
 
 def return_freed_memory() -> None:
     """Give the kernel back what was kept, for once: what making the first weights leaves behind, no step can use."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    """Call a function that glibc alone has; elsewhere do nothing."""
+    if sys.platform.startswith("linux") and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*arguments)
 
 
 def set_cpu_devices(count: int | None, environ: "os._Environ[str] | dict[str, str]") -> None:

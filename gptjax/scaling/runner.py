@@ -146,12 +146,13 @@ def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str
     """
     rows = read_metrics(directory) if (directory / "metrics.jsonl").exists() else []
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
-    said = _last_line(directory).removeprefix("error: ") if code else ""
-    if (code and not (code == 2 and said.startswith(DIVERGED))) or not losses:
+    said = _last_line(directory).removeprefix("error: ")
+    gave_up = code == 2 and said.startswith(DIVERGED)
+    if not losses or not (code == 0 or gave_up):
         return None
     reason, steps = "", rung.config.train.total_steps
     skipped = int(sum(row.get("skipped", 0) for row in rows))
-    if code:
+    if gave_up:
         reason = f"diverged: {said}"
     elif skipped > steps / 2:
         reason = f"diverged: {skipped} of {steps} steps had no finite gradient"
