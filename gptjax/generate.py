@@ -6,7 +6,6 @@ attends to. A slot of the cache that is not yet written has a position later tha
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +55,7 @@ class Progress(NamedTuple):
 
     Attributes:
         logits: [B, V] float32, for the token to be drawn next.
-        cache: keys and values, [L, B, G, S, K] each.
+        cache: keys and values, [L, B G, S, K] each.
         cache_positions: [B, S] int32.
         position: [B] int32, of the token to be drawn next.
         slot: int32 scalar, where in the cache it goes.
@@ -180,7 +179,7 @@ class LanguageModel:
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
         sampling.check()
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(prompts)))
+        key = jax.random.key(seed)
         T = self.config.context_length
         history = [self._prompt_ids(prompt) for prompt in prompts]
         ended, drawn = np.zeros(len(prompts), bool), 0
@@ -191,7 +190,7 @@ class LanguageModel:
             progress = self._begin(known, room, ended, drawn)
             while room > 0 and not ended.all():
                 n = min(CHUNK, room)
-                progress, tokens, logprobs = self._decode(self.params, progress, keys, sampling=sampling, n=n)
+                progress, tokens, logprobs = self._decode(self.params, progress, key, sampling=sampling, n=n)
                 tokens = np.asarray(tokens)
                 yield tokens, np.asarray(logprobs)
                 history = [ids + row for ids, row in zip(history, tokens.tolist(), strict=True)]
@@ -245,26 +244,21 @@ class LanguageModel:
         more = slots - tokens.shape[1]
         cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))), kv)
         cache_positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=UNWRITTEN)
-        slot = jnp.asarray(tokens.shape[1], jnp.int32)
         last = logits(model, hidden[:, -1:])[:, 0]
-        return Progress(last, cache, cache_positions, positions[:, -1] + 1, slot, drawn, ended)
+        return Progress(last, cache, cache_positions, positions[:, -1] + 1, jnp.int32(tokens.shape[1]), drawn, ended)
 
-    def _decode_chunk(self, params, progress: Progress, keys, sampling: Sampling, n: int):
+    def _decode_chunk(self, params, progress: Progress, key, sampling: Sampling, n: int):
         """n tokens for every row: (progress, tokens [B, n], log-probabilities [B, n])."""
-        model, eos = bind(self.graphdef, params), self.tokenizer.eos_id
+        model, eos, rows = bind(self.graphdef, params), self.tokenizer.eos_id, jnp.arange(len(progress.ended))
 
         def one(p: Progress, _):
-            token = draw(p.logits, jax.vmap(jax.random.fold_in, (0, None))(keys, p.drawn), sampling)
+            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), p.drawn))(rows)
+            token = draw(p.logits, keys, sampling)
             token = token if eos is None else jnp.where(p.ended, eos, token)
             logprob = jnp.take_along_axis(jax.nn.log_softmax(p.logits), token[:, None], axis=1)[:, 0]
-            hidden, new = model(
-                token[:, None], positions=p.position[:, None], cache=p.cache, cache_positions=p.cache_positions
-            )
-            cache = jax.tree.map(
-                lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, p.slot, axis=old.ndim - 2), p.cache, new
-            )
-            cache_positions = jax.lax.dynamic_update_slice_in_dim(
-                p.cache_positions, p.position[:, None], p.slot, axis=1
+            cache_positions = p.cache_positions.at[:, p.slot].set(p.position)
+            hidden, cache = model(
+                token[:, None], p.position[:, None], cache=p.cache, cache_positions=cache_positions, slot=p.slot
             )
             ended = p.ended if eos is None else p.ended | (token == eos)
             after = Progress(

@@ -19,7 +19,7 @@ from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, Source, check_tensors, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.nn.backends import scans_layers, unstack
+from gptjax.nn.backends import unstack
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
 
@@ -74,8 +74,7 @@ def open_model(path_or_id: str) -> Model:
 def load(path_or_id: str) -> LanguageModel:
     """The model, on the first device, ready to be asked. Raises UserError as `open_model`."""
     model = open_model(path_or_id)
-    params = model.read(on_first_device(model.config))
-    return LanguageModel(model.config, params if scans_layers(model.config) else unstack(params), model.tokenizer)
+    return LanguageModel(model.config, unstack(model.read(on_first_device(model.config))), model.tokenizer)
 
 
 def on_first_device(cfg: ModelConfig) -> Params:

@@ -66,21 +66,26 @@ def make_reference(positions: jax.Array, segments: jax.Array | None) -> Attend:
     return lambda q, k, v: checkpoint_name(attention(q, k, v, mask), "attention")
 
 
-def make_cached(positions: jax.Array, cache_positions: jax.Array) -> Callable[..., jax.Array]:
-    """Attention to a cache, keys and values [B, G, S, K] each, and to the queries' own tokens after it.
+def by_head(x: jax.Array) -> jax.Array:
+    """[B, T, G, K] -> [B G, T, K]: the cache's layout. One axis for all heads lets a CPU read it where it lies."""
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
 
-    The cache is read where it lies, neither joined to the new keys nor turned: it is most of what a token moves.
+
+def make_cached(positions: jax.Array, cache_positions: jax.Array, slot: jax.Array) -> Callable[..., jax.Array]:
+    """Attention to a cache, keys and values [B G, S, K] each, into which those of the queries' tokens go first.
+
+    Written before it is read, the cache is changed in place; the other way round it is copied at every token.
     """
-    mask = causal_mask(positions, jnp.concatenate([cache_positions, positions], axis=1))[:, None, None]
+    mask = causal_mask(positions, cache_positions)[:, None]
 
     def attend(q, k, v, cache):
         B, T, H, K = q.shape
-        q = q.reshape(B, T, k.shape[2], -1, K)
-        parts = [("BGSK", *cache), ("BSGK", k, v)]
-        scores = [float32_product(f"BTGRK,{axes}->BGRTS", q, keys) for axes, keys, _ in parts]
-        scores = jnp.where(mask, jnp.concatenate(scores, axis=-1) * K**-0.5, jnp.finfo(jnp.float32).min)
-        weights = jnp.split(jax.nn.softmax(scores, axis=-1).astype(v.dtype), [cache[0].shape[2]], axis=-1)
-        ys = [jnp.einsum(f"BGRTS,{axes}->BTGRK", w, x) for w, (axes, _, x) in zip(weights, parts, strict=True)]
-        return sum(ys).reshape(B, T, H, K)
+        k, v = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1), cache, (k, v))
+        N, S = k.shape[:2]
+        scores = float32_product("NQK,NSK->NQS", jnp.swapaxes(q, 1, 2).reshape(N, -1, K), k) * K**-0.5
+        scores = jnp.where(mask, scores.reshape(B, H, T, S), jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("NQS,NSK->NQK", weights.reshape(N, -1, S), v)
+        return jnp.swapaxes(y.reshape(B, H, T, K), 1, 2), (k, v)
 
     return attend

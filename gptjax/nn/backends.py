@@ -75,8 +75,8 @@ def scans_layers(cfg: ModelConfig) -> bool:
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """The weights with the layers apart, each leaf of `blocks` a tuple of L arrays. It takes them over, leaf by leaf.
 
-    For generation without `scans_layers`: a loop over tokens would cut the layers out of the stack at every token, a
-    copy of all of the weights.
+    For generation: a loop over tokens would cut the layers out of the stack at every token, a copy of all weights and
+    of the cache.
     """
 
     def take_apart(tree: dict[str, Any]) -> None:

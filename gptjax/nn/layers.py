@@ -12,12 +12,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
+from gptjax.nn.attention import by_head
 from gptjax.nn.products import heads_of, plus, product
 from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth
 from gptjax.sharding import constrain
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
-KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B, G, S, K] each
+KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B G, S, K] each
 
 
 class Context(NamedTuple):
@@ -163,7 +164,7 @@ class Attention(nnx.Module):
         self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
 
     def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] -> the same shape, and the keys and values of these T positions alone."""
+        """x [B, T, D] -> the same shape, and keys and values: of these positions, or the cache with them in it."""
         weights = [weight[...].astype(self.dtype) for weight in (self.query, self.key, self.value)]
         q, k, v = heads_of(x.astype(self.dtype), weights, joined=cache is None)
         if self.query_bias is not None:
@@ -174,8 +175,8 @@ class Attention(nnx.Module):
         if ctx.rotation is not None:
             q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
         q = q * self.query_multiplier
-        y = ctx.attend(q, k, v) if cache is None else ctx.attend(q, k, v, cache)
-        new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        new = (by_head(k), by_head(v))
+        y, new = (ctx.attend(q, k, v), new) if cache is None else ctx.attend(q, *new, cache)
         return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), new
 
 
@@ -220,7 +221,7 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs)
 
     def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] -> the same shape, and the keys and values of these T positions."""
+        """x [B, T, D] -> the same shape, and the keys and values, as `Attention` gives them."""
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         x = checkpoint_name(constrain(x, *STREAM), "block_input")
         y, kv = self.attention(constrain(self.attention_norm(x), "batch", "length", "residual"), ctx, cache)

@@ -61,6 +61,7 @@ class Transformer(nnx.Module):
         dropout_key: jax.Array | None = None,
         cache: KVCache | None = None,
         cache_positions: jax.Array | None = None,
+        slot: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """The residual stream after the last norm; `head_matrix` and `loss.py` make logits and losses of it.
 
@@ -68,11 +69,12 @@ class Transformer(nnx.Module):
             tokens: [B, T] int32.
             positions: [B or 1, T] int32; None counts from 0. Negative: padding, which nothing attends to.
             segments: [B, T] int32; attention stays inside a segment. None: one segment a sequence.
-            cache: keys and values of earlier positions, [L, B, G, S, K] each; with `unstack`ed weights, tuples of L.
-            cache_positions: [B or 1, S]; a slot not yet written has a position later than every query's.
+            cache: keys and values of earlier positions, [L, B G, S, K] each; with `unstack`ed weights, L such pairs.
+            cache_positions: [B or 1, S], with these positions in it; an unwritten slot's is later than every query's.
+            slot: int32 scalar, where in the cache these positions begin.
 
         Returns:
-            [B, T, D] in the compute dtype, and the keys and values of these positions, laid out as the cache.
+            [B, T, D] in the compute dtype, and the keys and values of these positions, or the cache with them in it.
         """
         cfg, T = self.cfg, tokens.shape[1]
         positions = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
@@ -82,7 +84,7 @@ class Transformer(nnx.Module):
         if cache is None:
             kernel = ATTENTIONS[cfg.attention](positions, segments)
         else:
-            kernel = make_cached(positions, cache_positions)
+            kernel = make_cached(positions, cache_positions, slot)
 
         # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
         x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
@@ -109,12 +111,10 @@ class Transformer(nnx.Module):
             policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scans_layers(cfg))
         if is_apart(jax.tree.leaves(blocks, is_leaf=is_apart)[0]):
-            new = []
+            kv = list(cache or [None] * cfg.n_layers)
             for i in range(cfg.n_layers):
                 weights = jax.tree.map(lambda w, i=i: w[i], blocks, is_leaf=is_apart)
-                x, kv = layer(x, (weights, i, None if cache is None else (cache[0][i], cache[1][i])))
-                new.append(kv)
-            kv = tuple(zip(*new, strict=True))
+                x, kv[i] = layer(x, (weights, i, kv[i]))
         else:
             unroll = 1 if scans_layers(cfg) else cfg.n_layers
             x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
