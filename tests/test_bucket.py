@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 from test_train import losses
 
 
@@ -20,7 +20,7 @@ def bucket(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = ["-m", "gcp_storage_emulator", "start", "--host", "localhost", "--port", str(port), "--in-memory"]
+    command = [ROOT / "tests/cluster/gcs.py", "start", "--host", "localhost", "--port", str(port), "--in-memory"]
     with (tmp_path / "emulator.log").open("w") as log:
         emulator = subprocess.Popen([sys.executable, *command, "--default-bucket", "bucket"], stdout=log, stderr=log)
     for _ in range(300):
