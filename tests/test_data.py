@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig, MixtureSource
+from gptjax.data import corpus as data_corpus
 from gptjax.data import mixture as data_mixture
 from gptjax.data.batches import Batches, Endless, Windows, training_examples, validation_batches
 from gptjax.data.corpus import Source, load_corpus
@@ -102,6 +103,17 @@ def test_the_cache_is_used_and_follows_the_source(tmp_path):
     second = load(tmp_path, source)
     assert second.fingerprint != first.fingerprint
     assert second.tokenizer.decode(second.train[:3].tolist()) == "abd"
+
+
+def test_a_process_that_comes_second_leaves_the_cache_of_the_first_in_place(tmp_path, monkeypatch):
+    """It began before the cache was there, and ends while the first one reads it."""
+    (tmp_path / "a.txt").write_text("abc" * 50)
+    load(tmp_path, tmp_path / "a.txt")
+    (folder,) = tmp_path.glob("cache/*")
+    first = folder.stat().st_ino
+    monkeypatch.setattr(data_corpus, "_is_whole", lambda folder: False)
+    load(tmp_path, tmp_path / "a.txt")
+    assert [path.stat().st_ino for path in tmp_path.glob("cache/*")] == [first]
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):

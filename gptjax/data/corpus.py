@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -215,28 +214,15 @@ def _tokenize(cfg: DataConfig, path: str, files: list[tuple[str, str]], folder: 
         "tokenizer": tokenizer.to_dict(),
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             for name, half in zip(("train", "val"), halves, strict=True):
                 half.tofile(os.path.join(work, f"{name}.bin"))
             Path(work, "meta.json").write_text(json.dumps(meta))
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            _take_place(work, folder)
+            # Each at once, over a damaged one or over the same file of a process that was first and may be reading.
+            for name in ("train.bin", "val.bin", "meta.json"):
+                os.replace(os.path.join(work, name), folder / name)
     except OSError as error:
         raise UserError(
             f"cannot write the token cache {folder}: {error.strerror}; set data.cache_dir to a folder of yours"
         ) from None
-
-
-def _take_place(work: str, folder: Path) -> None:
-    """Give finished files their name at once; another process that was first made the same files."""
-    staged = f"{work}-done"
-    os.mkdir(staged)
-    for name in ("train.bin", "val.bin", "meta.json"):
-        os.replace(os.path.join(work, name), os.path.join(staged, name))
-    try:
-        os.rename(staged, folder)
-    except OSError:
-        shutil.rmtree(staged)
-        if not _is_whole(folder):
-            raise
