@@ -1,6 +1,7 @@
 """Generation: the cache against the full forward, the cuts against transformers, and what a user sees."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from conftest import GPT2_LIKE, MODERN, make_config, run_script
 
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel, Sampling, draw, filter_logits
+from gptjax.nn.backends import unstack
 from gptjax.nn.transformer import abstract_model, init_params
 from gptjax.sharding import make_mesh, sharding
 from gptjax.tokenizers import CharTokenizer
@@ -24,8 +26,14 @@ def language_model(model: dict, **more) -> LanguageModel:
 
 
 @pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
-def lm(request) -> LanguageModel:
+def stacked(request) -> LanguageModel:
     return language_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def lm(stacked) -> LanguageModel:
+    """With the layers apart, as `convert.load` gives them."""
+    return LanguageModel(stacked.config, unstack(jax.tree.map(jnp.copy, stacked.params)), stacked.tokenizer)
 
 
 def greedy_by_full_forward(lm: LanguageModel, prompt: str, n: int) -> tuple[list[int], list[float]]:
@@ -45,6 +53,16 @@ def test_cached_decoding_equals_the_full_forward_with_prompts_of_any_length(lm):
         tokens, logprobs = greedy_by_full_forward(lm, completion.prompt, 15)
         assert completion.tokens == tokens
         np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_token_is_written_where_the_cache_lies(lm, rows):
+    progress = lm._begin([[1] * 8] * rows, 8, np.zeros(rows, bool), 0)
+    lowered = lm._decode.lower(lm.params, progress, jax.random.key(0), sampling=Sampling(temperature=0), n=4)
+    shape = ",".join(map(str, progress.cache[0][0].shape))
+    program = lowered.compile().as_text()
+    assert f"f32[{shape}]" in program
+    assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)
 
 
 def test_a_prompt_and_its_continuation_may_fill_the_context(lm):
@@ -79,11 +97,12 @@ def test_a_row_draws_the_same_whatever_is_beside_it(lm):
     assert lm.complete(["ABC"], 20, Sampling(), seed=4)[0].tokens != alone.tokens
 
 
-def test_eight_devices_give_the_text_of_one(lm):
+def test_eight_devices_give_the_text_of_one(lm, stacked):
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
     metadata = abstract_model(lm.config)[2]
     spread = jax.tree.map_with_path(
-        lambda path, x: jax.device_put(x, sharding(mesh, metadata[tuple(k.key for k in path)]["axes"])), lm.params
+        lambda path, x: jax.device_put(x, sharding(mesh, metadata[tuple(k.key for k in path)]["axes"])),
+        stacked.params,
     )
     parts = LanguageModel(lm.config, spread, lm.tokenizer)
     one, eight = (m.complete(["ABC", "DE"], 20, Sampling(), seed=1) for m in (lm, parts))

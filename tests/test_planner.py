@@ -251,6 +251,7 @@ def test_mistakes_are_one_line(words, complaint, capsys):
 def test_overrides_may_stand_anywhere():
     args = ["--topology", "v5e:4x4", "--model.remat", "full", "c.yaml", "--json", "--mesh.fsdp=4"]
     assert words_of(args) == ["c.yaml", "model.remat=full", "mesh.fsdp=4", "--topology", "v5e:4x4", "--json"]
+    assert words_of(["--analytic", "true", "c.yaml"]) == ["c.yaml", "--analytic", "true"]  # as --help writes it
 
 
 # Ceilings and calibration against published MFU (MaxText's table; causal attention at half, as they count).

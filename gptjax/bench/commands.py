@@ -17,8 +17,9 @@ from gptjax.errors import UserError
 Size = Literal["tiny", "baby", "gpt2"]
 # (batch, context, steps a turn) of training, so that a turn takes about a second on two cores.
 TRAINING = {"tiny": (12, 64, 20), "baby": (16, 256, 2), "gpt2": (2, 512, 1)}
-# Tokens that a greedy turn draws: within the smallest context, and short enough for the peer.
-DRAWN = {"tiny": 48, "baby": 128, "gpt2": 48}
+# Tokens that a greedy completion draws, within the smallest context, and completions to a turn: a tiny model's takes
+# milliseconds, of which caches and cores that the other side's turn has cooled would be a part.
+SAMPLING = {"tiny": (48, 8), "baby": (128, 1), "gpt2": (48, 1)}
 
 
 def train(
@@ -62,16 +63,18 @@ def sample(
         dtype: of the matmuls (for the peer, of the weights too).
         json: print one JSON object.
     """
+    drawn, completions = SAMPLING[size]
     job = {
         "work": "sample",
         "side": "gptjax",
         "size": size,
         "batch": batch,
-        "new_tokens": DRAWN[size],
+        "new_tokens": drawn,
+        "completions": completions,
         "dtype": dtype,
     }
-    title = f"greedy decoding of {size}, batch {batch}, {DRAWN[size]} tokens after 16"
-    _report(title, job, peer, pairs, batch * DRAWN[size], json)
+    title = f"greedy decoding of {size}, batch {batch}, {drawn} tokens after 16"
+    _report(title, job, peer, pairs, batch * drawn * completions, json)
 
 
 def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, json: bool = False) -> None:

@@ -126,7 +126,12 @@ def sample_ours(job: dict[str, Any]) -> Turn:
     params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
     lm = LanguageModel(cfg, unstack(params), CharTokenizer(alphabet))
     prompts = [lm.tokenizer.decode(row) for row in random_ids(job, PROMPT_TOKENS).tolist()]
-    return lambda: lm.complete(prompts, job["new_tokens"], Sampling(temperature=0)) and None
+
+    def turn() -> None:
+        for _ in range(job["completions"]):
+            lm.complete(prompts, job["new_tokens"], Sampling(temperature=0))
+
+    return turn
 
 
 def sample_peer(job: dict[str, Any]) -> Turn:
@@ -135,10 +140,11 @@ def sample_peer(job: dict[str, Any]) -> Turn:
 
     model = _peer_model(job, SIZES[job["size"]]["context_length"]).eval()
     ids = torch.from_numpy(random_ids(job, PROMPT_TOKENS).astype(np.int64))
-    ones = torch.ones_like(ids)
+    ones, drawn = torch.ones_like(ids), job["new_tokens"]
 
     def turn() -> None:
-        model.generate(ids, attention_mask=ones, max_new_tokens=job["new_tokens"], do_sample=False, pad_token_id=0)
+        for _ in range(job["completions"]):
+            model.generate(ids, attention_mask=ones, max_new_tokens=drawn, do_sample=False, pad_token_id=0)
 
     return turn
 

@@ -28,7 +28,7 @@ def words_of(args: list[str]) -> list[str]:
             overrides.append(word[2:] if "=" in word or not rest else f"{word[2:]}={rest.pop(0)}")
         else:
             options.append(word)
-            if "=" not in word and word not in FLAGS and follows:
+            if "=" not in word and follows and (word not in FLAGS or rest[0] in ("true", "false")):
                 options.append(rest.pop(0))
     return words + overrides + options
 
