@@ -96,6 +96,22 @@ def test_scan_and_remat_change_nothing(model, other):
     )
 
 
+@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+def test_remat_computes_again_what_it_says(model):
+    """`dots` keeps what the weights' products give, so attention's two alone are done again; `full`, none."""
+    tokens = some_tokens(2, 16)
+    params = init_params(make_config(model).model, jax.random.key(0))
+
+    def products(remat):
+        other = {**model, "remat": remat, "scan_layers": True}
+        gradient = jax.grad(lambda p: jnp.square(run(other, tokens, p)[0]).mean())
+        return str(jax.make_jaxpr(gradient)(params)).count("dot_general")
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    assert dots == none + 2
+    assert full > dots
+
+
 def test_initial_loss_of_gpt2_is_that_of_its_initialisation():
     """ln V + d 0.02^2 / 2: the tied head's logits are normal with variance d 0.02^2."""
     model = {"n_layers": 2, "d_model": 768, "n_heads": 12, "context_length": 64, "vocab_size": 50257}

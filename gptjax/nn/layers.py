@@ -18,6 +18,7 @@ from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier,
 from gptjax.sharding import constrain
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
+HIDDEN = ("batch", "length", "mlp")  # an MLP's inner axes, said lest the stream's cut by length spread to them
 KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B G, S, K] each
 
 
@@ -188,8 +189,7 @@ ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
 
 
 class MLP(nnx.Module):
-    """GPT-2's two matrices around a tanh-GELU, or around ReLU squared (So et al. 2021), or SwiGLU's three
-    (Shazeer 2020)."""
+    """Two matrices around a tanh-GELU or ReLU squared (So et al. 2021), or SwiGLU's three (Shazeer 2020)."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.mlp_width
@@ -204,9 +204,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        h = checkpoint_name(linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype), "mlp")
+        h = checkpoint_name(constrain(linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype), *HIDDEN), "mlp")
         gate = () if self.gate is None else (linear("BTD,DF->BTF", x, self.gate, self.gate_bias, self.dtype),)
-        h = jax.checkpoint(ACTIVATIONS[self.kind])(h, *gate)  # cheap to compute again, large to keep
+        h = constrain(jax.checkpoint(ACTIVATIONS[self.kind])(h, *gate), *HIDDEN)  # cheap to redo, large to keep
         return linear("BTF,FD->BTD", h, self.down, self.down_bias, self.dtype)
 
 

@@ -8,13 +8,18 @@ from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.sharding import on_one_device
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """einsum of x [B, T, ...] and a weight."""
+    """einsum of x [B, T, ...] and a weight, named "dot": remat's policies do not see through a custom gradient."""
+    return checkpoint_name(_product(spec, x, weight), "dot")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, weight)
 
 
@@ -29,7 +34,7 @@ def _product_backward(spec, saved, y_grad):
     return jnp.einsum(f"{c},{b}->{a}", y_grad, weight), jnp.einsum(f"{a},{c}->{b}", x, y_grad)
 
 
-product.defvjp(lambda spec, x, weight: (product(spec, x, weight), (x, weight)), _product_backward)
+_product.defvjp(lambda spec, x, weight: (_product(spec, x, weight), (x, weight)), _product_backward)
 
 
 @jax.custom_vjp

@@ -25,7 +25,7 @@ Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs i
 
 # The names -> what the backward pass finds saved.
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
-    "dots": lambda names: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": lambda names: jax.checkpoint_policies.save_only_these_names("dot"),
     "full": lambda names: jax.checkpoint_policies.nothing_saveable,
     "named": lambda names: jax.checkpoint_policies.save_only_these_names(*names),
     "offload": lambda names: jax.checkpoint_policies.save_and_offload_only_these_names(

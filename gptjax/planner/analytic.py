@@ -228,7 +228,9 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
         scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + 6 * stream + 2 * layer_full / F32 * s.width
     )
     chunk = s.tokens / cfg.train.loss_chunks * V
-    loss = chunk * (2 * F32) + D * V * (F32 + 2 * s.width) + rest / (1 if m.tie_embeddings else 2) + 2 * stream
+    # The head's gradient and its gathered copy; where it is tied, the copy that the tokens were looked up in besides.
+    copies = 2 if m.tie_embeddings else 1
+    loss = chunk * (2 * F32) + D * V * (F32 + copies * s.width) + copies / 2 * rest + 2 * stream
     casts = blocks / F32 * s.width if s.width == BF16 else 0  # all weights are cast before the loop over layers
     return {
         "params": params,
