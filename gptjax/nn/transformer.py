@@ -86,8 +86,9 @@ class Transformer(nnx.Module):
         else:
             kernel = make_cached(positions, cache_positions, slot)
 
-        # Rows are gathered from whole rows: FSDP's parts are brought together first, as for every matrix.
-        x = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")[tokens]
+        # Whole rows, FSDP's parts brought together; each part of the vocabulary is asked for all of the tokens.
+        table = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")
+        x = constrain(table[tokens], "batch", "length", "residual")
         if self.positions is not None:
             rows = self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
             x = x + rows if len(rows) > 1 else plus(x, rows[0])
@@ -171,8 +172,7 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def count_params(cfg: ModelConfig) -> dict[str, int]:
-    """Number of weights by group (embed, positions, blocks, final_norm,
-    head, total), without the rows that only pad the vocabulary."""
+    """Number of weights by group (embed, positions, blocks, final_norm, head, total), without vocabulary padding."""
     _, params, metadata = abstract_model(cfg)
     counts: dict[str, int] = {}
     for path, meta in metadata.items():
