@@ -119,6 +119,64 @@ def test_a_forecast_is_kept_and_scored(make_study):
         audit(directory, table)
 
 
+def test_forecasts_are_written_all_or_none(make_study):
+    directory = make_study()
+    plan = json.loads((directory / "plan.json").read_text())
+    (directory / "plan.json").write_text(json.dumps([*plan, plan_row((6, 160, 10), 1e15, held_out=True)]))
+    with pytest.raises(UserError, match="333 times the largest"):
+        write_forecasts(directory, fitted(directory), directory / "table.csv", force=False)
+    assert not (directory / "forecasts").exists()
+
+
+def test_a_table_of_another_study_is_refused(make_study):
+    """The base config was changed and planned anew: no law of the runs before holds for the runs to come."""
+    directory = make_study()
+    plan = json.loads((directory / "plan.json").read_text())
+    (directory / "plan.json").write_text(json.dumps([row | {"id": f"new-{row['id']}"} for row in plan]))
+    for verb in (commands.forecast, commands.fit, commands.doctor):
+        with pytest.raises(UserError, match="its base config or the data changed"):
+            verb(str(directory))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "forecasts/broken.json"])
+def test_files_that_were_cut_short_are_named(make_study, name):
+    directory = make_study()
+    (directory / "forecasts").mkdir()
+    (directory / name).write_text('[{"id": "2x')
+    with pytest.raises(UserError, match=rf"cannot read .*{name}"):
+        commands.audit(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"resamples": 0}, "resamples 0 must be at least 2"),
+        ({"delta": 0.0}, "delta 0 positive"),
+        ({"law": "batch", "sensitivity": True}, "--sensitivity is of the law chinchilla"),
+        ({"target": 2.0}, "--target of batch"),
+        ({"law": "repetition", "params": "weights"}, "no column 'weights'"),
+    ],
+)
+def test_options_that_a_fit_cannot_follow_are_refused(make_study, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        commands.fit(str(make_study()), **options)
+
+
+def test_json_says_null_where_a_number_is_not_finite(capsys):
+    commands._say(({"A": [1.0, float("nan")], "b": {"c": (float("inf"),)}}, []), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"A": [1.0, None], "b": {"c": [None]}}
+
+
+def test_the_same_run_twice_is_known_by_its_id(make_study):
+    directory = make_study()
+    rows = list(csv.DictReader((directory / "table.csv").open()))
+    write_table(directory, [*rows, rows[0] | {"loss": float(rows[0]["loss"]) * 1.001}])
+    with pytest.raises(UserError, match="are the same run"):
+        read_table(directory / "table.csv")
+    write_table(directory, [*rows[1:], rows[0] | {"held_out": "True"}])
+    assert len(read_table(directory / "table.csv")) == len(rows) - 1
+
+
 def test_a_held_out_run_touches_no_fit(make_study):
     directory = make_study()
     before = fitted(directory, 1).law
@@ -133,6 +191,8 @@ def test_far_budgets_are_refused(make_study):
         one.refuse_far(40 * BUDGETS[-1], force=False)
     one.refuse_far(40 * BUDGETS[-1], force=True)
     one.refuse_far(29 * BUDGETS[-1], force=False)
+    with pytest.raises(UserError, match="less than a 30th of the smallest"):
+        one.refuse_far(BUDGETS[0] / 31, force=False)
 
 
 def test_a_study_that_straddles_no_optimum_is_refused(make_study):

@@ -68,6 +68,12 @@ def rungs_of(directory: Path) -> list[Rung]:
         ),
         ({"budgets": {}}, "budgets are empty"),
         ({"budgets": {"flops": [-1.0]}}, "budgets.flops -1.0 must be positive"),
+        ({"budgets": {"flops": [float("inf")]}}, "budgets.flops inf must be positive and finite"),
+        ({"flops_per_s": 0}, "flops_per_s 0.0 must be positive"),
+        (
+            {"budgets": {"flops": [1e9], "held_out": [{"flops": -1.0, "shape": LADDER[0]}]}},
+            "budgets.held_out.flops -1.0 must be positive",
+        ),
         ({"budgets": {"flops": ["many"]}}, "study.yaml"),
         ({"warmup_frac": 1.5}, "warmup_frac 1.5"),
         ({"ladder": []}, "ladder is empty"),
@@ -203,6 +209,28 @@ def test_results_that_do_not_belong_together_are_refused(make_study):
         collect(directory, rungs)
 
 
+def test_what_a_finished_rung_is_for_is_the_present_studys_to_say(make_study):
+    """Held out after its run: the id is the same, and no fit may read it any more."""
+    directory = make_study(budgets={"flops": [1e9, 1e10]})
+    rungs = rungs_of(directory)
+    finish(directory, rungs)
+    held = [{"flops": flops, "shape": LADDER[2]} for flops in (1e9, 1e10)]
+    later = rungs_of(make_study(ladder=LADDER[:2], budgets={"flops": [1e9, 1e10], "held_out": held}))
+    assert {rung.id for rung in later} == {rung.id for rung in rungs}
+    collect(directory, later)
+    assert len(read_table(directory / "table.csv")) == 4
+
+
+def test_a_result_that_was_cut_short_is_named(make_study):
+    directory = make_study()
+    rungs = rungs_of(directory)
+    finish(directory, rungs)
+    path = rung_dir(directory, rungs[0].id) / "result.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(UserError, match=r"cannot read .*result.json"):
+        collect(directory, rungs)
+
+
 def test_a_fit_refuses_a_table_that_lacks_results(make_study):
     directory = make_study()
     finish(directory, rungs_of(directory))
@@ -306,15 +334,18 @@ def test_a_held_out_rung_waits_for_its_forecast(make_study):
 
 def test_a_job_array_runs_every_rung_once(make_study, tmp_path):
     """Each task of either batch system, by a shell, with a stand-in for the command."""
-    ids = [rung.id for rung in rungs_of(make_study())]
+    study = make_study()
+    ids = [rung.id for rung in rungs_of(study)]
     (tmp_path / "gptjax").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nexit 75\n')
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     for name in ("gptjax", "scontrol"):
         (tmp_path / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7"}
-    job = yaml.safe_load(gke("study", ids))
+    job = yaml.safe_load(gke(str(study), ids))
     assert job["spec"]["completions"] == len(ids) and job["spec"]["completionMode"] == "Indexed"
     [container] = job["spec"]["template"]["spec"]["containers"]
+    base = Path(load_study(study).base).resolve()
+    assert base.is_relative_to(container["volumeMounts"][0]["mountPath"])
     for number in range(len(ids)):
         task = env | {"SLURM_ARRAY_TASK_ID": str(number), "JOB_COMPLETION_INDEX": str(number)}
         assert subprocess.run(["bash", "-c", slurm("study", ids)], env=task, check=False).returncode == 75

@@ -1,8 +1,10 @@
 """Tables of finished runs: what every law is fitted to."""
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +45,14 @@ class Table:
         return budgets
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file of a study holds; raises UserError where it cannot be read, or was cut short."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; remove it, and have it made again") from None
+
+
 def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
     """The rows of a CSV file as they stand, diverged ones too, without (or only) those held out of every fit.
 
@@ -54,7 +64,7 @@ def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read table {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    return [row for row in rows if (row.get("held_out", "0") == "1") == held_out]
+    return [row for row in rows if ((row.get("held_out") or "0").lower() in ("1", "true")) == held_out]
 
 
 def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
@@ -84,8 +94,9 @@ def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> 
     if len(prints) > 1:
         raise UserError(f"table {str(path)!r} mixes data {' and '.join(prints)}; fit each in a table of its own")
     seeds = [row.get("seed", "") for row in rows]
-    seen: dict[tuple, int] = {}
-    for number, key in enumerate(zip(N, D, L, seeds, strict=True), 1):
+    runs = [row["id"] for row in rows] if "id" in names else zip(N, D, L, seeds, strict=True)
+    seen: dict[Any, int] = {}
+    for number, key in enumerate(runs, 1):
         if seen.setdefault(key, number) != number:
             raise UserError(f"table {str(path)!r}: rows {seen[key]} and {number} are the same run; remove one")
     return Table(N, D, L, flops)
@@ -110,6 +121,8 @@ def _point(row: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def numbers(rows: list[dict[str, str]], name: str, path: str | Path = "table.csv") -> np.ndarray:
     """A column of positive numbers; raises UserError for any other value."""
     values = []
+    if rows and name not in rows[0]:
+        raise UserError(f"table {str(path)!r} has no column {name!r}{nearest(name, [n for n in rows[0] if n])}")
     for number, row in enumerate(rows, 1):
         try:
             values.append(float(row[name]))

@@ -1,6 +1,7 @@
 """The verbs of `gptjax scaling` that read a study's table: each fits, and prints or writes what follows."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,16 @@ from gptjax.errors import UserError
 
 def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
     values, lines = said
-    print(json.dumps(values, allow_nan=False) if as_json else "\n".join(lines))
+    print(json.dumps(_plain(values), allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _plain(values: Any) -> Any:
+    """Null where a number is not finite, which JSON cannot say."""
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def fit(
@@ -47,6 +57,10 @@ def fit(
     from gptjax.laws.table import read_table
     from gptjax.predict import fit
 
+    if resamples < 2 or delta <= 0:
+        raise UserError(f"resamples {resamples} must be at least 2, and delta {delta:g} positive")
+    if (sensitivity and law != "chinchilla") or (target is not None and law != "batch"):
+        raise UserError("--sensitivity is of the law chinchilla and --target of batch; give that --law, or drop it")
     path = _source(study, table)
     laws: dict[str, Callable[[], Any]] = {
         "chinchilla": lambda: fit.describe_fit(read_table(path, params, loss), delta, resamples),
@@ -158,7 +172,7 @@ def compare(a: str, b: str, flops: float | None = None, resamples: int = 400, js
 
     paths = [_source(a, None), _source(b, None)]
     refuse_other_data(*(read_rows(path) for path in paths))
-    one, other = (fit_table(path, resamples=resamples) for path in paths)
+    one, other = (fit_table(path, resamples=resamples, seed=seed) for seed, path in enumerate(paths))
     _say(compare(one, other, flops or min(float(f.table.flops.max()) for f in (one, other))), json)
 
 
@@ -232,7 +246,24 @@ def _source(study: str | None, table: str | None) -> Path:
         raise UserError(f"{study} has no finished rung yet; gptjax scaling run {study}")
     if not path.exists() or path.stat().st_mtime < (newest or 0):
         raise UserError(f"{path} lacks the newest results; gptjax scaling collect {study}")
+    _refuse_other_study(study, path)
     return path
+
+
+def _refuse_other_study(study: str, path: Path) -> None:
+    """Raise UserError where the table has runs that the study, as last planned, does not."""
+    from gptjax.laws.table import read_json, read_rows
+
+    plan = Path(study, "plan.json")
+    if plan.exists():
+        known = {row["id"] for row in read_json(plan)}
+        rows = [row for held_out in (False, True) for row in read_rows(path, held_out)]
+        others = [row["id"] for row in rows if row.get("id", "") not in known]
+        if others:
+            raise UserError(
+                f"{path} has rung {others[0]} and {plan} does not: study.yaml, its base config or the data changed; "
+                "change it back, or fit the table by --table"
+            )
 
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -15,7 +15,7 @@ from gptjax.configfile import config_from_dict, read_yaml
 from gptjax.errors import UserError
 from gptjax.laws import uncertainty
 from gptjax.laws.parametric import Law, fit_law
-from gptjax.laws.table import Table, read_rows, read_table
+from gptjax.laws.table import Table, read_json, read_rows, read_table
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.predict.fit import Said, rate_law, refuse_unstraddled
 
@@ -49,8 +49,13 @@ class Fitted:
         return float(np.median(large.flops / large.params / large.tokens))
 
     def refuse_far(self, flops: float, force: bool) -> None:
-        """Raise UserError for a budget of more than FARTHEST times the largest fitted one."""
-        largest = float(self.table.flops.max())
+        """Raise UserError for a budget FARTHEST times above the largest fitted one, or below the smallest."""
+        largest, smallest = float(self.table.flops.max()), float(self.table.flops.min())
+        if flops * FARTHEST < smallest and not force:
+            raise UserError(
+                f"{flops:.3g} FLOPs are less than a {FARTHEST}th of the smallest fitted budget, {smallest:.3g}; "
+                "--force makes the guess"
+            )
         if flops > FARTHEST * largest and not force:
             raise UserError(
                 f"{flops:.3g} FLOPs are {flops / largest:.3g} times the largest fitted budget, {largest:.3g}; "
@@ -58,12 +63,14 @@ class Fitted:
             )
 
 
-def fit_table(path: Path, params: str = "params", resamples: int = 400) -> Fitted:
+def fit_table(path: Path, params: str = "params", resamples: int = 400, seed: int = 0) -> Fitted:
     """The law of a table with its bootstraps; raises UserError as `read_table` and `fit_law`."""
     table = read_table(path, params)
     refuse_unstraddled(table)
     law = fit_law(table.params, table.tokens, table.loss)
-    return Fitted(table, law, uncertainty.resampled_laws(law, table, resamples), uncertainty.noise(law, table))
+    return Fitted(
+        table, law, uncertainty.resampled_laws(law, table, resamples, seed=seed), uncertainty.noise(law, table)
+    )
 
 
 def budget_flops(study: str, flops: float | None, usd: float | None, hours: float | None) -> float:
@@ -104,6 +111,7 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
     loss, intervals["loss"] = fitted.predict(values["params"], values["tokens"])
     said = {"flops": flops, "optimum": {"params": params, "tokens": tokens}, "intervals": intervals, "loss": loss}
     said |= {"shape": shape, "steps": values["steps"], "params": values["params"], "tokens": values["tokens"]}
+    said["batch_sequences"] = values["batch_sequences"]
     said["peak_lr"] = values["config"]["optim"].get("peak_lr")
     low, high = intervals["params"]
     how = "the study's own law" if rate else "the base config's: the study sweeps no rate at two budgets"
@@ -113,6 +121,7 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
         f"shape {shape['n_layers']}x{shape['d_model']}, {shape['n_heads']} heads: {values['params']:.4g} params, "
         f"{values['steps']} steps, {values['tokens']:.4g} tokens",
         f"learning rate {said['peak_lr']} ({how})",
+        f"batch {values['batch_sequences']} sequences (the base config's; fit --law batch, where it is swept)",
         f"expected loss {loss:.4f} ({intervals['loss'][0]:.4f} to {intervals['loss'][1]:.4f})",
     ]
     return (said, lines), yaml.safe_dump(values["config"], sort_keys=False)
@@ -123,7 +132,7 @@ def read_plan(study: str) -> list[dict[str, Any]]:
     path = Path(study, "plan.json")
     if not path.exists():
         raise UserError(f"{path} is missing; gptjax scaling plan {study} writes it")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def choose_shape(rows: list[dict[str, Any]], params: float) -> dict[str, int]:
@@ -162,7 +171,8 @@ def _sized(study: str, base: dict, shape: dict, flops: float, rate: float | None
         optim["warmup_steps"] = round(share * steps)
     train = {**base.get("train", {}), "total_steps": steps}
     config |= {"optim": optim, "train": train}
-    return {"params": _matmul(model), "tokens": steps * batch, "steps": steps, "config": config}
+    sizes = {"params": _matmul(model), "tokens": steps * batch, "batch_sequences": batch // model.context_length}
+    return {**sizes, "steps": steps, "config": config}
 
 
 def _matmul(model: ModelConfig) -> int:
@@ -182,12 +192,12 @@ def write_forecasts(study: str, fitted: Fitted, table: Path, force: bool) -> lis
     if not held:
         raise UserError(f"{study}/study.yaml holds nothing out; add budgets.held_out, then gptjax scaling plan")
     folder, made = Path(study, "forecasts"), []
-    for row in held:
-        path = folder / f"{row['id']}.json"
-        begun = Path(study, "rungs", row["id"], "metrics.jsonl").exists()
-        if path.exists() or begun:
-            continue
+    begun = {path.parent.name for path in Path(study, "rungs").glob("*/metrics.jsonl")}
+    wanted = [row for row in held if row["id"] not in begun and not (folder / f"{row['id']}.json").exists()]
+    for row in wanted:
         fitted.refuse_far(row["flops"], force)
+    for row in wanted:
+        path = folder / f"{row['id']}.json"
         loss, interval = fitted.predict(row["params"]["matmul"], row["tokens"])
         forecast = {"rung": row["id"], "loss": loss, "interval": interval, "made_at": _now(), "force": force}
         forecast |= {"params": row["params"]["matmul"], "tokens": row["tokens"], "flops": row["flops"]}
@@ -215,7 +225,7 @@ def audit(study: str, table: Path) -> tuple[list[dict[str, Any]], list[str]]:
     results = {row["id"]: row for row in read_rows(table, held_out=True)}
     scores, lines = [], []
     for path in paths:
-        forecast = json.loads(path.read_text())
+        forecast = read_json(path)
         if _hash(forecast) != forecast.get("sha256"):
             raise UserError(f"{path} was changed after it was written: its hash does not fit; restore it")
         score = {"rung": forecast["rung"], "forecast": forecast["loss"], "interval": forecast["interval"]}

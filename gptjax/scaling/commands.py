@@ -1,4 +1,4 @@
-"""The verbs of `gptjax scaling` that make runs; those that read them are in `gptjax/laws/commands.py`."""
+"""The verbs of `gptjax scaling` that make runs; those that read them are in `gptjax/predict/commands.py`."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.errors import UserError, nearest
+from gptjax.laws.table import read_json
 from gptjax.process import prepare_process
 from gptjax.scaling.coordinates import coord_check
 
@@ -17,10 +18,6 @@ def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
 
 def _write(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def _load(directory: str) -> tuple[Any, list[Any]]:
@@ -49,7 +46,7 @@ def plan(study: str, probe: bool = False, json: bool = False) -> None:
         from gptjax.scaling.probe import seconds_per_step
 
         _write(path, seconds_per_step(rungs))
-    seconds = _read(path) if path.exists() else None
+    seconds = read_json(path) if path.exists() else None
     if seconds is not None and not {key_of(rung.config) for rung in rungs} <= set(seconds):
         seconds = None  # of an earlier ladder
     _write_plan(study, rungs)
@@ -86,6 +83,8 @@ def run(
         raise UserError(f"the study has no rung {rung!r}{nearest(str(rung), [r.id for r in rungs])}; plan lists them")
     unforecast = [] if no_forecast else missing_forecasts(study, wanted)
     wanted = [r for r in wanted if r not in unforecast]
+    if emit and read.branches:
+        raise UserError("branches wait for their trunks, which the tasks of a batch system do not; branches: false")
     if emit:
         ids = [r.id for r in wanted if read_result(study, r.id) is None]
         if not ids:
@@ -95,9 +94,10 @@ def run(
     if rung and unforecast:
         raise UserError(f"rung {rung} is held out: gptjax scaling forecast {study} first, or --no_forecast")
     code = run_rungs(study, wanted, rungs if read.branches else None)
+    if any(Path(study, "rungs").glob("*/result.json")):
+        collect(study, rungs)  # also of a study that was stopped half way
     if code:
         raise SystemExit(code)
-    collect(study, rungs)
     for r in unforecast:
         print(f"held out until it is forecast: {r.id} {r.name}; gptjax scaling forecast {study}, then run again")
     print(f"gptjax scaling fit --study {study}    fits the law")
@@ -117,6 +117,8 @@ def status(study: str, json: bool = False) -> None:
     finished = [rung.flops for rung in rungs if states[rung.id] in ("done", "diverged")]
     share = sum(finished) / sum(rung.flops for rung in rungs)
     lines = [f"{rung.id}  {rung.name:28}{states[rung.id]}" for rung in rungs]
+    others = {path.parent.name for path in Path(study, "rungs").glob("*/result.json")} - set(states)
+    lines += [f"{other}  finished, but not a rung of this study any more" for other in sorted(others)]
     _say(({"rungs": states, "flops_share": share}, [*lines, f"{share:.1%} of the study's FLOPs are spent"]), json)
 
 
@@ -130,6 +132,7 @@ def collect(study: str) -> None:
     from gptjax.scaling.runner import collect
 
     results = collect(study, rungs)
+    _write_plan(study, rungs)
     diverged = sum(result["status"] == "diverged" for result in results)
     print(f"{len(results)} finished rungs, {diverged} of them diverged, in {Path(study, 'table.csv')}")
 

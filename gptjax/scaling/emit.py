@@ -6,9 +6,11 @@ Each task carries out one rung by `gptjax scaling run DIR --rung ID`; a task tha
 
 import os
 import shlex
+from pathlib import Path
 
 import yaml
 
+from gptjax.configfile import read_yaml
 from gptjax.trainer import STOPPED
 
 AT_ONCE = 16  # tasks; an array of hundreds should not fill a queue at once
@@ -33,14 +35,19 @@ exit $code
 
 
 def gke(study: str, ids: list[str]) -> str:
-    """A Job for kubectl; the study is on the volume claim `scaling`, mounted where it lies here. Name your image."""
+    """A Job for kubectl; the volume claim `scaling` holds the study and its base config, where they lie here.
+
+    Name your image.
+    """
+    base = os.path.dirname(os.path.abspath(os.path.join(study, read_yaml(Path(study, "study.yaml"))["base"])))
+    home = os.path.commonpath([os.path.abspath(study), base])
     run = f'exec gptjax scaling run {shlex.quote(os.path.abspath(study))} --rung "$1"'
     command = f'set -- {" ".join(ids)}; shift "$JOB_COMPLETION_INDEX"; {run}'
     container = {
         "name": "rung",
         "image": "gptjax",
         "command": ["/bin/sh", "-c", command],
-        "volumeMounts": [{"name": "study", "mountPath": os.path.abspath(study)}],
+        "volumeMounts": [{"name": "study", "mountPath": home}],
     }
     job = {
         "apiVersion": "batch/v1",

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from gptjax.configfile import config_to_yaml
 from gptjax.errors import DIVERGED, UserError
+from gptjax.laws.table import read_json
 from gptjax.metrics import read_metrics
 from gptjax.scaling.ladder import Rung, trunk_of
 from gptjax.trainer import STOPPED
@@ -32,7 +33,7 @@ def rung_dir(study_dir: str | Path, rung_id: str) -> Path:
 def read_result(study_dir: str | Path, rung_id: str) -> dict[str, Any] | None:
     """A finished rung's result.json; None where it is not finished."""
     path = rung_dir(study_dir, rung_id) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -72,7 +73,7 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
                 continue
             if trunks and (trunk := trunk_of(rung, trunks)):
                 begin_at(trunk.cooldown_step, rung_dir(study_dir, trunk.id), directory)
-            began, began_at = time.perf_counter(), now()
+            began, began_at = time.perf_counter(), _first_begun(directory)
             code, stopped = _train(rung, directory, lock)
             if code == STOPPED or (stopped and code < 0):
                 print(f"stopped in rung {rung.id}; all is saved, and the same command goes on")
@@ -108,6 +109,14 @@ def begin_at(step: int, trunk: Path, directory: Path) -> None:
 def now() -> str:
     """The time, for results and forecasts: ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _first_begun(directory: Path) -> str:
+    """When a rung was first begun, however often it was taken up again: a forecast must come before it."""
+    path = directory / "began_at"
+    if not path.exists():
+        write_atomically(path, now())
+    return path.read_text()
 
 
 def _take(lock: IO[str]) -> bool:
@@ -193,10 +202,10 @@ def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
     Raises:
         UserError: a result of a rung that the study no longer has, of other data, copied, or without a finite loss.
     """
-    known = {rung.id for rung in rungs}
+    known = {rung.id: rung for rung in rungs}
     results = []
     for path in sorted(Path(study_dir, "rungs").glob("*/result.json")):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if result["id"] != path.parent.name:
             raise UserError(f"{path.parent} is a copy of rung {result['id']}: the same run twice; remove it")
         results.append(result)
@@ -213,6 +222,8 @@ def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
             )
         if result["status"] == "done" and not math.isfinite(result["loss"]):
             raise UserError(f"rung {result['id']} has loss {result['loss']}; remove its result.json and run it again")
+        rung = known[result["id"]]  # the id says what was trained; what it is for is the present study's to say
+        result |= {"held_out": int(rung.held_out), "budget_flops": rung.budget_flops}
     results.sort(key=lambda result: (result["flops"], result["id"]))
     text = io.StringIO()
     columns = list(dict.fromkeys(name for result in results for name in result))  # older results may have fewer

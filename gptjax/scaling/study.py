@@ -9,6 +9,7 @@ forecasts/ID.json     what was predicted of a held-out rung, before its run
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -128,9 +129,13 @@ class Study:
             raise UserError("ladder is empty; list shapes with n_layers, d_model and n_heads")
         if not any((self.budgets.flops, self.budgets.tokens_per_param, self.budgets.tokens)):
             raise UserError("budgets are empty; give budgets.flops, budgets.tokens_per_param or budgets.tokens")
-        for name in ("flops", "tokens_per_param", "tokens"):
-            if min(getattr(self.budgets, name), default=1) <= 0:
-                raise UserError(f"budgets.{name} {min(getattr(self.budgets, name))} must be positive")
+        numbers = {f"budgets.{name}": getattr(self.budgets, name) for name in ("flops", "tokens_per_param", "tokens")}
+        numbers["budgets.held_out.flops"] = tuple(held.flops for held in self.budgets.held_out)
+        numbers |= {name: (getattr(self, name),) for name in ("flops_per_s", "usd_per_hour")}
+        for name, values in numbers.items():
+            for value in values:
+                if value is not None and not 0 < value < math.inf:
+                    raise UserError(f"{name} {value} must be positive and finite")
         if self.warmup_frac is not None and not 0 <= self.warmup_frac < 1:
             raise UserError(f"warmup_frac {self.warmup_frac} must lie in [0, 1)")
         if self.branches and self.warmup_frac is not None:
