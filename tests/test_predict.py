@@ -12,8 +12,8 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[s
 
 from gptjax.configfile import config_from_dict
 from gptjax.errors import UserError
-from gptjax.laws.parametric import Law
-from gptjax.laws.table import read_rows, read_table
+from gptjax.laws.parametric import Law, OvertrainingLaw
+from gptjax.laws.table import Table, read_rows, read_table
 from gptjax.laws.tuning import RepetitionLaw, fit_batch, fit_rate, fit_repetition, rate_valleys
 from gptjax.predict import commands, fit
 from gptjax.predict.compare import compare, refuse_other_data
@@ -384,6 +384,41 @@ def test_rates_are_drawn_where_they_were_swept(make_study, capsys):
     ]
     assert fit.rate_law(read_rows(directory / "table.csv"))(1e12) == pytest.approx(0.01, rel=0.05)
     assert len(read_table(directory / "table.csv")) == len(rows)  # a law sees the best rate alone
+
+
+def test_a_recommended_rate_has_an_interval(make_study):
+    directory = make_study()
+    rows = list(csv.DictReader((directory / "table.csv").open()))
+    swept = [row | {"peak_lr": lr, "loss": float(row["loss"]) * f} for row in rows for lr, f in LR_FACTORS.items()]
+    write_table(directory, swept)
+    (values, lines), _ = recommend(directory, fitted(directory), 1e13)
+    low, high = values["intervals"]["peak_lr"]
+    assert low < values["peak_lr"] < high and low < 0.01 < high
+    assert any(line.startswith("batch 16 sequences") for line in lines)
+
+
+def test_the_other_laws_have_intervals_that_hold_the_truth(tmp_path):
+    rng = np.random.default_rng(0)
+    law = OvertrainingLaw(E=1.84, a=150.0, b=130.0, eta=0.136)
+    params, ratio = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e9, 5), [5.0, 20.0, 80.0, 320.0]))
+    tokens = ratio * params
+    loss = law.loss(6 * params * tokens, ratio) * np.exp(0.002 * rng.normal(size=len(params)))
+    values, lines = fit.describe_overtraining(Table(params, tokens, loss, 6 * params * tokens))
+    for name, (low, high) in values["intervals"].items():
+        assert low < getattr(law, name) < high, name
+    assert len(lines) == 5 and all(" to " in line for line in lines[1:])
+
+    repeated = RepetitionLaw(Law(1.87, 521.0, 1488.0, 0.35, 0.35), R_D=15.39, R_N=5.31)
+    grid = np.meshgrid([3e7, 1e8, 3e8], [2e9, 1e10], [0.5, 1, 4, 16, 60])
+    params, unique, epochs = (x.ravel() for x in grid)
+    tokens = unique * epochs
+    loss = repeated.loss(params, tokens, np.minimum(unique, tokens)) * np.exp(1e-3 * rng.normal(size=len(params)))
+    columns = {"params": params, "tokens": tokens, "loss": loss, "epochs": epochs}
+    write_table(tmp_path, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+    values, lines = fit.describe_repetition(tmp_path / "table.csv")
+    low, high = values["intervals"]["R_D"]
+    assert low < values["R_D"] < high and high < 3 * low
+    assert " to " in lines[1]
 
 
 LR_FACTORS = {0.0025: 1.04, 0.005: 1.01, 0.01: 1.0, 0.02: 1.01, 0.04: 1.04}

@@ -48,7 +48,13 @@ def fit_repetition(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, epo
             f"{once.sum()} rows within an epoch and {(~once).sum()} beyond do not determine the cost of repeating; "
             "give 6 and 3 or more"
         )
-    law = fit_law(params[once], tokens[once], loss[once])
+    return fit_scales(fit_law(params[once], tokens[once], loss[once]), params, tokens, loss, unique)
+
+
+def fit_scales(
+    law: Law, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, unique: np.ndarray
+) -> RepetitionLaw:
+    """Fit the two scales of repetition alone, to [n] runs of which `unique` tokens differ."""
 
     def residuals(log_scales: np.ndarray) -> np.ndarray:
         return np.log(RepetitionLaw(law, *np.exp(log_scales)).loss(params, tokens, unique) / loss)

@@ -1,7 +1,11 @@
 """How far a fit may be off: bootstrap intervals of its parameters and of the frontier."""
 
+import contextlib
+from collections.abc import Callable
+
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.laws.isoflop import find_floors, frontier
 from gptjax.laws.parametric import DELTA, Law, fit_law
 from gptjax.laws.table import Table
@@ -33,9 +37,30 @@ def law_intervals(laws: list[Law]) -> dict[str, Interval]:
 
 
 def noise(law: Law, table: Table) -> float:
-    """Standard deviation of log loss about the law, from the median deviation so that outliers do not set it."""
-    residual = np.log(table.loss / law.loss(table.params, table.tokens))
-    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(table) / max(1, len(table) - 5)))
+    """Standard deviation of log loss about the law."""
+    return deviation(np.log(table.loss / law.loss(table.params, table.tokens)), free=5)
+
+
+def deviation(residual: np.ndarray, free: int) -> float:
+    """Standard deviation about a law of `free` parameters, from the median so that outliers do not set it."""
+    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
+
+
+def disturbed_intervals(
+    fit: Callable[[np.ndarray], dict[str, float]], loss: np.ndarray, std: float, resamples: int = 200, seed: int = 0
+) -> dict[str, Interval]:
+    """An interval for each value that `fit` finds when each loss is off by `std` of its logarithm.
+
+    Returns:
+        none where `fit` refuses (UserError) more than one in ten of the disturbed losses.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[dict[str, float]] = []
+    for _ in range(resamples):
+        with contextlib.suppress(UserError):
+            found.append(fit(loss * np.exp(std * rng.normal(size=len(loss)))))
+    enough = len(found) >= 0.9 * resamples
+    return {name: interval([values[name] for values in found]) for name in found[0]} if enough else {}
 
 
 def frontier_intervals(table: Table, method: str, std: float, resamples: int = 200, seed: int = 0) -> list[Interval]:

@@ -11,7 +11,7 @@ from gptjax.laws import uncertainty
 from gptjax.laws.isoflop import METHODS, find_floors, frontier
 from gptjax.laws.parametric import DELTA, Law, PowerLaw, fit_law, fit_overtraining
 from gptjax.laws.table import Table, numbers, read_rows, read_table
-from gptjax.laws.tuning import fit_batch, fit_rate, fit_repetition, rate_valleys
+from gptjax.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
 
 Said = tuple[dict[str, Any], list[str]]  # for a program, and for a reader
 
@@ -85,11 +85,17 @@ def describe_overtraining(table: Table) -> Said:
     Raises:
         UserError: rows that cannot determine the law.
     """
-    law = fit_overtraining(6 * table.params * table.tokens, table.tokens / table.params, table.loss)
-    return asdict(law), [
-        f"L = E + (a M^eta + b M^-eta) C^-eta on {len(table)} rows, with M = tokens / params",
-        *(f"  {name:4}{value:.5g}" for name, value in asdict(law).items()),
-    ]
+    inputs = 6 * table.params * table.tokens, table.tokens / table.params
+    law = fit_overtraining(*inputs, table.loss)
+    std = uncertainty.deviation(np.log(table.loss / law.loss(*inputs)), free=4)
+    spread = uncertainty.disturbed_intervals(lambda loss: asdict(fit_overtraining(*inputs, loss)), table.loss, std)
+    lines = [f"L = E + (a M^eta + b M^-eta) C^-eta on {len(table)} rows, with M = tokens / params"]
+    lines += [f"  {name:4}{value:.5g}{_to(spread.get(name))}" for name, value in asdict(law).items()]
+    return {**asdict(law), "intervals": spread}, lines
+
+
+def _to(spread: uncertainty.Interval | None) -> str:
+    return f"   {spread[0]:.4g} to {spread[1]:.4g}" if spread else "   interval unresolved"
 
 
 def describe_sensitivity(path: Path, loss: str = "loss") -> Said:
@@ -142,9 +148,19 @@ def describe_repetition(path: Path, params: str = "params", loss: str = "loss") 
     rows = _done(path)
     if not rows or "epochs" not in rows[0]:
         raise UserError(f"table {str(path)!r} has no column 'epochs'; the cost of repeating needs it")
-    law = fit_repetition(*(numbers(rows, name, path) for name in (params, "tokens", loss, "epochs")))
-    values = {**asdict(law.law), "R_D": law.R_D, "R_N": law.R_N}
-    return values, [f"repeating data: R_D* {law.R_D:.4g}, R_N* {law.R_N:.4g} (Muennighoff et al.: 15.4 and 5.3)"]
+    N, D, L, epochs = (numbers(rows, name, path) for name in (params, "tokens", loss, "epochs"))
+    law, unique = fit_repetition(N, D, L, epochs), D / np.maximum(1, epochs)
+    std = uncertainty.deviation(np.log(L / law.loss(N, D, unique)), free=7)
+
+    def scales(disturbed: np.ndarray) -> dict[str, float]:
+        again = fit_scales(law.law, N, D, disturbed, unique)
+        return {"R_D": again.R_D, "R_N": again.R_N}
+
+    spread = uncertainty.disturbed_intervals(scales, L, std, resamples=100)
+    values = {**asdict(law.law), "R_D": law.R_D, "R_N": law.R_N, "intervals": spread}
+    lines = ["repeating data, the law of one epoch held fixed (Muennighoff et al.: 15.4 and 5.3)"]
+    lines += [f"  {name}* {value:.4g}{_to(spread.get(name))}" for name, value in (("R_D", law.R_D), ("R_N", law.R_N))]
+    return values, lines
 
 
 def describe_batch(path: Path, target: float | None = None) -> Said:
@@ -189,14 +205,31 @@ def rate_law(rows: list[dict[str, str]]) -> PowerLaw | None:
     return fit_rate(valleys_of_rate(rows)) if rows and "peak_lr" in rows[0] else None
 
 
+def rate_interval(rows: list[dict[str, str]], flops: float, std: float) -> uncertainty.Interval | None:
+    """Of the best rate at a budget, when each loss is off by `std` of its logarithm; None: the rows do not say."""
+    *swept, loss = _rate_columns(rows)
+
+    def best(disturbed: np.ndarray) -> dict[str, float]:
+        law = fit_rate(list(rate_valleys(*swept, disturbed)))
+        if law is None:
+            raise UserError("no law of the rate")
+        return {"rate": float(law(flops))}
+
+    return uncertainty.disturbed_intervals(best, loss, std).get("rate")
+
+
 def valleys_of_rate(rows: list[dict[str, str]]) -> list[Any]:
+    """Each shape and budget with several rates."""
+    return list(rate_valleys(*_rate_columns(rows)))
+
+
+def _rate_columns(rows: list[dict[str, str]]) -> list[np.ndarray]:
     capped = [  # a diverged run counts as if it had learned nothing
         {**row, "loss": row["first_loss"]} if row.get("status") == "diverged" else row
         for row in rows
         if row.get("status") != "diverged" or row.get("first_loss")
     ]
-    columns = [numbers(capped, name) for name in ("params", "budget_flops", "peak_lr", "loss")]
-    return list(rate_valleys(*columns))
+    return [numbers(capped, name) for name in ("params", "budget_flops", "peak_lr", "loss")]
 
 
 def _done(path: Path) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from gptjax.laws import uncertainty
 from gptjax.laws.parametric import Law, fit_law
 from gptjax.laws.table import Table, read_json, read_rows, read_table
 from gptjax.nn.transformer import count_params, flops_per_token
-from gptjax.predict.fit import Said, rate_law, refuse_unstraddled
+from gptjax.predict.fit import Said, describe_batch, rate_interval, rate_law, refuse_unstraddled
 
 FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade says little beyond
 
@@ -113,18 +113,34 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
     said |= {"shape": shape, "steps": values["steps"], "params": values["params"], "tokens": values["tokens"]}
     said["batch_sequences"] = values["batch_sequences"]
     said["peak_lr"] = values["config"]["optim"].get("peak_lr")
+    table = read_rows(Path(study, "table.csv"))
+    intervals["peak_lr"] = None if rate is None else rate_interval(table, flops, fitted.noise)
     low, high = intervals["params"]
-    how = "the study's own law" if rate else "the base config's: the study sweeps no rate at two budgets"
+    how = "the base config's: the study sweeps no rate at two budgets"
+    if rate is not None:
+        found = intervals["peak_lr"]
+        how = f"{found[0]:.3g} to {found[1]:.3g}" if found else "the study's own law; its interval is unresolved"
     lines = [
         f"for {flops:.4g} FLOPs: {params:.4g} params ({low:.3g} to {high:.3g}), "
         f"{tokens:.4g} tokens ({intervals['tokens'][0]:.3g} to {intervals['tokens'][1]:.3g})",
         f"shape {shape['n_layers']}x{shape['d_model']}, {shape['n_heads']} heads: {values['params']:.4g} params, "
         f"{values['steps']} steps, {values['tokens']:.4g} tokens",
         f"learning rate {said['peak_lr']} ({how})",
-        f"batch {values['batch_sequences']} sequences (the base config's; fit --law batch, where it is swept)",
+        *_batch_lines(study, table, values["batch_sequences"]),
         f"expected loss {loss:.4f} ({intervals['loss'][0]:.4f} to {intervals['loss'][1]:.4f})",
     ]
     return (said, lines), yaml.safe_dump(values["config"], sort_keys=False)
+
+
+def _batch_lines(study: str, rows: list[dict[str, str]], sequences: int) -> list[str]:
+    """The base config's batch, and the critical ones of a study that sweeps it."""
+    if len({row.get("batch_sequences") for row in rows}) < 2:
+        return [f"batch {sequences} sequences (the base config's: the study sweeps none)"]
+    try:
+        critical = describe_batch(Path(study, "table.csv"))[1]
+    except UserError as reason:
+        critical = [str(reason)]
+    return [f"batch {sequences} sequences (the base config's)", *(f"  {line}" for line in critical)]
 
 
 def read_plan(study: str) -> list[dict[str, Any]]:
