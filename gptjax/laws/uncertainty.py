@@ -69,10 +69,11 @@ def frontier_intervals(table: Table, method: str, std: float, resamples: int = 2
     Returns:
         two intervals; none where fewer than nine in ten disturbed tables have a frontier.
     """
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(resamples):
-        disturbed = table.loss * np.exp(std * rng.normal(size=len(table)))
-        lines = frontier(find_floors(Table(table.params, table.tokens, disturbed, table.flops), method))
-        found += [] if lines is None else [[line.exponent for line in lines]]
-    return [interval(column) for column in np.array(found).T] if len(found) >= 0.9 * resamples else []
+
+    def exponents(loss: np.ndarray) -> dict[str, float]:
+        lines = frontier(find_floors(Table(table.params, table.tokens, loss, table.flops), method))
+        if lines is None:
+            raise UserError("no frontier")
+        return {str(number): line.exponent for number, line in enumerate(lines)}
+
+    return list(disturbed_intervals(exponents, table.loss, std, resamples, seed).values())

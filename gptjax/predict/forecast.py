@@ -105,7 +105,8 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
     rows = read_plan(study)
     base = read_yaml(Path(study, read_yaml(Path(study, "study.yaml"))["base"]))
     shape = choose_shape(rows, params)
-    rates = rate_law(read_rows(Path(study, "table.csv")))
+    table = read_rows(Path(study, "table.csv"))
+    rates = rate_law(table)
     rate = None if rates is None else float(rates(flops))
     values = _sized(study, base, shape, flops, rate, rows)
     loss, intervals["loss"] = fitted.predict(values["params"], values["tokens"])
@@ -113,7 +114,6 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
     said |= {"shape": shape, "steps": values["steps"], "params": values["params"], "tokens": values["tokens"]}
     said["batch_sequences"] = values["batch_sequences"]
     said["peak_lr"] = values["config"]["optim"].get("peak_lr")
-    table = read_rows(Path(study, "table.csv"))
     intervals["peak_lr"] = None if rate is None else rate_interval(table, flops, fitted.noise)
     low, high = intervals["params"]
     how = "the base config's: the study sweeps no rate at two budgets"

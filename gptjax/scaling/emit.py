@@ -6,11 +6,10 @@ Each task carries out one rung by `gptjax scaling run DIR --rung ID`; a task tha
 
 import os
 import shlex
-from pathlib import Path
 
 import yaml
 
-from gptjax.configfile import read_yaml
+from gptjax.scaling.study import load_study
 from gptjax.trainer import STOPPED
 
 AT_ONCE = 16  # tasks; an array of hundreds should not fill a queue at once
@@ -39,7 +38,7 @@ def gke(study: str, ids: list[str]) -> str:
 
     Name your image.
     """
-    base = os.path.dirname(os.path.abspath(os.path.join(study, read_yaml(Path(study, "study.yaml"))["base"])))
+    base = os.path.dirname(os.path.abspath(load_study(study).base))
     home = os.path.commonpath([os.path.abspath(study), base])
     run = f'exec gptjax scaling run {shlex.quote(os.path.abspath(study))} --rung "$1"'
     command = f'set -- {" ".join(ids)}; shift "$JOB_COMPLETION_INDEX"; {run}'
