@@ -316,7 +316,7 @@ class TiktokenTokenizer:
         return np.array(self._encoding.encode_ordinary(text), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+        return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(list(texts))]
 
     def encode_prompt(self, text: str) -> np.ndarray:
         return self.encode(text)

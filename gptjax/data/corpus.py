@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 FORMAT = 2  # of the cache; raise it when the same sources come to give other tokens
+TEXTS_AT_ONCE = 64  # which a tokenizer spreads over the cores
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,13 @@ def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
 
 def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
     files = source_files(path)
-    fingerprint = _fingerprint(cfg, path, files)
+    named = cfg.tokenizer or "char"
+    tokenizer = None if named == "char" else make_tokenizer(named, [])  # char: whatever the text contains
+    fingerprint = _fingerprint(cfg, path, files, named if tokenizer is None else tokenizer.to_dict())
     folder = Path(cfg.cache_dir).expanduser() / fingerprint
     if not _is_whole(folder):
-        _tokenize(cfg, path, files, folder)
+        tokenizer = tokenizer or make_tokenizer(named, (text for text, _ in _texts(cfg, files)))
+        _tokenize(cfg, path, files, folder, tokenizer)
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = tokenizer_from_dict(meta["tokenizer"])
     halves = []
@@ -165,9 +170,7 @@ def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
     return Source(name, *halves, len(halves[1]), meta["val_bytes"], tokenizer, fingerprint)
 
 
-def _fingerprint(cfg: DataConfig, path: str, files: list[tuple[str, str]]) -> str:
-    named = cfg.tokenizer or "char"
-    tokenizer = named if named == "char" else make_tokenizer(named, []).to_dict()
+def _fingerprint(cfg: DataConfig, path: str, files: list[tuple[str, str]], tokenizer: str | dict[str, Any]) -> str:
     digest = hashlib.sha256(
         json.dumps([FORMAT, path == "shakespeare", tokenizer, cfg.text_field, cfg.val_frac]).encode()
     )
@@ -195,12 +198,13 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _tokenize(cfg: DataConfig, path: str, files: list[tuple[str, str]], folder: Path) -> None:
-    tokenizer = make_tokenizer(cfg.tokenizer or "char", (text for text, _ in _texts(cfg, files)))
+def _tokenize(cfg: DataConfig, path: str, files: list[tuple[str, str]], folder: Path, tokenizer: Tokenizer) -> None:
     end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
     pieces: list[np.ndarray] = []
-    for text, whole in _texts(cfg, files):
-        pieces += [*tokenizer.encode_batch([text]), *(end if whole else [])] if text else []
+    texts = ((text, whole) for text, whole in _texts(cfg, files) if text)
+    for several in iter(lambda: list(islice(texts, TEXTS_AT_ONCE)), []):
+        for ids, (_, whole) in zip(tokenizer.encode_batch([text for text, _ in several]), several, strict=True):
+            pieces += [ids, *(end if whole else [])]
     if not pieces:
         raise UserError(f"data.path {path!r} is empty: there is no text in it")
     tokens = np.concatenate(pieces).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
