@@ -187,14 +187,17 @@ class Program:
     def collectives(self, chips_per_slice: int | None = None, num_slices: int = 1) -> list[Collective]:
         """The collectives of a step.
 
-        An asynchronous one is written several times (begin, go on, end), under one channel: it counts once. Between
-        slices there are none, but transfers through the hosts that say what they are part of.
+        An asynchronous one is written several times (begin, go on, end), under one channel: it counts once, as often
+        as it begins; it may go on inside a loop. Between slices there are none, but transfers through the hosts that
+        say what they are part of.
 
         Args:
             chips_per_slice: devices are numbered slice by slice; None: one slice.
         """
         by_channel: dict[tuple[str, int], Collective] = {}
         for number, (computation, instruction, times) in enumerate(self.instructions()):
+            if computation.startswith("async_collective_fusion"):
+                continue  # where it goes on
             here = self.by_name[computation]
             arrays = [a for name in instruction.operands if name in here for a in here[name].arrays]
             operand = sum(a.bytes for a in arrays)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.checks import filled_axes
@@ -56,12 +57,11 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
             f"mesh.slices {slices} must divide mesh.{next(iter(axes))} {sizes[0]}, and the devices lie in {found}; "
             f"set mesh.slices {found} and make mesh.{next(iter(axes))} a multiple of it"
         )
-    in_order = (
-        sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index)) if slices > 1 else devices
-    )
+    devices = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index))
     per_slice, names = len(devices) // slices, tuple(axes)
+    shape = (sizes[0] // slices, *sizes[1:])
     parts = [
-        jax.make_mesh([sizes[0] // slices, *sizes[1:]], names, devices=in_order[i : i + per_slice]).devices
+        create_device_mesh(shape, devices[i : i + per_slice], allow_split_physical_axes=True)
         for i in range(0, len(devices), per_slice)
     ]
     # Auto: the compiler places what the constraints leave open. (The default, Explicit, types every array.)

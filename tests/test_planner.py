@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -151,6 +152,22 @@ def test_groups_in_every_notation(groups, size, crosses):
     assert (only.kind, only.operand_bytes, only.dtype, only.times) == ("all-reduce", 4096, "f32", 6)
     assert (only.group, only.crosses) == (size, crosses)
     assert only.wire_bytes == 2 * (size - 1) / size * 4096
+
+
+def test_an_asynchronous_collective_counts_as_often_as_it_begins():
+    """The compiler lets it go on beside a loop of other work, and writes it there again."""
+    part = """
+%NAME (q: f32[8,128]) -> f32[8,128] {
+  %q = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %ag = f32[8,128]{1,0:T(8,128)} all-reduce(%q), channel_id=7, replica_groups={{0,1}}, to_apply=%sum
+}
+"""
+    fusion = "%ar = f32[8,128]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2"
+    text = re.sub(r"%ar = .*", fusion, LOOP) + part.replace("NAME", "async_collective_fusion.2")
+    begin = "%begin = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kCustom, calls=%fused_computation.1\n  %zero"
+    text = text.replace("%zero", begin, 1) + part.replace("NAME", "fused_computation.1")
+    (only,) = Program(text).collectives()
+    assert (only.operand_bytes, only.times) == (4096, 1)
 
 
 def test_on_chip_memory_is_not_hbm():

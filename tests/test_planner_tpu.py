@@ -38,13 +38,16 @@ CASES = [(*place[:2], n, remat) for place in PLACES for n, remat in zip(place[2:
 LLAMA = {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
 SHAPE = {"n_layers": 8, "d_model": 2048, "n_heads": 16, "n_kv_heads": 8, "d_mlp": 8192, "context_length": 1024}
 EVEN = {**LLAMA, **SHAPE, "vocab_size": 32768, "dtype": "bfloat16", "remat": "full"}
+WHOLE_SLICE = {"fsdp": 64}  # one group of all chips: the compiler sums, where it should scatter
 MESHES = [
     ("v5e:2x4", 16, {"data": 8}),
     ("v5e:2x4", 16, {"fsdp": 8}),
     ("v5e:2x4", 16, {"fsdp": 2, "tensor": 4}),
-    ("v5e:8x8", 128, {"fsdp": 64}),
+    ("v5e:8x8", 128, WHOLE_SLICE),
+    ("v5e:8x8", 128, {"data": 2, "fsdp": 32}),
     ("v5e:8x8", 64, {"fsdp": 16, "tensor": 4}),
-    ("v5p:4x4x4", 128, {"fsdp": 64}),
+    ("v5p:4x4x4", 128, WHOLE_SLICE),
+    ("v5p:4x4x4", 128, {"data": 2, "fsdp": 32}),
     ("v5p:4x4x4", 64, {"fsdp": 16, "tensor": 4}),
     ("v5e:16x16", 256, {"data": 4, "fsdp": 64}),
     ("v5e:16x16", 256, {"fsdp": 64, "tensor": 4}),
@@ -73,14 +76,14 @@ def test_truth_memory(model, topology, sequences, remat):
 
 @pytest.mark.parametrize(("topology", "sequences", "mesh"), MESHES)
 def test_communication(topology, sequences, mesh):
-    """At least what theory asks for; docs/planning.md says what the compiler moves besides."""
+    """What theory asks for, within 20 %; docs/planning.md says what the compiler moves besides."""
     plan = plan_of(EVEN, topology, sequences, mesh, loss_chunks=1)
     wire = sum(c["wire_bytes"] for c in plan["collectives"])
     theory = sum(plan["communication_theory"].values())
     print(f"\n{topology} {mesh}: on the wire {size(wire)}, theory {size(theory)}, {wire / theory:.2f}")
     for c in plan["collectives"]:
         print(f"    {c['kind']:20}{c['dtype']:6}{size(c['operand_bytes']):>14}{size(c['wire_bytes']):>14}")
-    assert 0.8 <= wire / theory <= 2
+    assert 0.8 <= wire / theory <= (2 if mesh == WHOLE_SLICE else 1.2)
 
 
 @pytest.mark.parametrize(("remat", "code"), [("full", 0), ("none", 3)])

@@ -148,3 +148,10 @@ def test_slices_are_joined_along_data():
     mesh = make_mesh({"data": 4, "fsdp": 2, "tensor": 1, "context": 1}, list(found.devices), slices=2)
     slices = [[d.slice_index for d in row.ravel()] for row in mesh.devices]
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_an_axis_may_take_a_part_of_a_torus_dimension():
+    """32 of 4 x 4 x 4 chips are two dimensions and a half; `jax.make_mesh` refuses that on a v5p."""
+    mesh = make_mesh({"data": 2, "fsdp": 32, "tensor": 1, "context": 1}, devices_of("v5p:4x4x4"))
+    assert mesh.devices.shape == (2, 32, 1, 1)
+    assert len({d.id for d in mesh.devices.ravel()}) == 64
