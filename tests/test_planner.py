@@ -46,7 +46,10 @@ def test_arguments_are_the_bytes_that_the_tpu_compiler_reports():
     small = config_from_dict(
         {"model": {"preset": "gpt2"}, "train": {"batch_sequences": 64}, "mesh": {"fsdp": 8}, "workdir": "-"}
     )
-    for cfg, topology, reported in [(small, "v5e:2x4", 203171328), (gpt2_xl(), "v5e:16x16", 786814464)]:
+    for cfg, topology, reported in [
+        (small, "v5e:2x4", 203171328),
+        (gpt2_xl(**{"mesh.fsdp": 32}), "v5e:16x16", 786814464),
+    ]:
         memory = estimate(cfg, parse_topology(topology)).memory
         arguments = memory["params"] + memory["optimizer"] + memory["batch"]
         assert arguments == pytest.approx(reported, rel=0.01)
