@@ -20,6 +20,10 @@ FREE |= {"copy-done", "partition-id", "replica-id", "iota", "opt-barrier", "asyn
 FREE |= {f"{name}-done" for name in COLLECTIVES}
 
 
+# How computations are named in which an asynchronous collective, begun elsewhere, goes on beside other work.
+GOES_ON = "async_collective_fusion"
+
+
 class Array(NamedTuple):
     """One array of an instruction's shape; `hbm` is false for what lies in on-chip memory, S(1) and above."""
 
@@ -196,8 +200,8 @@ class Program:
         """
         by_channel: dict[tuple[str, int], Collective] = {}
         for number, (computation, instruction, times) in enumerate(self.instructions()):
-            if computation.startswith("async_collective_fusion"):
-                continue  # where it goes on
+            if computation.startswith(GOES_ON):
+                continue
             here = self.by_name[computation]
             arrays = [a for name in instruction.operands if name in here for a in here[name].arrays]
             operand = sum(a.bytes for a in arrays)

@@ -161,7 +161,7 @@ def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
         tokenizer = tokenizer or make_tokenizer(named, (text for text, _ in _texts(cfg, files)))
         _tokenize(cfg, path, files, folder, tokenizer)
     meta = json.loads((folder / "meta.json").read_text())
-    tokenizer = tokenizer_from_dict(meta["tokenizer"])
+    tokenizer = tokenizer or tokenizer_from_dict(meta["tokenizer"])
     halves = []
     for half in ("train", "val"):
         count = meta[f"{half}_tokens"]
