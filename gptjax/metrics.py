@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, trackers behind extras, the picture of the loss, and model FLOPs utilisation."""
+"""Metrics of a run: metrics.jsonl, trackers behind extras, and the picture of the loss."""
 
 import io
 import json
@@ -11,24 +11,6 @@ from typing import Any, Protocol
 from etils import epath
 
 from gptjax.errors import UserError
-
-# Peak dense bfloat16 FLOP/s of a device, by JAX's `device_kind`. Sources: Google Cloud's TPU pages (v4, v5e, v5p,
-# v6e); NVIDIA's data sheets of A100, H100 SXM and H200 SXM, without sparsity.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device; None for a kind that is not in the table, such as a CPU."""
-    matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Published models, as the values of `ModelConfig` that differ from its defaults (GPT-2's smallest).
+"""Published models, as the values of `ModelConfig` that differ from its defaults (GPT-2's smallest); and devices.
 
 Sources: GPT-2, Radford et al. 2019, table 2, and the released hparams.json; Llama 2, Touvron et al. 2023 (arXiv
 2307.09288), and the released config.json; Llama 3.1 and 3.2, Dubey et al. 2024 (arXiv 2407.21783), table 3, and the
@@ -87,3 +87,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 100000.0,
     },
 }
+
+# Peak dense bfloat16 FLOP/s of a device, by JAX's `device_kind`. Sources: Google Cloud's TPU pages (v4, v5e, v5p,
+# v6e); NVIDIA's data sheets of A100, H100 SXM and H200 SXM, without sparsity.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device; None for a kind that is not in the table, such as a CPU."""
+    matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None

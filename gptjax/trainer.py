@@ -29,8 +29,9 @@ from gptjax.data.reading import readable
 from gptjax.errors import DIVERGED, UserError
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
-from gptjax.metrics import make_trackers, peak_flops, plot_loss, read_metrics, write_whole
+from gptjax.metrics import make_trackers, plot_loss, read_metrics, write_whole
 from gptjax.nn.transformer import count_params, flops_per_token
+from gptjax.presets import peak_flops
 from gptjax.sharding import make_mesh
 from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
 from gptjax.tokenizers import same_ids, tokenizer_from_dict

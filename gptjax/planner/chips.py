@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from gptjax.errors import UserError, nearest
-from gptjax.metrics import PEAK_FLOPS
+from gptjax.presets import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
@@ -13,7 +13,7 @@ class Chip(NamedTuple):
 
     Attributes:
         kind: tpu or gpu.
-        device_kind: as in `metrics.PEAK_FLOPS`.
+        device_kind: as in `presets.PEAK_FLOPS`.
         hbm_bytes: memory that a program may use. On TPUs it is what the compiler allows, less than is sold.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that leave the chip, over all of its links (TPU: torus links; GPU: NVLink).
