@@ -14,14 +14,16 @@ def check(good: bool, name: str, value: Any, what: str) -> None:
         raise UserError(f"{name} {value} {what}")
 
 
-def check_at_least(least: int, section: str, config: Any, name: str) -> None:
-    value = getattr(config, name)
-    check(value is None or value >= least, f"{section}.{name}", value, f"must be at least {least}")
+def check_at_least(least: int, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= least, f"{section}.{name}", value, f"must be at least {least}")
 
 
-def check_positive(section: str, config: Any, name: str) -> None:
-    value = getattr(config, name)
-    check(value is None or 0 < value < math.inf, f"{section}.{name}", value, "must be a number above 0")
+def check_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or 0 < value < math.inf, f"{section}.{name}", value, "must be a number above 0")
 
 
 def is_pattern(text: str) -> bool:

@@ -110,16 +110,14 @@ class ModelConfig:
     scan_layers: bool | None = None
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "context_length", "vocab_multiple", "vocab_size"):
-            check_at_least(1, "model", self, name)
-        for name in ("n_kv_heads", "head_dim", "d_mlp", "base_width", "base_layers", "base_head_dim"):
-            check_at_least(1, "model", self, name)
+        check_at_least(1, "model", self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp")
+        check_at_least(1, "model", self, "context_length", "vocab_multiple", "vocab_size")
+        check_at_least(1, "model", self, "base_width", "base_layers", "base_head_dim")
         needed = {"standard": (), "mup": ("base_width",), "completep": ("base_width", "base_layers")}
         for name in needed[self.parametrization]:
             missing = f"needs model.{name}, the size at which the hyperparameters were tuned"
             check(getattr(self, name) is not None, "model.parametrization", self.parametrization, missing)
-        for name in ("rope_theta", "norm_eps", "logit_softcap"):
-            check_positive("model", self, name)
+        check_positive("model", self, "rope_theta", "norm_eps", "logit_softcap")
         check(
             self.head_dim is not None or self.d_model % self.n_heads == 0,
             "model.n_heads",
@@ -133,12 +131,8 @@ class ModelConfig:
             self.n_kv_heads,
             f"does not divide model.n_heads {self.n_heads}; choose one of {divisors(self.n_heads)}",
         )
-        check(
-            self.positions == "learned" or self.d_head % 2 == 0,
-            "model.head_dim",
-            self.d_head,
-            "is odd: rotary positions turn pairs, so make it even",
-        )
+        odd = "is odd: rotary positions turn pairs, so make it even"
+        check(self.positions == "learned" or self.d_head % 2 == 0, "model.head_dim", self.d_head, odd)
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
 
     @property
@@ -284,10 +278,8 @@ class OptimConfig:
     ema_decay: float | None = None
 
     def __post_init__(self):
-        for name in ("peak_lr", "eps", "clip_norm"):
-            check_positive("optim", self, name)
-        for name in ("final_lr_frac", "weight_decay"):
-            check_at_least(0, "optim", self, name)
+        check_positive("optim", self, "peak_lr", "eps", "clip_norm")
+        check_at_least(0, "optim", self, "final_lr_frac", "weight_decay")
         for pattern, scale in self.lr_scales.items():
             check(scale >= 0, f"optim.lr_scales {pattern!r}", scale, "must not be negative")
             check(is_pattern(pattern), "optim.lr_scales", repr(pattern), "is not a regular expression")
@@ -330,17 +322,12 @@ class TrainConfig:
     eval_sequences: int | None = None
 
     def __post_init__(self):
-        for name in ("total_steps", "batch_sequences", "microbatches", "loss_chunks", "log_interval_steps"):
-            check_at_least(1, "train", self, name)
-        for name in ("eval_interval_steps", "eval_sequences"):
-            check_at_least(1, "train", self, name)
+        check_at_least(1, "train", self, "total_steps", "batch_sequences", "microbatches", "loss_chunks")
+        check_at_least(1, "train", self, "log_interval_steps", "eval_interval_steps", "eval_sequences")
         check_at_least(0, "train", self, "z_loss")
-        check(
-            self.batch_sequences % self.microbatches == 0,
-            "train.microbatches",
-            self.microbatches,
-            f"does not divide train.batch_sequences {self.batch_sequences}",
-        )
+        rest = self.batch_sequences % self.microbatches
+        wanted = f"does not divide train.batch_sequences {self.batch_sequences}"
+        check(rest == 0, "train.microbatches", self.microbatches, wanted)
 
 
 @dataclass(frozen=True)
@@ -358,8 +345,7 @@ class CheckpointConfig:
     keep_best: bool = True
 
     def __post_init__(self):
-        for name in ("save_interval_steps", "keep_last"):
-            check_at_least(1, "checkpoint", self, name)
+        check_at_least(1, "checkpoint", self, "save_interval_steps", "keep_last")
 
 
 @dataclass(frozen=True)
@@ -390,14 +376,9 @@ class MeshConfig:
     def __post_init__(self):
         for name, size in self.axes.items():
             check(size >= 1 or size == -1, f"mesh.{name}", size, "must be at least 1, or -1 for what is left")
-        check(
-            list(self.axes.values()).count(-1) <= 1,
-            "mesh",
-            self.axes,
-            "has -1 twice; only one axis can be the rest",
-        )
-        check_at_least(1, "mesh", self, "cpu_devices")
-        check_at_least(1, "mesh", self, "slices")
+        open_axes = list(self.axes.values()).count(-1)
+        check(open_axes <= 1, "mesh", self.axes, "has -1 twice; only one axis can be the rest")
+        check_at_least(1, "mesh", self, "cpu_devices", "slices")
         check((self.cpu_devices or 1) <= 512, "mesh.cpu_devices", self.cpu_devices, "must be at most 512")
 
 
@@ -428,8 +409,7 @@ class DistributedConfig:
             dataclasses.asdict(self),
             "needs coordinator, num_processes and process_id together, or none of them",
         )
-        for name in ("heartbeat_timeout_s", "stall_timeout_s"):
-            check_at_least(1, "distributed", self, name)
+        check_at_least(1, "distributed", self, "heartbeat_timeout_s", "stall_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -472,12 +452,8 @@ class Config:
 
     def __post_init__(self):
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
-        check(
-            self.model.context_length % self.train.loss_chunks == 0,
-            "train.loss_chunks",
-            self.train.loss_chunks,
-            f"does not divide model.context_length {self.model.context_length}",
-        )
+        rest, wanted = self.model.context_length % self.train.loss_chunks, "does not divide model.context_length"
+        check(rest == 0, "train.loss_chunks", self.train.loss_chunks, f"{wanted} {self.model.context_length}")
         _ = self.profile_steps
 
     @property
