@@ -52,6 +52,7 @@ class ModelConfig:
         norm_weights: whether norms have a learned scale (and, with bias, a learned shift).
         norm_eps: added to the variance inside a norm.
         mlp: gelu is GPT-2's tanh form; swiglu has a third matrix; relu2 is the square of ReLU.
+        conv_width: tokens under a causal convolution before attention and before the MLP; null means none.
         bias: biases in linear layers and in LayerNorm.
         qkv_bias: biases in the query, key and value projections alone; null means as `bias`.
         qk_norm: RMSNorm over each head's queries and keys.
@@ -92,6 +93,7 @@ class ModelConfig:
     norm_weights: bool = True
     norm_eps: float = 1e-5
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    conv_width: int | None = None
     bias: bool = True
     qkv_bias: bool | None = None
     qk_norm: bool = False
@@ -111,7 +113,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_at_least(1, "model", self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp")
-        check_at_least(1, "model", self, "context_length", "vocab_multiple", "vocab_size")
+        check_at_least(1, "model", self, "conv_width", "context_length", "vocab_multiple", "vocab_size")
         check_at_least(1, "model", self, "base_width", "base_layers", "base_head_dim")
         needed = {"standard": (), "mup": ("base_width",), "completep": ("base_width", "base_layers")}
         for name in needed[self.parametrization]:

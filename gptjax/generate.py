@@ -14,7 +14,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.nn.layers import KVCache
+from gptjax.nn.layers import Cache
 from gptjax.nn.transformer import Params, abstract_model, bind, logits
 from gptjax.tokenizers import Tokenizer
 
@@ -55,7 +55,7 @@ class Progress(NamedTuple):
 
     Attributes:
         logits: [B, V] float32, for the token to be drawn next.
-        cache: keys and values, [L, B G, S, K] each.
+        cache: of all layers, with S slots for keys and values.
         cache_positions: [B, S] int32.
         position: [B] int32, of the token to be drawn next.
         slot: int32 scalar, where in the cache it goes.
@@ -64,7 +64,7 @@ class Progress(NamedTuple):
     """
 
     logits: jax.Array
-    cache: KVCache
+    cache: Cache | list[Cache]
     cache_positions: jax.Array
     position: jax.Array
     slot: jax.Array
@@ -240,9 +240,9 @@ class LanguageModel:
 
     def _prefill_from(self, params, tokens, positions, ended, drawn, slots: int) -> Progress:
         model = bind(self.graphdef, params)
-        hidden, kv = model(tokens, positions=positions)
+        hidden, cache = model(tokens, positions=positions)
         more = slots - tokens.shape[1]
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))), kv)
+        cache = jax.tree.map(lambda known: known.widened(more), cache, is_leaf=lambda x: isinstance(x, Cache))
         cache_positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=UNWRITTEN)
         last = logits(model, hidden[:, -1:])[:, 0]
         return Progress(last, cache, cache_positions, positions[:, -1] + 1, jnp.int32(tokens.shape[1]), drawn, ended)

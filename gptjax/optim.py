@@ -22,11 +22,11 @@ class Treatment(NamedTuple):
 # Pattern of a weight's path -> its treatment; the first match counts.
 TREATMENTS: dict[str, dict[str, Treatment]] = {
     "adamw": {
-        r"norm/|bias|positions": Treatment("adam", decay=False),
+        r"norm/|bias|conv|positions": Treatment("adam", decay=False),
         r".*": Treatment("adam", decay=True),
     },
     "muon": {
-        r"norm/|bias|positions": Treatment("adam", decay=False),
+        r"norm/|bias|conv|positions": Treatment("adam", decay=False),
         r"blocks/": Treatment("muon", decay=True),
         r".*": Treatment("adam", decay=True),
     },

@@ -27,7 +27,7 @@ class Rule(NamedTuple):
 # Optimizer -> pattern of a weight's path -> rule; the first match counts.
 RULES: dict[str, dict[str, Rule]] = {
     "adam": {
-        r"^blocks/.*(norm/|bias)": Rule(eps=(-1, -1)),
+        r"^blocks/.*(norm/|bias|conv)": Rule(eps=(-1, -1)),
         r"^blocks/": Rule(lr=(-1, 0), decay=(1, 0), eps=(-1, -1)),
         r"^(embed|positions|final_norm/.*|head)$": Rule(eps=(-1, 0)),
     },

@@ -36,6 +36,7 @@ MODERN = {
     "tie_embeddings": False,
     "logit_softcap": 15.0,
 }
+CONVOLVED = {**MODERN, "conv_width": 4}
 
 
 def make_config(model: dict, **sections: dict) -> Config:

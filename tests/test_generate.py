@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GPT2_LIKE, MODERN, make_config, run_script
+from conftest import CONVOLVED, GPT2_LIKE, MODERN, make_config, run_script
 
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel, Sampling, draw, filter_logits
@@ -21,11 +21,13 @@ ALPHABET = "\n" + "".join(chr(c) for c in range(48, 48 + 60))
 
 def language_model(model: dict, **more) -> LanguageModel:
     cfg = make_config({**model, **more, "init": "gpt2"}).model
-    params = jax.tree.map(lambda x: 5 * x, init_params(cfg, jax.random.key(0)))  # far from uniform
+    first = init_params(cfg, jax.random.key(0))
+    # Far from uniform, and something in place of zeros.
+    params = jax.tree.map(lambda x: 5 * x if x.any() else jax.random.normal(jax.random.key(1), x.shape) / 4, first)
     return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
 
 
-@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN, CONVOLVED], ids=["gpt2", "modern", "convolved"])
 def stacked(request) -> LanguageModel:
     return language_model(request.param)
 
@@ -59,7 +61,7 @@ def test_cached_decoding_equals_the_full_forward_with_prompts_of_any_length(lm):
 def test_a_token_is_written_where_the_cache_lies(lm, rows):
     progress = lm._begin([[1] * 8] * rows, 8, np.zeros(rows, bool), 0)
     lowered = lm._decode.lower(lm.params, progress, jax.random.key(0), sampling=Sampling(temperature=0), n=4)
-    shape = ",".join(map(str, progress.cache[0][0].shape))
+    shape = ",".join(map(str, progress.cache[0].kv[0].shape))
     program = lowered.compile().as_text()
     assert f"f32[{shape}]" in program
     assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)

@@ -7,24 +7,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GPT2_LIKE, MODERN, make_config
+from conftest import CONVOLVED, GPT2_LIKE, MODERN, make_config
 
 from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.attention import attention, causal_mask
+from gptjax.nn.convolution import causal_convolution
 from gptjax.nn.layers import standard_normal
 from gptjax.nn.products import heads_of, plus
 from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
 from gptjax.presets import PRESETS
 
+KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN, "convolved": CONVOLVED}
+
 
 def run(model: dict, tokens, params=None, **inputs):
     """Logits and hidden states of a model with these config values."""
     cfg = make_config(model).model
-    params = init_params(cfg, jax.random.key(0)) if params is None else params
+    params = some_params(model) if params is None else params
     bound = bind(abstract_model(cfg)[0], params)
     hidden, kv = bound(jnp.asarray(tokens), **inputs)
     return logits(bound, hidden), kv
+
+
+def some_params(model: dict):
+    """First values, and something in place of zeros."""
+    first = init_params(make_config(model).model, jax.random.key(0))
+    return jax.tree.map(lambda x: x if x.any() else 0.1 * jax.random.normal(jax.random.key(1), x.shape), first)
 
 
 def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -55,11 +64,11 @@ def test_parameter_counts_are_the_published_ones(preset):
     assert count_params(config_from_dict({"model": {"preset": preset}}).model)["total"] == PUBLISHED[preset]
 
 
-@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
 def test_no_logit_depends_on_a_later_token(model):
     """By gradient: the derivative of position t by the embedding of token s is zero exactly where s > t."""
     cfg = make_config({**model, "init": "gpt2"}).model
-    graphdef, params = abstract_model(cfg)[0], init_params(cfg, jax.random.key(0))
+    graphdef, params = abstract_model(cfg)[0], some_params(model)
     T = 8
     tokens = np.arange(T)[None]  # all different, so that each row of the embedding belongs to one position
 
@@ -79,12 +88,23 @@ def test_attention_equals_jax_nn(heads):
     np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
 
 
-@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+def test_a_convolution_equals_numpys_for_each_channel_and_document():
+    x, taps = np.random.default_rng(0).normal(size=(2, 11, 3)), np.random.default_rng(1).normal(size=(4, 3))
+    starts = np.array([0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 5])  # of the document at each position
+    y, recent = causal_convolution(jnp.asarray([np.arange(11) - starts]), jnp.asarray(x), jnp.asarray(taps))
+    for row, document, channel in np.ndindex(2, 2, 3):
+        inside = slice(0, 5) if document == 0 else slice(5, 11)
+        given = x[row, inside, channel]
+        expected = given + np.convolve(given, taps[:, channel])[: len(given)]
+        np.testing.assert_allclose(y[row, inside, channel], expected, atol=1e-6)
+    np.testing.assert_array_equal(recent, x[:, -3:].astype(np.float32))
+
+
+@pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("other", [{"scan_layers": True}, {"remat": "full"}, {"remat": "dots"}], ids=str)
 def test_scan_and_remat_change_nothing(model, other):
     tokens = some_tokens(2, 16)
-    cfg = make_config(model).model
-    params = init_params(cfg, jax.random.key(0))
+    params = some_params(model)
 
     def gradient(extra):
         return jax.grad(lambda p: jnp.square(run({**model, **extra}, tokens, p)[0]).mean())(params)
@@ -135,7 +155,7 @@ def test_a_packed_document_does_not_see_its_neighbour():
     packed = np.concatenate([a, b], axis=1)
     positions = np.concatenate([np.arange(7), np.arange(9)])[None]
     segments = np.array([[0] * 7 + [1] * 9])
-    for model in (GPT2_LIKE, MODERN):
+    for model in KINDS.values():
         together, _ = run(model, packed, positions=positions, segments=segments)
         np.testing.assert_allclose(together[:, :7], run(model, a)[0], atol=1e-5)
         np.testing.assert_allclose(together[:, 7:], run(model, b)[0], atol=1e-5)

@@ -59,6 +59,8 @@ class Family(NamedTuple):
     preset: str
 
 
+NOWHERE = {"logit_softcap": None, "conv_width": None}  # what no family has
+
 _GPT2 = Family(
     title="GPT-2",
     architecture="GPT2LMHeadModel",
@@ -81,7 +83,6 @@ _GPT2 = Family(
         "qk_norm": False,
         "n_kv_heads": "n_heads",
         "head_dim": "d_model / n_heads",
-        "logit_softcap": None,
     },
     demands={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -141,7 +142,6 @@ _LLAMA = Family(
         "mlp": "swiglu",
         "qk_norm": False,
         "qkv_bias": "bias",
-        "logit_softcap": None,
         "d_model": "a multiple of n_heads",
     },
     demands={"hidden_act": ("silu",)},
@@ -322,7 +322,7 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
     even_heads = cfg.d_head * cfg.n_heads == cfg.d_model
     qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
     return {
-        **{name: getattr(cfg, name) for name in ("positions", "norm", "mlp", "bias", "qk_norm", "logit_softcap")},
+        **{name: getattr(cfg, name) for name in ("positions", "norm", "mlp", "bias", "qk_norm", *NOWHERE)},
         "qkv_bias": "bias" if qkv_bias == cfg.bias else qkv_bias,
         "n_kv_heads": "n_heads" if cfg.kv_heads == cfg.n_heads else cfg.kv_heads,
         "head_dim": "d_model / n_heads" if even_heads else cfg.d_head,
@@ -332,14 +332,14 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
 
 def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
     """The fields by which a model is not of a family's form, with both values for people."""
-    facts = _facts(cfg)
+    facts, form = _facts(cfg), {**family.form, **NOWHERE}
     if facts["qkv_bias"] == "bias" and family.form["qkv_bias"] != "bias":
         facts["qkv_bias"] = cfg.bias
     # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.
     spare = {"bias", "qkv_bias"} if family.form.get("bias") is True else set()
     return {
         field: f"model.{field} {_in_yaml(facts[field])} where {family.title} has {_in_yaml(wanted)}"
-        for field, wanted in family.form.items()
+        for field, wanted in form.items()
         if facts[field] != wanted and not (field in spare and not facts[field])
     }
 

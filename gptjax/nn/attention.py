@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B G, S, K] each
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q [B, T, H, K], k and v [B, S, G, K] -> q's shape
 
 

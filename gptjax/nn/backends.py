@@ -12,8 +12,9 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.nn.attention import Attend, make_reference
 from gptjax.nn.blocked import make_blocked
+from gptjax.nn.convolution import causal_convolution
 from gptjax.nn.kernels import make_dot_product, make_splash
-from gptjax.nn.ring import make_ring
+from gptjax.nn.ring import make_ring, ring_convolution
 
 # How attention is computed: (positions [B or 1, T], segments [B, T] or None) -> Attend.
 ATTENTIONS: dict[str, Callable[..., Attend]] = {
@@ -25,6 +26,12 @@ ATTENTIONS: dict[str, Callable[..., Attend]] = {
     "splash": make_splash,
     "ring": make_ring,
 }
+
+
+def make_convolution(attention: str, positions: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+    """(x [B, T, D], taps [W, D], recent) -> as `causal_convolution`, whatever order the attention has its rows in."""
+    return partial(ring_convolution if attention == "ring" else causal_convolution, positions)
+
 
 ATTENTION_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the others run on any platform
 
@@ -63,6 +70,8 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
             f"model.context_length {cfg.context_length} cannot be cut into two chunks for each of mesh.context "
             f"{parts} devices; make it a multiple of {2 * parts}"
         )
+    if attention == "ring" and cfg.context_length // (2 * parts) < (cfg.conv_width or 1) - 1:
+        raise UserError(f"model.conv_width {cfg.conv_width} reaches beyond a chunk; make model.context_length longer")
     scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
     return replace(cfg, attention=attention, scan_layers=scan_layers)
 

@@ -12,14 +12,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
-from gptjax.nn.attention import by_head
+from gptjax.nn.attention import KVCache, by_head
 from gptjax.nn.products import heads_of, plus, product
 from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth
 from gptjax.sharding import constrain
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
 HIDDEN = ("batch", "length", "mlp")  # an MLP's inner axes, said lest the stream's cut by length spread to them
-KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B G, S, K] each
 
 
 class Context(NamedTuple):
@@ -27,13 +26,32 @@ class Context(NamedTuple):
 
     Attributes:
         attend: attention of queries to keys and values, and to a cache where there is one (`make_cached`).
+        convolve: a causal convolution, (x [B, T, D], taps [W, D], recent [B, W - 1, D]) -> (x's shape, recent).
         rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
         dropout_key: None when nothing is dropped.
     """
 
     attend: Callable[..., jax.Array]
+    convolve: Callable[..., tuple[jax.Array, jax.Array | None]]
     rotation: tuple[jax.Array, jax.Array] | None
     dropout_key: jax.Array | None
+
+
+class Cache(NamedTuple):
+    """What a block knows of earlier positions.
+
+    Attributes:
+        kv: keys and values, [B G, S, K] each.
+        recent: what last went into the two convolutions, [B, W - 1, D] each; None without them.
+    """
+
+    kv: KVCache
+    recent: tuple[jax.Array | None, jax.Array | None]
+
+    def widened(self, more: int) -> "Cache":
+        """With so many empty slots more."""
+        kv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))), self.kv)
+        return self._replace(kv=kv)
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, n_in: int = 1) -> nnx.Param:
@@ -211,7 +229,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); what is added may be scaled by the parametrization."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); what is added may be scaled by the parametrization.
+
+    With a `conv_width`, each norm's output passes through a causal convolution.
+    """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.rate, self.multiplier = cfg.dropout, factor(cfg, MULTIPLIERS["residual"])
@@ -219,12 +240,23 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, rngs)
         self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
         self.mlp = MLP(cfg, rngs)
+        taps, axes = (cfg.conv_width or 0, cfg.d_model), ("position", "norm")
+        self.attention_conv = param(rngs, taps, axes, std=0.0, n_in=0) if cfg.conv_width else None
+        self.mlp_conv = param(rngs, taps, axes, std=0.0, n_in=0) if cfg.conv_width else None
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] -> the same shape, and the keys and values, as `Attention` gives them."""
+    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        """x [B, T, D] -> the same shape, and the cache of these positions, or the given one with them in it."""
+
+        def convolve(x, taps, recent):
+            x = constrain(x, "batch", "length", "residual")
+            return (x, None) if taps is None else ctx.convolve(x, taps[...].astype(x.dtype), recent)
+
+        kv, recent = (None, (None, None)) if cache is None else cache
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         x = checkpoint_name(constrain(x, *STREAM), "block_input")
-        y, kv = self.attention(constrain(self.attention_norm(x), "batch", "length", "residual"), ctx, cache)
+        h, before_attention = convolve(self.attention_norm(x), self.attention_conv, recent[0])
+        y, kv = self.attention(h, ctx, kv)
         x = constrain(x + self.multiplier * dropout(y, self.rate, keys[0]), *STREAM)
-        y = self.mlp(constrain(self.mlp_norm(x), "batch", "length", "residual"))
-        return x + self.multiplier * dropout(y, self.rate, keys[1]), kv
+        h, before_mlp = convolve(self.mlp_norm(x), self.mlp_conv, recent[1])
+        y = self.mlp(h)
+        return x + self.multiplier * dropout(y, self.rate, keys[1]), Cache(kv, (before_attention, before_mlp))

@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.nn.attention import Attend, float32_product
+from gptjax.nn.convolution import causal_convolution
 from gptjax.sharding import by_shard
 
 AXIS = "context"  # the mesh axis, as sharding.RULES has it for "length"
@@ -30,6 +31,24 @@ def make_ring(positions, segments: jax.Array | None) -> Attend:
     queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
     attend = by_shard(_local, (queries, keys, keys, ("batch", "length")), queries)
     return lambda q, k, v: attend(q, k, v, segments)
+
+
+def ring_convolution(positions, x, taps, recent=None):
+    """`causal_convolution` of rows that `zigzag` has ordered: each chunk is sent the end of the one before it."""
+    rows = ("batch", "length", "residual")
+    convolve = by_shard(_convolve_chunks, (rows[:2], rows, (None, None)), rows)
+    return convolve(jnp.broadcast_to(positions, x.shape[:2]), x, taps), None
+
+
+def _convolve_chunks(positions, x, taps):
+    n, last = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS) == jax.lax.axis_size(AXIS) - 1
+    chunks = jnp.split(x, 2, axis=1)
+    early_end, late_end = (chunk[:, chunk.shape[1] - len(taps) + 1 :] for chunk in chunks)
+    before_early = jax.lax.ppermute(early_end, AXIS, [(i, i + 1) for i in range(n - 1)])  # the first is sent zeros
+    before_late = jax.lax.ppermute(late_end, AXIS, [(i + 1, i) for i in range(n - 1)])
+    before = (before_early, jnp.where(last, early_end, before_late))  # the last device has both middle chunks
+    convolved = map(causal_convolution, jnp.split(positions, 2, axis=1), chunks, (taps, taps), before)
+    return jnp.concatenate([y for y, _ in convolved], axis=1)
 
 
 def _local(q, k, v, segments):

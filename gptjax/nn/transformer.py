@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.nn.attention import make_cached
-from gptjax.nn.backends import ATTENTIONS, is_apart, scans_layers
-from gptjax.nn.layers import STREAM, Block, Context, KVCache, Norm, dropout, init_std, param, rotary_angles
+from gptjax.nn.backends import ATTENTIONS, is_apart, make_convolution, scans_layers
+from gptjax.nn.layers import STREAM, Block, Cache, Context, Norm, dropout, init_std, param, rotary_angles
 from gptjax.nn.products import plus
 from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
 from gptjax.sharding import constrain
@@ -59,22 +59,22 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | list[Cache] | None = None,
         cache_positions: jax.Array | None = None,
         slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, Cache | list[Cache]]:
         """The residual stream after the last norm; `head_matrix` and `loss.py` make logits and losses of it.
 
         Args:
             tokens: [B, T] int32.
             positions: [B or 1, T] int32; None counts from 0. Negative: padding, which nothing attends to.
             segments: [B, T] int32; attention stays inside a segment. None: one segment a sequence.
-            cache: keys and values of earlier positions, [L, B G, S, K] each; with `unstack`ed weights, L such pairs.
+            cache: of earlier positions, a `Cache` with a leading axis L; with `unstack`ed weights, a list of L.
             cache_positions: [B or 1, S], with these positions in it; an unwritten slot's is later than every query's.
             slot: int32 scalar, where in the cache these positions begin.
 
         Returns:
-            [B, T, D] in the compute dtype, and the keys and values of these positions, or the cache with them in it.
+            [B, T, D] in the compute dtype, and the cache of these positions, or the given one with them in it.
         """
         cfg, T = self.cfg, tokens.shape[1]
         positions = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
@@ -85,6 +85,8 @@ class Transformer(nnx.Module):
             kernel = ATTENTIONS[cfg.attention](positions, segments)
         else:
             kernel = make_cached(positions, cache_positions, slot)
+
+        convolve = make_convolution(cfg.attention, positions)
 
         # Whole rows, FSDP's parts brought together; each part of the vocabulary is asked for all of the tokens.
         table = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")
@@ -103,24 +105,24 @@ class Transformer(nnx.Module):
             return kernel(*checkpoint_name(qkv, "qkv"))
 
         def layer(x, inputs):
-            weights, index, kv = inputs
+            weights, index, known = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(structure, nnx.State(weights))(x, Context(attend, rotation, key), kv)
+            return nnx.merge(structure, nnx.State(weights))(x, Context(attend, convolve, rotation, key), known)
 
         if cfg.remat != "none":
             # Without a loop between them, the compiler would merge the second computation into the first.
             policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scans_layers(cfg))
         if is_apart(jax.tree.leaves(blocks, is_leaf=is_apart)[0]):
-            kv = list(cache or [None] * cfg.n_layers)
+            cache = list(cache or [None] * cfg.n_layers)
             for i in range(cfg.n_layers):
                 weights = jax.tree.map(lambda w, i=i: w[i], blocks, is_leaf=is_apart)
-                x, kv[i] = layer(x, (weights, i, kv[i]))
+                x, cache[i] = layer(x, (weights, i, cache[i]))
         else:
             unroll = 1 if scans_layers(cfg) else cfg.n_layers
-            x, kv = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
+            x, cache = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
         x = self.final_norm(x) * factor(cfg, MULTIPLIERS["output"])
-        return constrain(x, "batch", "length", "residual"), kv
+        return constrain(x, "batch", "length", "residual"), cache
 
     def head_matrix(self) -> jax.Array:
         """[D, V] float32: the head, or the transposed embedding where they are tied."""

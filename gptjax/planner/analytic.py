@@ -216,17 +216,16 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     kept = stream  # what a layer keeps for the backward pass
     qkv, hidden = s.tokens * (H + 2 * G) * m.d_head * s.width, s.tokens * F * s.width
     n_hidden = 3 if m.mlp == "swiglu" else 2
+    streams = (8 if m.conv_width else 6) * stream  # norms, what convolutions make of them, sums
     if m.remat == "dots":
         kept += qkv + hidden * (n_hidden - 1) + 2 * stream
     elif m.remat == "named":
         parts = {"block_input": 0, "qkv": qkv, "attention": s.tokens * H * m.d_head * s.width, "mlp": hidden}
         kept += sum(parts[name] for name in m.remat_names)
     elif m.remat == "none":
-        kept += 2 * qkv + hidden * (n_hidden + 1) + 6 * stream + scores * (F32 + BF16 + 1)
+        kept += 2 * qkv + hidden * (n_hidden + 1) + streams + scores * (F32 + BF16 + 1)
     # In the backward pass of one layer: scores and their gradient, and the activations that were computed again.
-    layer = (
-        scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + 6 * stream + 2 * layer_full / F32 * s.width
-    )
+    layer = scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full / F32 * s.width
     chunk = s.tokens / cfg.train.loss_chunks * V
     # The head's gradient and its gathered copy; where it is tied, the copy that the tokens were looked up in besides.
     copies = 2 if m.tie_embeddings else 1
