@@ -31,12 +31,20 @@ def test_reading_is_measured_beside_training(corpus_file):
     assert min(found["mb_per_s"], found["delivered_per_s"], found["consumed_per_s"]) > 0
 
 
+def test_a_run_and_its_steps_alone_take_turns():
+    done = bench("loop", "configs/debug.yaml", "--steps", "150", "--pairs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ratio"] == found["run_step_s"] / found["step_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
         (["train", "--size", "huge"], "huge"),
         (["sample", "--pairs", "0"], "pairs 0 must be at least 1"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
+        (["loop", "configs/debug.yaml", "--steps", "50"], "steps 50 must be at least 100"),
         (["reach", "configs/debug.yaml", "nowhere.txt"], "there is no file nowhere.txt"),
         (["speed"], "unknown command 'speed'"),
     ],

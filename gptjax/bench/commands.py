@@ -151,22 +151,29 @@ def startup(config: str, pairs: int = 3, json: bool = False) -> None:
 
 
 def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> None:
-    """What the loop costs beyond its steps: seconds of a run over seconds of its compiled step alone.
+    """What the loop costs beyond its steps: seconds of a run over those of as many steps alone, in turn with it.
 
     Args:
         config: a config of train.py, such as configs/quickstart.yaml.
-        steps: of each turn; evaluations and the first two lines of metrics are left out.
-        pairs: turns of each side.
+        steps: of a run, at least 100; evaluations and the first 50 are left out.
+        pairs: runs, each with as many steps alone.
         json: print one JSON object.
     """
     _check_pairs(pairs)
+    if steps < 100:
+        raise UserError(f"steps {steps} must be at least 100: they are measured by fifties, the first left out")
     rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
     flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
     load_config(flags)  # so that a mistake in it is said here
-    job = {"work": "loop", "flags": flags, "steps": steps}
-    # Steps a second: the pure side's over the run's is the wall of the run over its pure steps.
-    found = compare({**job, "side": "steps"}, {**job, "side": "gptjax"}, pairs, "steps", steps)
-    _print(found, show(f"{config}, {steps} steps: alone, and in a run", found, ["steps", "gptjax"]), json)
+    side = Side({"work": "loop", "side": "gptjax", "flags": flags})
+    turns = [side.turn() for _ in range(pairs)]
+    side.close()
+    ratios = [turn["ratio"] for turn in turns]
+    median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+    times = f"{1000 * median['run_step_s']:.2f} ms a step in a run, {1000 * median['step_s']:.2f} alone"
+    ratio = f"{median['ratio']:.3f}x ({min(ratios):.3f} to {max(ratios):.3f} in {pairs} pairs)"
+    text = f"{config}, {steps} steps\n{machine_line(machine())}\n  {times}: {ratio}"
+    _print({"machine": machine(), **median, "all": turns}, text, json)
 
 
 def reach(config: str, text: str, peer: Literal["nanoGPT"] | None = None, pairs: int = 1, json: bool = False) -> None:

@@ -6,6 +6,7 @@ python -m gptjax.bench.worker '{"side": "gptjax", "work": "train", "size": "tiny
 import json
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -149,29 +150,49 @@ def sample_peer(job: dict[str, Any]) -> Turn:
     return turn
 
 
-def loop_whole(job: dict[str, Any]) -> Turn:
-    """A run of the config by the trainer, reading, logging and all; evaluations and the first lines left out."""
+class Alternating:
+    """A tracker that lets its run wait, at every STRETCH steps or so, for as many steps of the compiled step alone.
+
+    A machine's pace then changes for both alike. While the run waits, no more is read than it reads ahead.
+    """
+
+    STRETCH = 50
+
+    def __init__(self, alone: Turn):
+        self.alone, self.turned, self.measured = alone, 0, 0
+        self.run_s, self.pairs = 0.0, []  # seconds since the last turn; seconds a step, in the run and alone
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if "step_time_s" in values:
+            self.run_s += values["step_time_s"] * (step - self.measured)
+            self.measured = step
+        if step >= self.turned + self.STRETCH:
+            began = time.perf_counter()
+            self.alone()
+            alone_s = (time.perf_counter() - began) / self.STRETCH
+            self.pairs.append((self.run_s / (step - self.turned), alone_s))
+            self.turned, self.run_s = step, 0.0
+
+    def close(self) -> None: ...
+
+
+def loop(job: dict[str, Any]) -> Turn:
+    """A run by the trainer, reading, logging and all but evaluations; the first stretch, which compiles, left out."""
     cfg, train = _run(job["flags"])
+    from gptjax import trainer
+    from gptjax.data.corpus import load_corpus
+
+    make_trackers = trainer.make_trackers
+    alone = _steps(trainer.with_vocabulary(cfg, load_corpus(cfg.data)), Alternating.STRETCH)
 
     def turn() -> dict[str, float]:
-        lines, interval = train(cfg), cfg.train.log_interval_steps
-        timed = [line["step_time_s"] for line in lines if line["step"] > 2 * interval and "step_time_s" in line]
-        return {"seconds": sum(timed) / len(timed) * job["steps"]}
+        alternating = Alternating(alone)
+        trainer.make_trackers = lambda *args: [*make_trackers(*args), alternating]
+        train(cfg)
+        run, pure = (statistics.mean(side) for side in zip(*alternating.pairs[1:], strict=True))
+        return {"run_step_s": run, "step_s": pure, "ratio": run / pure}
 
     return turn
-
-
-def loop_steps(job: dict[str, Any]) -> Turn:
-    """The compiled step of the same config alone, over and over on one batch."""
-    from gptjax.configfile import load_config
-    from gptjax.process import prepare_process
-
-    cfg = load_config(job["flags"])
-    prepare_process(cfg.mesh.cpu_devices)
-    from gptjax.data.corpus import load_corpus
-    from gptjax.trainer import with_vocabulary
-
-    return _steps(with_vocabulary(cfg, load_corpus(cfg.data)), job["steps"])
 
 
 def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]]:
@@ -260,8 +281,7 @@ WORK = {
     ("train", "hf-compile"): train_peer,
     ("sample", "gptjax"): sample_ours,
     ("sample", "hf"): sample_peer,
-    ("loop", "gptjax"): loop_whole,
-    ("loop", "steps"): loop_steps,
+    ("loop", "gptjax"): loop,
     ("reach", "gptjax"): reach_ours,
     ("reach", "nanoGPT"): reach_peer,
 }
