@@ -32,11 +32,11 @@ MODERN = {
     "norm": "rmsnorm",
     "qk_norm": True,
     "mlp": "swiglu",
+    "conv_width": 4,
     "bias": False,
     "tie_embeddings": False,
     "logit_softcap": 15.0,
 }
-CONVOLVED = {**MODERN, "conv_width": 4}
 
 
 def make_config(model: dict, **sections: dict) -> Config:

@@ -8,7 +8,7 @@ import sys
 
 import jax
 import numpy as np
-from conftest import CONVOLVED, GPT2_LIKE, MODERN, make_config
+from conftest import GPT2_LIKE, MODERN, make_config
 
 from gptjax.sharding import make_mesh
 from gptjax.step import init_state, make_train_step, make_trainable
@@ -17,7 +17,6 @@ MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_
 CONFIGS = {
     "adamw": make_config(GPT2_LIKE),
     "muon": make_config(MODERN, optim=MUON),
-    "convolved": make_config(CONVOLVED, optim=MUON),
 }
 STEPS = 20
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONVOLVED, GPT2_LIKE, MODERN, make_config, run_script
+from conftest import GPT2_LIKE, MODERN, make_config, run_script
 
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel, Sampling, draw, filter_logits
@@ -27,7 +27,7 @@ def language_model(model: dict, **more) -> LanguageModel:
     return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
 
 
-@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN, CONVOLVED], ids=["gpt2", "modern", "convolved"])
+@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
 def stacked(request) -> LanguageModel:
     return language_model(request.param)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONVOLVED, GPT2_LIKE, MODERN, make_config
+from conftest import GPT2_LIKE, MODERN, make_config
 
 from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
@@ -18,7 +18,7 @@ from gptjax.nn.products import heads_of, plus
 from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
 from gptjax.presets import PRESETS
 
-KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN, "convolved": CONVOLVED}
+KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN}
 
 
 def run(model: dict, tokens, params=None, **inputs):
@@ -116,7 +116,7 @@ def test_scan_and_remat_change_nothing(model, other):
     )
 
 
-@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
 def test_remat_computes_again_what_it_says(model):
     """`dots` keeps what the weights' products give, so attention's two alone are done again; `full`, none."""
     tokens = some_tokens(2, 16)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONVOLVED, GPT2_LIKE, MODERN, make_config, trainable_on
+from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
 
 from gptjax.errors import UserError
 from gptjax.sharding import make_mesh
@@ -30,7 +30,6 @@ def run_steps(t, steps: int, same_batch: bool = False, state=None):
 CONFIGS = {
     "adamw": make_config(GPT2_LIKE),
     "muon": make_config(MODERN, optim=MUON),
-    "convolved": make_config(CONVOLVED, optim=MUON),
 }
 
 
@@ -40,8 +39,7 @@ MESHES = [
     ("adamw", {"context": 2, "fsdp": 4}),
     ("muon", {"fsdp": 8}),
     ("muon", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("convolved", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("convolved", {"context": 4, "tensor": 2}),
+    ("muon", {"context": 4, "tensor": 2}),
 ]
 
 

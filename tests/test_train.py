@@ -267,4 +267,4 @@ def test_nanogpt_budget_reaches_the_loss_that_the_docs_name(tinyshakespeare, tmp
     assert int(result.stdout.split(" parameters")[0].replace(",", "")) <= 850_000
     last = losses(tmp_path / "run")[-1]
     assert last["tokens"] == 1_536_000
-    assert last["val/loss"] <= 1.58
+    assert last["val/loss"] <= 1.54
