@@ -19,12 +19,17 @@ from gptjax.process import prepare_process
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 COMMON = "--train.eval_interval_steps 100000 --checkpoint.save_interval_steps 100000 --train.log_interval_steps 100"
+# What the study of an eighth began from, and what the config has taken over from the winners since.
+BEFORE = (
+    "--model.norm rmsnorm --model.norm_weights false --model.mlp relu2 --model.d_mlp null --model.conv_width null "
+    "--optim.schedule wsd --optim.decay_frac 0.5"
+)
 ADAMW = "--optim.name adamw --optim.lr_scales {} --optim.b1 0.9 --optim.b2 0.99 --optim.weight_decay 0.1"
 
 # Budget -> flags of the recipe under it, and the variants: name -> flags that change it.
 BUDGETS: dict[str, tuple[str, dict[str, str]]] = {
     "eighth": (
-        "--train.total_steps 500 --train.batch_sequences 6 --optim.peak_lr 0.03",
+        f"{BEFORE} --train.total_steps 500 --train.batch_sequences 6 --optim.peak_lr 0.03",
         {
             "the recipe": "",
             "AdamW, rate 0.003": f"{ADAMW} --optim.peak_lr 0.003",
@@ -35,6 +40,9 @@ BUDGETS: dict[str, tuple[str, dict[str, str]]] = {
             "GELU": "--model.mlp gelu",
             "SwiGLU, two thirds as wide": "--model.mlp swiglu --model.d_mlp 344",
             "LayerNorm with weights": "--model.norm layernorm --model.norm_weights true",
+            "a convolution of width 2": "--model.conv_width 2",
+            "a convolution of width 3": "--model.conv_width 3",
+            "a convolution of width 4": "--model.conv_width 4",
             "GPT-2's first values": "--model.init gpt2",
             "tied head": "--model.tie_embeddings true",
             "no cap on logits": "--model.logit_softcap null",
@@ -52,10 +60,10 @@ BUDGETS: dict[str, tuple[str, dict[str, str]]] = {
         "--train.total_steps 2000 --train.batch_sequences 12",
         {
             "the recipe": "",
-            "half the batch": "--train.total_steps 4000 --train.batch_sequences 6 --optim.peak_lr 0.015",
-            "decay over all steps": "--optim.schedule linear",
-            "averaged weights": "--optim.ema_decay 0.99",
-            "weight decay 0.1": "--optim.weight_decay 0.1",
+            "no convolution": "--model.conv_width null",
+            "its width 3": "--model.conv_width 3",
+            "ReLU squared, RMSNorm without weights": "--model.mlp relu2 --model.d_mlp null --model.norm rmsnorm "
+            "--model.norm_weights false",
         },
     ),
 }
