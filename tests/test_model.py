@@ -100,6 +100,19 @@ def test_a_convolution_equals_numpys_for_each_channel_and_document():
     np.testing.assert_array_equal(recent, x[:, -3:].astype(np.float32))
 
 
+def test_a_wider_convolution_keeps_no_more_for_the_backward_pass():
+    def kept(width: int) -> int:
+        model = {**MODERN, "conv_width": width, "scan_layers": True}
+
+        def backward(params):
+            return jax.vjp(lambda p: run(model, some_tokens(2, 16), p)[0], params)[1]
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backward, some_params(model))))
+
+    stream = MODERN["n_layers"] * 2 * 16 * MODERN["d_model"]
+    assert kept(12) - kept(4) < stream
+
+
 @pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("other", [{"scan_layers": True}, {"remat": "full"}, {"remat": "dots"}], ids=str)
 def test_scan_and_remat_change_nothing(model, other):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.checkpoint  # or the backward pass finds W - 1 copies of x kept, each shifted by one more
 def causal_convolution(
     positions: jax.Array, x: jax.Array, taps: jax.Array, recent: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
