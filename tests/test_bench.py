@@ -44,14 +44,16 @@ def test_a_run_and_its_steps_alone_take_turns():
         (["train", "--size", "huge"], "huge"),
         (["sample", "--pairs", "0"], "pairs 0 must be at least 1"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
+        (["loop", "LAZY"], "has train.log_interval_steps 100, and a run waits only there"),
         (["loop", "configs/debug.yaml", "--steps", "50"], "steps 50 must be at least 100"),
         (["reach", "configs/debug.yaml", "nowhere.txt"], "there is no file nowhere.txt"),
         (["speed"], "unknown command 'speed'"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_bad_input_is_refused_in_one_line(words, error):
-    done = bench(*words)
+def test_bad_input_is_refused_in_one_line(words, error, tmp_path):
+    (tmp_path / "lazy.yaml").write_text("train: {log_interval_steps: 100}\n")
+    done = bench(*(str(tmp_path / "lazy.yaml") if word == "LAZY" else word for word in words))
     assert done.returncode == 2
     assert error in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -164,7 +164,11 @@ def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> N
         raise UserError(f"steps {steps} must be at least 100: they are measured by fifties, the first left out")
     rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
     flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
-    load_config(flags)  # so that a mistake in it is said here
+    interval = load_config(flags).train.log_interval_steps  # and a mistake in it is said here
+    if interval > 50:
+        raise UserError(
+            f"{config} has train.log_interval_steps {interval}, and a run waits only there; make it 50 or less"
+        )
     side = Side({"work": "loop", "side": "gptjax", "flags": flags})
     turns = [side.turn() for _ in range(pairs)]
     side.close()

@@ -159,25 +159,23 @@ class Alternating:
     STRETCH = 50
 
     def __init__(self, alone: Turn):
-        self.alone, self.turned, self.measured = alone, 0, 0
-        self.run_s, self.pairs = 0.0, []  # seconds since the last turn; seconds a step, in the run and alone
+        self.alone, self.turned, self.went_on_at = alone, 0, time.perf_counter()
+        self.pairs: list[tuple[float, float]] = []  # seconds a step, in the run and alone
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if "step_time_s" in values:
-            self.run_s += values["step_time_s"] * (step - self.measured)
-            self.measured = step
         if step >= self.turned + self.STRETCH:
             began = time.perf_counter()
             self.alone()
-            alone_s = (time.perf_counter() - began) / self.STRETCH
-            self.pairs.append((self.run_s / (step - self.turned), alone_s))
-            self.turned, self.run_s = step, 0.0
+            ended = time.perf_counter()
+            run_s = (began - self.went_on_at) / (step - self.turned)
+            self.pairs.append((run_s, (ended - began) / self.STRETCH))
+            self.turned, self.went_on_at = step, time.perf_counter()
 
     def close(self) -> None: ...
 
 
 def loop(job: dict[str, Any]) -> Turn:
-    """A run by the trainer, reading, logging and all but evaluations; the first stretch, which compiles, left out."""
+    """A run by the trainer, reading, logging and all; the first stretch, which compiles, left out."""
     cfg, train = _run(job["flags"])
     from gptjax import trainer
     from gptjax.data.corpus import load_corpus
