@@ -44,6 +44,11 @@ def make_config(model: dict, **sections: dict) -> Config:
     return config_from_dict({"model": model, "train": {"batch_sequences": 8}, "workdir": "unused", **sections})
 
 
+def without_zeros(params):
+    """The weights, with small normal values in those that are all zero, so that each counts."""
+    return jax.tree.map(lambda x: x if x.any() else 0.05 * jax.random.normal(jax.random.key(1), x.shape), params)
+
+
 def trainable_on(cfg: Config, devices: int = 1, **axes: int):
     """The config on a mesh of the first so many devices."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes

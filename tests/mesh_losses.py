@@ -14,10 +14,7 @@ from gptjax.sharding import make_mesh
 from gptjax.step import init_state, make_train_step, make_trainable
 
 MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_decay": 0.9}
-CONFIGS = {
-    "adamw": make_config(GPT2_LIKE),
-    "muon": make_config(MODERN, optim=MUON),
-}
+CONFIGS = {"adamw": make_config(GPT2_LIKE), "muon": make_config(MODERN, optim=MUON)}
 STEPS = 20
 
 

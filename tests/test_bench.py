@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 from gptjax.bench import worker
 from gptjax.bench.pairs import Side
@@ -31,8 +31,10 @@ def test_reading_is_measured_beside_training(corpus_file):
     assert min(found["mb_per_s"], found["delivered_per_s"], found["consumed_per_s"]) > 0
 
 
-def test_a_run_and_its_steps_alone_take_turns():
-    done = bench("loop", "configs/debug.yaml", "--steps", "150", "--pairs", "1", "--json")
+def test_a_run_and_its_steps_alone_take_turns_on_the_configs_devices(tmp_path):
+    config = tmp_path / "spread.yaml"
+    config.write_text((ROOT / "configs" / "debug.yaml").read_text() + "mesh: {fsdp: 2, cpu_devices: 2}\n")
+    done = bench("loop", str(config), "--steps", "150", "--pairs", "1", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["ratio"] == found["run_step_s"] / found["step_s"] > 0

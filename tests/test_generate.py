@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GPT2_LIKE, MODERN, make_config, run_script
+from conftest import GPT2_LIKE, MODERN, make_config, run_script, without_zeros
 
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel, Sampling, draw, filter_logits
@@ -21,9 +21,7 @@ ALPHABET = "\n" + "".join(chr(c) for c in range(48, 48 + 60))
 
 def language_model(model: dict, **more) -> LanguageModel:
     cfg = make_config({**model, **more, "init": "gpt2"}).model
-    first = init_params(cfg, jax.random.key(0))
-    # Far from uniform, and something in place of zeros.
-    params = jax.tree.map(lambda x: 5 * x if x.any() else jax.random.normal(jax.random.key(1), x.shape) / 4, first)
+    params = jax.tree.map(lambda x: 5 * x, without_zeros(init_params(cfg, jax.random.key(0))))  # far from uniform
     return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
 
 

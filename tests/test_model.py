@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GPT2_LIKE, MODERN, make_config
+from conftest import GPT2_LIKE, MODERN, make_config, without_zeros
 
 from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
@@ -24,7 +24,7 @@ KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN}
 def run(model: dict, tokens, params=None, **inputs):
     """Logits and hidden states of a model with these config values."""
     cfg = make_config(model).model
-    params = some_params(model) if params is None else params
+    params = init_params(cfg, jax.random.key(0)) if params is None else params
     bound = bind(abstract_model(cfg)[0], params)
     hidden, kv = bound(jnp.asarray(tokens), **inputs)
     return logits(bound, hidden), kv
@@ -32,8 +32,7 @@ def run(model: dict, tokens, params=None, **inputs):
 
 def some_params(model: dict):
     """First values, and something in place of zeros."""
-    first = init_params(make_config(model).model, jax.random.key(0))
-    return jax.tree.map(lambda x: x if x.any() else 0.1 * jax.random.normal(jax.random.key(1), x.shape), first)
+    return without_zeros(init_params(make_config(model).model, jax.random.key(0)))
 
 
 def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -169,9 +168,10 @@ def test_a_packed_document_does_not_see_its_neighbour():
     positions = np.concatenate([np.arange(7), np.arange(9)])[None]
     segments = np.array([[0] * 7 + [1] * 9])
     for model in KINDS.values():
-        together, _ = run(model, packed, positions=positions, segments=segments)
-        np.testing.assert_allclose(together[:, :7], run(model, a)[0], atol=1e-5)
-        np.testing.assert_allclose(together[:, 7:], run(model, b)[0], atol=1e-5)
+        params = some_params(model)
+        together, _ = run(model, packed, params, positions=positions, segments=segments)
+        np.testing.assert_allclose(together[:, :7], run(model, a, params)[0], atol=1e-5)
+        np.testing.assert_allclose(together[:, 7:], run(model, b, params)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("n_chunks", [1, 4])

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
+from mesh_losses import CONFIGS
 
 from gptjax.errors import UserError
 from gptjax.sharding import make_mesh
 from gptjax.step import init_state, make_eval_step, make_train_step
-
-MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_decay": 0.9}
 
 
 def some_batch(t, seed: int, B: int = 8, T: int = 32) -> dict:
@@ -25,12 +24,6 @@ def run_steps(t, steps: int, same_batch: bool = False, state=None):
         state, metrics = step(state, some_batch(t, 0 if same_batch else number))
         losses.append(float(metrics["train/loss"]))
     return np.array(losses), state, step
-
-
-CONFIGS = {
-    "adamw": make_config(GPT2_LIKE),
-    "muon": make_config(MODERN, optim=MUON),
-}
 
 
 MESHES = [
@@ -157,3 +150,9 @@ def test_a_mesh_that_does_not_divide_is_refused(axes, named):
     devices = int(np.prod(list(axes.values())))
     with pytest.raises(UserError, match=named):
         trainable_on(make_config(GPT2_LIKE), devices, **axes)
+
+
+def test_a_filter_longer_than_a_chunk_of_the_ring_is_refused():
+    trainable_on(make_config({**MODERN, "conv_width": 5}), 4, context=4)
+    with pytest.raises(UserError, match=r"make it at most 5, or model.context_length at least 40"):
+        trainable_on(make_config({**MODERN, "conv_width": 6}), 4, context=4)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gptjax.bench.launched import seconds_to_first_step
 from gptjax.bench.pairs import Side, compare, machine, machine_line, show
+from gptjax.bench.worker import STRETCH
 from gptjax.configfile import config_from_dict, load_config
 from gptjax.errors import UserError
 
@@ -160,14 +161,16 @@ def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> N
         json: print one JSON object.
     """
     _check_pairs(pairs)
-    if steps < 100:
-        raise UserError(f"steps {steps} must be at least 100: they are measured by fifties, the first left out")
+    if steps < 2 * STRETCH:
+        raise UserError(
+            f"steps {steps} must be at least {2 * STRETCH}: the first {STRETCH}, which compile, are left out"
+        )
     rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
     flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
     interval = load_config(flags).train.log_interval_steps  # and a mistake in it is said here
-    if interval > 50:
+    if interval > STRETCH:
         raise UserError(
-            f"{config} has train.log_interval_steps {interval}, and a run waits only there; make it 50 or less"
+            f"{config} has train.log_interval_steps {interval}, and a run waits only there; make it {STRETCH} or less"
         )
     side = Side({"work": "loop", "side": "gptjax", "flags": flags})
     turns = [side.turn() for _ in range(pairs)]

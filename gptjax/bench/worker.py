@@ -27,6 +27,7 @@ PROMPT_TOKENS = 16
 # nanoGPT's flags for a CPU (its README): steps, sequences a step, warm-up, peak and final rate.
 NANOGPT = {"steps": 2000, "batch": 12, "context": 64, "warmup": 100, "peak_lr": 1e-3, "final_lr": 1e-4}
 
+STRETCH = 50  # steps of a run, and as many of its compiled step alone, that take turns
 Turn = Callable[[], dict[str, float] | None]  # figures of its own, or None: it is the seconds that count
 
 
@@ -156,19 +157,17 @@ class Alternating:
     A machine's pace then changes for both alike. While the run waits, no more is read than it reads ahead.
     """
 
-    STRETCH = 50
-
     def __init__(self, alone: Turn):
         self.alone, self.turned, self.went_on_at = alone, 0, time.perf_counter()
         self.pairs: list[tuple[float, float]] = []  # seconds a step, in the run and alone
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if step >= self.turned + self.STRETCH:
+        if step >= self.turned + STRETCH:
             began = time.perf_counter()
             self.alone()
             ended = time.perf_counter()
             run_s = (began - self.went_on_at) / (step - self.turned)
-            self.pairs.append((run_s, (ended - began) / self.STRETCH))
+            self.pairs.append((run_s, (ended - began) / STRETCH))
             self.turned, self.went_on_at = step, time.perf_counter()
 
     def close(self) -> None: ...
@@ -181,7 +180,7 @@ def loop(job: dict[str, Any]) -> Turn:
     from gptjax.data.corpus import load_corpus
 
     make_trackers = trainer.make_trackers
-    alone = _steps(trainer.with_vocabulary(cfg, load_corpus(cfg.data)), Alternating.STRETCH)
+    alone = _steps(trainer.with_vocabulary(cfg, load_corpus(cfg.data)), STRETCH)
 
     def turn() -> dict[str, float]:
         alternating = Alternating(alone)
@@ -198,7 +197,8 @@ def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]
     from gptjax.configfile import load_config
     from gptjax.process import prepare_process
 
-    prepare_process()
+    loaded = load_config(flags)
+    prepare_process(loaded.mesh.cpu_devices)
     from dataclasses import replace
 
     from gptjax.trainer import train
@@ -208,7 +208,7 @@ def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]
             train(replace(cfg, workdir=workdir))
             return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
-    return load_config(flags), carry_out
+    return loaded, carry_out
 
 
 def reach_ours(job: dict[str, Any]) -> Turn:

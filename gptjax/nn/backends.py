@@ -70,8 +70,12 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
             f"model.context_length {cfg.context_length} cannot be cut into two chunks for each of mesh.context "
             f"{parts} devices; make it a multiple of {2 * parts}"
         )
-    if attention == "ring" and cfg.context_length // (2 * parts) < (cfg.conv_width or 1) - 1:
-        raise UserError(f"model.conv_width {cfg.conv_width} reaches beyond a chunk; make model.context_length longer")
+    chunk = cfg.context_length // (2 * parts)
+    if attention == "ring" and cfg.conv_width is not None and cfg.conv_width - 1 > chunk:
+        raise UserError(
+            f"model.conv_width {cfg.conv_width} reaches beyond one of the ring's chunks of {chunk} tokens; make it "
+            f"at most {chunk + 1}, or model.context_length at least {2 * parts * (cfg.conv_width - 1)}"
+        )
     scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
     return replace(cfg, attention=attention, scan_layers=scan_layers)
 
