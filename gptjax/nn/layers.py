@@ -81,8 +81,8 @@ def _normal_quantiles() -> np.ndarray:
     return (quantiles / quantiles.std()).astype(np.float32)
 
 
-def bias(rngs: nnx.Rngs, wanted: bool, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
-    """A bias, zero at first; None where it is not wanted."""
+def zeros(rngs: nnx.Rngs, wanted: bool, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
+    """A weight that is no matrix (a bias, a filter), zero at first; None where it is not wanted."""
     return param(rngs, shape, axes, std=0.0, n_in=0) if wanted else None
 
 
@@ -151,7 +151,7 @@ class Norm(nnx.Module):
         ones = jnp.ones((width,), jnp.float32)
         self.scale = nnx.Param(ones, axes=("norm",), n_in=0) if cfg.norm_weights else None
         shifted = cfg.norm_weights and cfg.bias and self.kind == "layernorm"
-        self.bias = bias(rngs, shifted, (width,), ("norm",))
+        self.bias = zeros(rngs, shifted, (width,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -175,10 +175,10 @@ class Attention(nnx.Module):
         self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
         self.out = param(rngs, (H, K, D), ("heads", "head_dim", "embed"), init_std(cfg, "residual", H * K), n_in=2)
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        self.query_bias = bias(rngs, qkv_bias, (H, K), ("heads", "head_dim"))
-        self.key_bias = bias(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
-        self.value_bias = bias(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
-        self.out_bias = bias(rngs, cfg.bias, (D,), ("norm",))
+        self.query_bias = zeros(rngs, qkv_bias, (H, K), ("heads", "head_dim"))
+        self.key_bias = zeros(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
+        self.value_bias = zeros(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
+        self.out_bias = zeros(rngs, cfg.bias, (D,), ("norm",))
         self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
         self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
 
@@ -216,9 +216,9 @@ class MLP(nnx.Module):
         self.up = param(rngs, (D, F), ("embed", "mlp"), std)
         self.gate = param(rngs, (D, F), ("embed", "mlp"), std) if cfg.mlp == "swiglu" else None
         self.down = param(rngs, (F, D), ("mlp", "embed"), init_std(cfg, "residual", F))
-        self.up_bias = bias(rngs, cfg.bias, (F,), ("mlp",))
-        self.gate_bias = bias(rngs, cfg.bias and cfg.mlp == "swiglu", (F,), ("mlp",))
-        self.down_bias = bias(rngs, cfg.bias, (D,), ("norm",))
+        self.up_bias = zeros(rngs, cfg.bias, (F,), ("mlp",))
+        self.gate_bias = zeros(rngs, cfg.bias and cfg.mlp == "swiglu", (F,), ("mlp",))
+        self.down_bias = zeros(rngs, cfg.bias, (D,), ("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
@@ -240,9 +240,9 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, rngs)
         self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
         self.mlp = MLP(cfg, rngs)
-        taps, axes = (cfg.conv_width or 0, cfg.d_model), ("position", "norm")
-        self.attention_conv = param(rngs, taps, axes, std=0.0, n_in=0) if cfg.conv_width else None
-        self.mlp_conv = param(rngs, taps, axes, std=0.0, n_in=0) if cfg.conv_width else None
+        W = cfg.conv_width or 0
+        self.attention_conv = zeros(rngs, W > 0, (W, cfg.d_model), ("position", "norm"))
+        self.mlp_conv = zeros(rngs, W > 0, (W, cfg.d_model), ("position", "norm"))
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache]:
         """x [B, T, D] -> the same shape, and the cache of these positions, or the given one with them in it."""

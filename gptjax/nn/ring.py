@@ -41,13 +41,15 @@ def ring_convolution(positions, x, taps, recent=None):
 
 
 def _convolve_chunks(positions, x, taps):
-    n, last = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS) == jax.lax.axis_size(AXIS) - 1
+    n, here = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     chunks = jnp.split(x, 2, axis=1)
     early_end, late_end = (chunk[:, chunk.shape[1] - len(taps) + 1 :] for chunk in chunks)
     before_early = jax.lax.ppermute(early_end, AXIS, [(i, i + 1) for i in range(n - 1)])  # the first is sent zeros
     before_late = jax.lax.ppermute(late_end, AXIS, [(i + 1, i) for i in range(n - 1)])
-    before = (before_early, jnp.where(last, early_end, before_late))  # the last device has both middle chunks
-    convolved = map(causal_convolution, jnp.split(positions, 2, axis=1), chunks, (taps, taps), before)
+    before_late = jnp.where(here == n - 1, early_end, before_late)  # the last device has both middle chunks
+    convolved = map(
+        causal_convolution, jnp.split(positions, 2, axis=1), chunks, (taps, taps), (before_early, before_late)
+    )
     return jnp.concatenate([y for y, _ in convolved], axis=1)
 
 

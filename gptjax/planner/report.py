@@ -61,11 +61,11 @@ def report(plan: dict[str, Any]) -> list[str]:
 
 def verdict(plan: dict[str, Any]) -> str:
     """Whether it fits, and if not, what would."""
-    if plan["fits"] and plan["total_bytes"] > plan["capacity_bytes"]:
-        return "FITS: the compiler found a place for all of it; its sum counts some that take turns in one"
+    beyond = plan["total_bytes"] - plan["capacity_bytes"]
     if plan["fits"]:
-        return "FITS"
-    lacking = size(plan["total_bytes"] - plan["capacity_bytes"])
+        placed = ": the compiler found a place for all of it; its sum counts some that take turns in one"
+        return "FITS" + (placed if beyond > 0 else "")
+    lacking = size(beyond)
     if plan.get("suggestion") is None:
         return f"DOES NOT FIT, by {lacking}: neither remat nor microbatches would help; try --search, or more chips"
     return f"DOES NOT FIT, by {lacking}. By arithmetic this fits: {flags(plan['suggestion'])}"
