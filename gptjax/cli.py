@@ -129,18 +129,14 @@ def _call(function: Callable[..., None], name: str, args: list[str], **fixed: An
         if option.startswith("--") and option not in known:
             raise UserError(f"unknown option {option}{nearest(option, known)}; {name} --help lists them")
     flags = {f"--{p.name}" for p in options if p.annotation is bool}
-    words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in _pairs(args)]
+    pairs = zip(args, [*args[1:], None], strict=False)  # without arguments the second is longer
+    words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in pairs]
     try:
         values = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
     function(**vars(values), **fixed)
     return 0
-
-
-def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
-    """Every argument with the one after it."""
-    return list(zip(args, [*args[1:], None], strict=False))  # without arguments the second is longer
 
 
 def from_hf(model: str, *, out: str) -> None:

@@ -104,9 +104,8 @@ def with_vocabulary(cfg: Config, corpus: Corpus) -> Config:
 def rows_here(t: Trainable) -> range:
     """The rows of the global batch that this process's devices hold."""
     shape = (t.cfg.train.batch_sequences, t.cfg.model.context_length)
-    slices = [
-        index[0].indices(shape[0]) for index in t.batch_sharding.addressable_devices_indices_map(shape).values()
-    ]
+    parts = t.batch_sharding.addressable_devices_indices_map(shape).values()
+    slices = [rows.indices(shape[0]) for rows, *_ in parts]
     return range(min(s[0] for s in slices), max(s[1] for s in slices))
 
 
@@ -114,18 +113,12 @@ def global_batch(t: Trainable, local: dict[str, np.ndarray]) -> Batch:
     """This process's rows, on its devices, as its part of the global batch."""
     if jax.process_count() == 1:
         return jax.device_put(local, t.batch_sharding)
-    first = rows_here(t).start
 
-    def part(array: np.ndarray):
-        shape = (t.cfg.train.batch_sequences, *array.shape[1:])
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = (t.cfg.train.batch_sequences, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(t.batch_sharding, rows, shape)
 
-        def at(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(shape[0])
-            return array[(slice(start - first, stop - first), *index[1:])]
-
-        return jax.make_array_from_callback(shape, t.batch_sharding, at)
-
-    return jax.tree.map(part, local)
+    return jax.tree.map(whole, local)
 
 
 def make_evaluate(t: Trainable, corpus: Corpus):
@@ -231,9 +224,7 @@ def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
         if meta["corpus"] != corpus.fingerprint and not t.cfg.data.change_mixture:
             raise UserError("the corpus is not the one this run began with; give another --workdir")
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
-        return (
-            rest._replace(params=weights) if rest.ema is None and t.state.ema is None else rest._replace(ema=weights)
-        )
+        return rest._replace(**{"params" if t.state.ema is None else "ema": weights})
 
     found = newest_readable(checkpoints, read)
     if found is not None:

@@ -12,6 +12,7 @@ from conftest import GPT2_LIKE, MODERN, make_config
 
 from gptjax.sharding import make_mesh
 from gptjax.step import init_state, make_train_step, make_trainable
+from gptjax.trainer import global_batch, rows_here
 
 MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_decay": 0.9}
 CONFIGS = {"adamw": make_config(GPT2_LIKE), "muon": make_config(MODERN, optim=MUON)}
@@ -38,13 +39,10 @@ def losses_on(name: str, axes: dict[str, int], devices: list) -> list[float]:
     """Losses of a config's first steps on packed rows."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes
     t = make_trainable(CONFIGS[name], make_mesh(sizes, devices))
-    state, step, losses = init_state(t), make_train_step(t), []
+    state, step, rows, losses = init_state(t), make_train_step(t), rows_here(t), []
     for number in range(STEPS):
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, t.batch_sharding, lambda index, x=x: x[index]),
-            packed_batch(number),
-        )
-        state, metrics = step(state, batch)
+        here = jax.tree.map(lambda x: x[rows.start : rows.stop], packed_batch(number))
+        state, metrics = step(state, global_batch(t, here))
         losses.append(float(metrics["train/loss"]))
     return losses
 

@@ -1,7 +1,8 @@
 """The parts of a block. A weight is declared once, by `param`; shape, sharding and first value follow from it."""
 
+import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -199,8 +200,18 @@ class Attention(nnx.Module):
         return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), new
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) in the tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+
+    Factored to few operations: XLA wakes a second thread of a CPU by their number for each byte, and for the few
+    tokens of decoding that takes longer than the work.
+    """
+    c, half = math.sqrt(2 / math.pi), 0.5 * x
+    return half + half * jnp.tanh(x * (c + 0.044715 * c * (x * x)))
+
+
 ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=True),
+    "gelu": gelu,
     "relu2": lambda h: jnp.square(jax.nn.relu(h)),
     "swiglu": lambda h, gate: jax.nn.silu(gate) * h,
 }
