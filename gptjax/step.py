@@ -22,13 +22,13 @@ from gptjax.sharding import check_divides, sharding
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
 
 
-# By the platform of the devices. On a CPU operations in the order of the program use the caches and the memory better
-# than ones that compete for the cores, and YNNPACK gains with products alone (docs/performance.md).
+# By the devices' platform and the products' dtype. On a CPU operations in the order of the program use the caches and
+# the memory better than ones that compete for the cores, and YNNPACK gains with products alone (docs/performance.md);
+# of bfloat16 it gets products from XLA that it does not have, such as the gradient of tied embeddings.
+IN_ORDER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 COMPILER_OPTIONS = {
-    "cpu": {
-        "xla_cpu_enable_concurrency_optimized_scheduler": False,
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    }
+    ("cpu", "float32"): IN_ORDER | {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+    ("cpu", "bfloat16"): IN_ORDER | {"xla_cpu_experimental_ynn_fusion_type": ""},
 }
 
 
@@ -76,28 +76,26 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
         UserError: a dimension that the mesh cannot cut into equal parts.
     """
     model, train = cfg.model, cfg.train
-    check_divides(
-        mesh, "train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch"
-    )
-    check_divides(
-        mesh, "model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"
-    )
-    check_divides(mesh, "model.context_length", model.context_length, "stream_length")
-    check_divides(mesh, "model.n_heads", model.n_heads, "heads")
-    check_divides(mesh, "model.n_kv_heads", model.kv_heads, "kv_heads")
-    check_divides(mesh, "model.d_mlp", model.mlp_width, "mlp")
-    check_divides(mesh, "model.d_model", model.d_model, "embed")
-    check_divides(mesh, "model.vocab_multiple", model.padded_vocab, "vocab")
+    for key, size, axis in (
+        ("train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch"),
+        ("model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"),
+        ("model.context_length", model.context_length, "stream_length"),
+        ("model.n_heads", model.n_heads, "heads"),
+        ("model.n_kv_heads", model.kv_heads, "kv_heads"),
+        ("model.d_mlp", model.mlp_width, "mlp"),
+        ("model.d_model", model.d_model, "embed"),
+        ("model.vocab_multiple", model.padded_vocab, "vocab"),
+    ):
+        check_divides(mesh, key, size, axis)
 
     cfg = replace(cfg, model=for_mesh(cfg.model, mesh))
     graphdef, params, metadata = abstract_model(cfg.model)
     optimizer = make_optimizer(cfg.optim, metadata)
-    weights = jax.tree.map_with_path(
-        lambda keys, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[_names(keys)]["axes"])
-        ),
-        params,
-    )
+
+    def sharded(keys, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[_names(keys)]["axes"]))
+
+    weights = jax.tree.map_with_path(sharded, params)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding(mesh, ()))
     of_path = {_names(keys): leaf for keys, leaf in jax.tree.leaves_with_path(weights)}
 
@@ -212,7 +210,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         donate_argnums=0,
         in_shardings=(shardings_of(t.state), t.batch_sharding),
         out_shardings=(shardings_of(t.state), None),
-        compiler_options=COMPILER_OPTIONS.get(t.mesh.devices.flat[0].platform),
+        compiler_options=COMPILER_OPTIONS.get((t.mesh.devices.flat[0].platform, cfg.model.dtype)),
     )
     return _on_mesh(t.mesh, compiled)
 

@@ -61,6 +61,14 @@ def test_every_mesh_gives_the_losses_of_one_device(one_device, name, axes):
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
 
 
+@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["tied", "untied"])
+def test_steps_in_bfloat16_come_near_those_in_float32(model):
+    configs = [make_config({**model, "dtype": dtype}) for dtype in ("float32", "bfloat16")]
+    losses, low = (run_steps(trainable_on(cfg), 10)[0] for cfg in configs)
+    assert np.any(low != losses)
+    np.testing.assert_allclose(low, losses, atol=0.02)
+
+
 def test_fsdp_holds_an_eighth_of_weights_and_moments_on_each_device():
     cfg = make_config(GPT2_LIKE)
     t = trainable_on(cfg, 8, fsdp=8)
