@@ -157,9 +157,9 @@ class LanguageModel:
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int = 0
     ) -> list[Completion]:
         """One continuation for each prompt. Row i draws by (seed, i), whatever else is in the batch."""
-        chunks = list(self.stream(prompts, max_new_tokens, sampling, seed))
-        tokens = np.concatenate([c[0] for c in chunks], axis=1) if chunks else np.zeros((len(prompts), 0), int)
-        logprobs = np.concatenate([c[1] for c in chunks], axis=1) if chunks else np.zeros((len(prompts), 0))
+        none = np.zeros((2, len(prompts), 0), int)
+        chunks = [none, *self.stream(prompts, max_new_tokens, sampling, seed)]
+        tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         completions = []
         for prompt, row, row_logprobs in zip(prompts, tokens, logprobs, strict=True):
             ends = np.flatnonzero(row == self.tokenizer.eos_id) if self.tokenizer.eos_id is not None else []
@@ -174,7 +174,7 @@ class LanguageModel:
         """Ids and log-probabilities as they come, [B, n] each; after its end-of-text token a row repeats it.
 
         When a sequence reaches the context length, its older half is forgotten and the rest read anew: a token
-        sees between half a context and a whole one.
+        sees between half a context and a whole one, whatever the lengths of the others.
         """
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
@@ -182,11 +182,11 @@ class LanguageModel:
         key = jax.random.key(seed)
         T = self.config.context_length
         history = [self._prompt_ids(prompt) for prompt in prompts]
+        starts = [max(0, len(ids) - T) for ids in history]  # what is before them is forgotten
         ended, drawn = np.zeros(len(prompts), bool), 0
         while drawn < max_new_tokens and not ended.all():
-            known = [ids[-T:] if drawn == 0 else ids[-max(1, T // 2) :] for ids in history]
-            longest = max(map(len, known))
-            room = min(max_new_tokens - drawn, T - longest + 1)
+            known = [ids[start:] for ids, start in zip(history, starts, strict=True)]
+            room = min(max_new_tokens - drawn, T - max(map(len, known)) + 1)
             progress = self._begin(known, room, ended, drawn)
             while room > 0 and not ended.all():
                 n = min(CHUNK, room)
@@ -195,6 +195,8 @@ class LanguageModel:
                 yield tokens, np.asarray(logprobs)
                 history = [ids + row for ids, row in zip(history, tokens.tolist(), strict=True)]
                 ended, drawn, room = np.asarray(progress.ended), drawn + n, room - n
+            rows = zip(starts, history, strict=True)
+            starts = [start if len(ids) <= start + T else len(ids) - (T + 1) // 2 for start, ids in rows]
 
     def stream_text(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0) -> Iterator[str]:
         """One continuation of one prompt, piece by piece, for a person who watches."""

@@ -97,6 +97,15 @@ def test_a_row_draws_the_same_whatever_is_beside_it(lm):
     assert lm.complete(["ABC"], 20, Sampling(), seed=4)[0].tokens != alone.tokens
 
 
+def test_a_row_forgets_its_older_half_only_when_it_is_full_itself(lm):
+    T = lm.config.context_length
+    prompts = ["ABC", "AB" * (T // 2), "D" * (T - 3)]  # one as long as the context, one that comes there soon
+    for prompt, beside in zip(prompts, lm.complete(prompts, 2 * T, Sampling(temperature=0)), strict=True):
+        alone = lm.complete([prompt], 2 * T, Sampling(temperature=0))[0]
+        assert beside.tokens == alone.tokens
+        np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=1e-3)
+
+
 def test_eight_devices_give_the_text_of_one(lm, stacked):
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
     metadata = abstract_model(lm.config)[2]
