@@ -40,6 +40,17 @@ def test_a_run_and_its_steps_alone_take_turns_on_the_configs_devices(tmp_path):
     assert found["ratio"] == found["run_step_s"] / found["step_s"] > 0
 
 
+def test_every_run_of_the_peer_begins_anew(corpus_file, monkeypatch):
+    torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")
+    monkeypatch.setitem(worker.NANOGPT, "steps", 20)
+    monkeypatch.setitem(worker.NANOGPT, "warmup", 5)
+    turn, losses = worker.reach_peer({"text": str(corpus_file)}), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(turn()["val/loss"])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

@@ -233,11 +233,6 @@ def reach_peer(job: dict[str, Any]) -> Turn:
     data = torch.tensor([ids[c] for c in text])
     cut, T, B = int(len(data) * 0.9), NANOGPT["context"], NANOGPT["batch"]
     train, val = data[:cut], data[cut:]
-    model = _peer_model({"side": "hf", "size": "tiny", "dtype": "float32"}, T)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=NANOGPT["peak_lr"], betas=(0.9, 0.99))
     rise, fall = NANOGPT["warmup"], NANOGPT["steps"] - NANOGPT["warmup"]
     floor = NANOGPT["final_lr"] / NANOGPT["peak_lr"]
 
@@ -246,9 +241,13 @@ def reach_peer(job: dict[str, Any]) -> Turn:
             return (step + 1) / rise
         return floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * (step - rise) / fall))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
     def turn() -> dict[str, float]:
+        model = _peer_model({"side": "hf", "size": "tiny", "dtype": "float32"}, T)
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=NANOGPT["peak_lr"], betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         began = time.perf_counter()
         for _ in range(NANOGPT["steps"]):
             rows = torch.randint(len(train) - T, (B,)).tolist()
