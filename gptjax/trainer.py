@@ -163,7 +163,7 @@ def check_workdir(cfg: Config) -> None:
     else:
         return
     if keys := differing_keys(earlier, cfg):
-        listed = ", ".join(f"{key} ({was} there, {now} here)" for key, (was, now) in keys.items())
+        listed = ", ".join("{} ({} there, {} here)".format(key, *map(json.dumps, both)) for key, both in keys.items())
         hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
         raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
 

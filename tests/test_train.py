@@ -231,8 +231,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_run, tmp_path, name):
 
 def test_a_directory_of_another_config_is_left_as_it_is(straight, tiny_run):
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
-    result = run_script(*tiny_run, f"--workdir={straight}", "--optim.peak_lr=0.5", "--model.d_model=64")
-    assert_refused(result, "model.d_model (32 there, 64 here), optim.peak_lr (0.003 there, 0.5 here)")
+    result = run_script(*tiny_run, f"--workdir={straight}", "--optim.peak_lr=0.5", "--model.conv_width=2")
+    assert_refused(result, "model.conv_width (null there, 2 here), optim.peak_lr (0.003 there, 0.5 here)")
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
 
