@@ -5,11 +5,13 @@ To add one: a class with these members, and a line in `KINDS`.
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -162,7 +164,13 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    @cached_property
+    def _encoding(self) -> Any:
+        return _by_tiktoken(self._documents)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._encoding is not None:
+            return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(list(texts))]
         found = self._documents.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
@@ -396,6 +404,46 @@ def _import_tiktoken() -> Any:
     except ImportError:
         raise UserError("this tokenizer needs the package tiktoken: pip install 'gptjax[data]'") from None
     return tiktoken
+
+
+def printable_bytes() -> list[str]:
+    """The character that GPT-2's byte-level vocabulary writes for each byte (Radford et al., encoder.py)."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return [chr(byte) if byte in kept else chr(256 + moved.index(byte)) for byte in range(256)]
+
+
+def _by_tiktoken(documents: tokenizers.Tokenizer) -> Any:
+    """An encoding of tiktoken, several times as fast, with the ids of a byte-level BPE cut as GPT-2's; else None.
+
+    tiktoken merges any neighbours whose bytes are a token. Those are the merges that a BPE lists, in its order, where
+    ids rise with the merges and each token's text, left to the merges, becomes that token.
+    """
+    spec = json.loads(documents.to_str())
+    model, cut = spec["model"], spec["pre_tokenizer"] or {}
+    cut = cut["pretokenizers"][0] if len(cut.get("pretokenizers", ())) == 1 else cut
+    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    options = [value for key, value in model.items() if key not in ("type", "vocab", "merges", "fuse_unk")]
+    if (
+        importlib.util.find_spec("tiktoken") is None
+        or model["type"] != "BPE"
+        or any(options)
+        or spec["normalizer"] is not None
+        or (cut.get("type"), cut.get("add_prefix_space"), cut.get("use_regex")) != ("ByteLevel", False, True)
+        or len(special) < len(spec["added_tokens"])
+    ):
+        return None
+    byte_of = {letter: byte for byte, letter in enumerate(printable_bytes())}
+    vocab = {text: id for text, id in model["vocab"].items() if text not in special}
+    made = [model["vocab"][left + right] for left, right in model["merges"]]
+    if set("".join(vocab)) != byte_of.keys() or not byte_of.keys() <= vocab.keys() or made != sorted(made):
+        return None
+    if any(len(documents.model.tokenize(text)) != 1 for text in vocab):
+        return None
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = {bytes(byte_of[letter] for letter in text): id for text, id in vocab.items()}
+    return _import_tiktoken().Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
 
 
 KINDS = {

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from gptjax.convert.export import tokenizer_files
 from gptjax.errors import UserError
 from gptjax.tokenizers import (
+    GPT2_SPLIT,
     ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    byte_level_bpe,
     make_tokenizer,
+    printable_bytes,
     read_huggingface_tokenizer,
     same_ids,
     tokenizer_from_dict,
@@ -111,6 +114,51 @@ def test_gpt2_leaves_as_a_tokenizer_json_with_the_same_ids(gpt2, tinyshakespeare
     assert same_ids(left, gpt2)
 
 
+def test_documents_have_the_same_ids_through_the_faster_library(gpt2_cache, hf_directory, tinyshakespeare, tmp_path):
+    shutil.copy(gpt2_cache / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(gpt2_cache / "vocab.bpe", tmp_path / "merges.txt")
+    texts = [*TEXTS, tinyshakespeare.read_text()[:100_000], "  ".join(map(chr, range(32, 3000))), " " * 2_000_000]
+    for tokenizer in map(read_huggingface_tokenizer, (tmp_path, hf_directory)):
+        assert tokenizer._encoding is not None
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            assert ids.tolist() == tokenizer._documents.encode(text, add_special_tokens=False).ids
+
+
+def _swapped(spec: dict) -> None:
+    spec["model"]["vocab"].update({"ab": 257, "bc": 256})  # ids that fall where the merges go on
+
+
+def _unreachable(spec: dict) -> None:
+    spec["model"]["vocab"]["bcd"] = 258  # its text is merged to "bc" and "d"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swapped,
+        _unreachable,
+        lambda spec: spec["model"].update(ignore_merges=True),
+        lambda spec: spec.update(normalizer={"type": "NFC"}),
+        lambda spec: spec["pre_tokenizer"].update(use_regex=False),
+        lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+        lambda spec: spec["added_tokens"][0].update(special=False),
+    ],
+    ids=["swapped", "unreachable", "whole-words", "normalized", "uncut", "prefixed", "added"],
+)
+def test_a_bpe_that_the_faster_library_would_read_otherwise_stays_where_it_is(change):
+    pytest.importorskip("tiktoken", reason="pip install -e '.[data]'")
+    vocab = {letter: byte for byte, letter in enumerate(printable_bytes())} | {"ab": 256, "bc": 257, "<end>": 300}
+    spec = json.loads(byte_level_bpe(vocab, ["a b", "b c"], [GPT2_SPLIT], ["<end>"]))
+    spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][0]
+    assert HuggingFaceTokenizer({"tokenizer.json": json.dumps(spec)})._encoding is not None
+    change(spec)
+    tokenizer = HuggingFaceTokenizer({"tokenizer.json": json.dumps(spec)})
+    assert tokenizer._encoding is None
+    text = "abc bcd cab  e\u0301 <end>"
+    expected = tokenizer._documents.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode_batch([text])[0].tolist() == expected
+
+
 def test_names_of_special_tokens_in_a_text_are_text(gpt2):
     ids = gpt2.encode("a<|endoftext|>").tolist()
     assert gpt2.eos_id not in ids
@@ -162,6 +210,8 @@ def every_kind(hf_directory, gpt2, monkeypatch) -> dict[str, Tokenizer]:
 def test_every_text_comes_back(every_kind, text):
     for tokenizer in every_kind.values():
         assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
+    hf = every_kind["hf"]
+    assert hf.encode_batch([text])[0].tolist() == hf._documents.encode(text, add_special_tokens=False).ids
     characters = CharTokenizer(text)
     assert characters.decode(characters.encode(text).tolist()) == text
 

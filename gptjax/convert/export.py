@@ -25,7 +25,7 @@ from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.safetensors import write_safetensors
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
-from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe
+from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe, printable_bytes
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 END = "<|endoftext|>"  # the name that the byte tokenizer's end of a document is given
@@ -90,17 +90,10 @@ def _own_files(text: str, **facts: Any) -> dict[str, str]:
 
 
 def _byte_files(tokenizer: Tokenizer) -> dict[str, str]:
-    letters = _printable_bytes()
+    letters = printable_bytes()
     vocab = {letters[byte]: byte for byte in range(256)} | {END: tokenizer.eos_id}
     whole = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _own_files(byte_level_bpe(vocab, [], [whole], [END]), eos_token=END)
-
-
-def _printable_bytes() -> list[str]:
-    """The character that GPT-2's byte-level vocabulary writes for each byte (Radford et al., encoder.py)."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [byte for byte in range(256) if byte not in kept]
-    return [chr(byte) if byte in kept else chr(256 + moved.index(byte)) for byte in range(256)]
 
 
 def _char_files(tokenizer: Tokenizer) -> dict[str, str]:
@@ -117,7 +110,7 @@ def _hf_files(tokenizer: HuggingFaceTokenizer) -> dict[str, str]:
 
 
 def _tiktoken_files(tokenizer: Tokenizer) -> dict[str, str]:
-    spec, letters = tokenizer.to_dict(), _printable_bytes()
+    spec, letters = tokenizer.to_dict(), printable_bytes()
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split())}
 
     def written(token: bytes) -> str:
