@@ -125,7 +125,7 @@ class LanguageModel:
         self.graphdef = abstract_model(replace(config, attention="reference"))[0]
         self._logits = jax.jit(self._full_logits)
         self._prefill = jax.jit(self._prefill_from, static_argnames="slots")
-        self._decode = jax.jit(self._decode_chunk, static_argnames=("sampling", "n"), donate_argnums=1)
+        self._decode = jax.jit(self._decode_chunk, static_argnames="sampling", donate_argnums=1)
 
     def logits(self, ids: Any) -> jax.Array:
         """ids [B, T] -> float32 logits [B, T, V] of the token after each position."""
@@ -179,8 +179,7 @@ class LanguageModel:
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
         sampling.check()
-        key = jax.random.key(seed)
-        T = self.config.context_length
+        key, T = jax.random.key(seed), self.config.context_length
         history = [self._prompt_ids(prompt) for prompt in prompts]
         starts = [max(0, len(ids) - T) for ids in history]  # what is before them is forgotten
         ended, drawn = np.zeros(len(prompts), bool), 0
@@ -190,9 +189,9 @@ class LanguageModel:
             progress = self._begin(known, room, ended, drawn)
             while room > 0 and not ended.all():
                 n = min(CHUNK, room)
-                progress, tokens, logprobs = self._decode(self.params, progress, key, sampling=sampling, n=n)
-                tokens = np.asarray(tokens)
-                yield tokens, np.asarray(logprobs)
+                progress, *chunk = self._decode(self.params, progress, key, np.int32(n), sampling=sampling)
+                tokens, logprobs = (np.asarray(buffer)[:, :n] for buffer in chunk)
+                yield tokens, logprobs
                 history = [ids + row for ids, row in zip(history, tokens.tolist(), strict=True)]
                 ended, drawn, room = np.asarray(progress.ended), drawn + n, room - n
             rows = zip(starts, history, strict=True)
@@ -249,11 +248,12 @@ class LanguageModel:
         last = logits(model, hidden[:, -1:])[:, 0]
         return Progress(last, cache, cache_positions, positions[:, -1] + 1, jnp.int32(tokens.shape[1]), drawn, ended)
 
-    def _decode_chunk(self, params, progress: Progress, key, sampling: Sampling, n: int):
-        """n tokens for every row: (progress, tokens [B, n], log-probabilities [B, n])."""
+    def _decode_chunk(self, params, progress: Progress, key, n, sampling: Sampling):
+        """n tokens for every row: (progress, tokens and log-probabilities [B, CHUNK]). One program serves any n."""
         model, eos, rows = bind(self.graphdef, params), self.tokenizer.eos_id, jnp.arange(len(progress.ended))
 
-        def one(p: Progress, _):
+        def one(i, carry):
+            p, tokens, logprobs = carry
             keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), p.drawn))(rows)
             token = draw(p.logits, keys, sampling)
             token = token if eos is None else jnp.where(p.ended, eos, token)
@@ -266,10 +266,10 @@ class LanguageModel:
             after = Progress(
                 logits(model, hidden)[:, 0], cache, cache_positions, p.position + 1, p.slot + 1, p.drawn + 1, ended
             )
-            return after, (token, logprob)
+            return after, tokens.at[:, i].set(token), logprobs.at[:, i].set(logprob)
 
-        progress, (tokens, logprobs) = jax.lax.scan(one, progress, length=n)
-        return progress, tokens.T, logprobs.T
+        buffers = [jnp.zeros((len(rows), CHUNK), dtype) for dtype in (jnp.int32, jnp.float32)]
+        return jax.lax.fori_loop(0, n, one, (progress, *buffers))
 
 
 def _power_of_two(n: int) -> int:

@@ -58,11 +58,18 @@ def test_cached_decoding_equals_the_full_forward_with_prompts_of_any_length(lm):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_token_is_written_where_the_cache_lies(lm, rows):
     progress = lm._begin([[1] * 8] * rows, 8, np.zeros(rows, bool), 0)
-    lowered = lm._decode.lower(lm.params, progress, jax.random.key(0), sampling=Sampling(temperature=0), n=4)
+    lowered = lm._decode.lower(lm.params, progress, jax.random.key(0), np.int32(4), Sampling(temperature=0))
     shape = ",".join(map(str, progress.cache[0].kv[0].shape))
     program = lowered.compile().as_text()
     assert f"f32[{shape}]" in program
     assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)
+
+
+def test_one_program_draws_any_number_of_tokens(stacked):
+    fresh = LanguageModel(stacked.config, stacked.params, stacked.tokenizer)
+    drawn = {n: fresh.complete(["ABC"], n, Sampling(temperature=0))[0].tokens for n in range(9, 16)}
+    assert all(drawn[15][:n] == tokens and len(tokens) == n for n, tokens in drawn.items())
+    assert fresh._decode._cache_size() == 1
 
 
 def test_a_prompt_and_its_continuation_may_fill_the_context(lm):
