@@ -157,7 +157,7 @@ class LanguageModel:
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int = 0
     ) -> list[Completion]:
         """One continuation for each prompt. Row i draws by (seed, i), whatever else is in the batch."""
-        none = np.zeros((2, len(prompts), 0), int)
+        none = np.zeros((2, len(prompts), 0), int)  # what there is to join where nothing is drawn
         chunks = [none, *self.stream(prompts, max_new_tokens, sampling, seed)]
         tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         completions = []
@@ -192,10 +192,11 @@ class LanguageModel:
                 progress, *chunk = self._decode(self.params, progress, key, np.int32(n), sampling=sampling)
                 tokens, logprobs = (np.asarray(buffer)[:, :n] for buffer in chunk)
                 yield tokens, logprobs
-                history = [ids + row for ids, row in zip(history, tokens.tolist(), strict=True)]
+                rows = zip(history, tokens.tolist(), ended, strict=True)
+                history = [ids if over else ids + row for ids, row, over in rows]  # what has ended needs no more room
                 ended, drawn, room = np.asarray(progress.ended), drawn + n, room - n
-            rows = zip(starts, history, strict=True)
-            starts = [start if len(ids) <= start + T else len(ids) - (T + 1) // 2 for start, ids in rows]
+            both = zip(starts, history, strict=True)
+            starts = [start if len(ids) <= start + T else len(ids) - (T + 1) // 2 for start, ids in both]
 
     def stream_text(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0) -> Iterator[str]:
         """One continuation of one prompt, piece by piece, for a person who watches."""

@@ -105,8 +105,8 @@ def rows_here(t: Trainable) -> range:
     """The rows of the global batch that this process's devices hold."""
     shape = (t.cfg.train.batch_sequences, t.cfg.model.context_length)
     parts = t.batch_sharding.addressable_devices_indices_map(shape).values()
-    slices = [rows.indices(shape[0]) for rows, *_ in parts]
-    return range(min(s[0] for s in slices), max(s[1] for s in slices))
+    starts, stops, _ = zip(*(rows.indices(shape[0]) for rows, *_ in parts), strict=True)
+    return range(min(starts), max(stops))
 
 
 def global_batch(t: Trainable, local: dict[str, np.ndarray]) -> Batch:

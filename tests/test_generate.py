@@ -144,6 +144,25 @@ def test_generation_stops_at_the_end_of_text():
         assert a.text == lm.tokenizer.decode(a.tokens)
 
 
+def test_what_has_ended_does_not_have_its_batch_read_anew(monkeypatch):
+    lm = language_model(GPT2_LIKE, tie_embeddings=False)
+    lm = LanguageModel(lm.config, dict(lm.params, head=lm.params["head"] * 0.1), WithEnd(ALPHABET))
+    reads, begin, T = [], LanguageModel._begin, lm.config.context_length
+
+    def counted(self, *args):
+        reads.append(args)
+        return begin(self, *args)
+
+    monkeypatch.setattr(LanguageModel, "_begin", counted)
+    for seed in range(100):
+        reads.clear()
+        first, second = lm.complete(["ABCDEFG", "A"], 2 * T, Sampling(), seed)
+        if len(first.tokens) < T // 2 and len(second.tokens) == 2 * T:
+            break
+    assert len(reads) == 1 + 3  # the second fills its context once, and then every half context
+    assert (len(first.tokens) < T // 2, len(second.tokens)) == (True, 2 * T)
+
+
 def test_streaming_gives_the_same_text(lm):
     pieces = list(lm.stream_text("ABC", 70, Sampling(), seed=2))
     assert len(pieces) > 2

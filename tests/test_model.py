@@ -13,7 +13,7 @@ from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.attention import attention, causal_mask
 from gptjax.nn.convolution import causal_convolution
-from gptjax.nn.layers import standard_normal
+from gptjax.nn.layers import gelu, standard_normal
 from gptjax.nn.products import heads_of, plus
 from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
 from gptjax.presets import PRESETS
@@ -222,6 +222,18 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     np.testing.assert_array_equal(still, run(GPT2_LIKE, tokens)[0])
     moved, _ = run(model, tokens, dropout_key=jax.random.key(1))
     assert np.abs(moved - still).max() > 1e-3
+
+
+def test_gelu_is_cut_for_a_cpus_threads_only_where_there_is_much_of_it():
+    def is_cut(tokens: int) -> bool:
+        compiled = jax.jit(lambda x, bias: gelu(x + bias)).lower(jnp.ones((tokens, 512)), jnp.ones(512)).compile()
+        return '"outer_dimension_partitions":["' in compiled.as_text()
+
+    x = np.linspace(-12, 12, 1001, dtype=np.float32)
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=True), atol=2e-6)
+    if not is_cut(768):
+        pytest.skip("one core, for which nothing is cut")
+    assert not is_cut(8)
 
 
 def test_bfloat16_matmuls_keep_float32_weights_and_logits():

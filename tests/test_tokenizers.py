@@ -119,7 +119,7 @@ def test_documents_have_the_same_ids_through_the_faster_library(gpt2_cache, hf_d
     shutil.copy(gpt2_cache / "vocab.bpe", tmp_path / "merges.txt")
     texts = [*TEXTS, tinyshakespeare.read_text()[:100_000], "  ".join(map(chr, range(32, 3000))), " " * 2_000_000]
     for tokenizer in map(read_huggingface_tokenizer, (tmp_path, hf_directory)):
-        assert tokenizer._encoding is not None
+        assert tokenizer._faster is not None
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             assert ids.tolist() == tokenizer._documents.encode(text, add_special_tokens=False).ids
 
@@ -150,10 +150,10 @@ def test_a_bpe_that_the_faster_library_would_read_otherwise_stays_where_it_is(ch
     vocab = {letter: byte for byte, letter in enumerate(printable_bytes())} | {"ab": 256, "bc": 257, "<end>": 300}
     spec = json.loads(byte_level_bpe(vocab, ["a b", "b c"], [GPT2_SPLIT], ["<end>"]))
     spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][0]
-    assert HuggingFaceTokenizer({"tokenizer.json": json.dumps(spec)})._encoding is not None
+    assert HuggingFaceTokenizer({"tokenizer.json": json.dumps(spec)})._faster is not None
     change(spec)
     tokenizer = HuggingFaceTokenizer({"tokenizer.json": json.dumps(spec)})
-    assert tokenizer._encoding is None
+    assert tokenizer._faster is None
     text = "abc bcd cab  e\u0301 <end>"
     expected = tokenizer._documents.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode_batch([text])[0].tolist() == expected

@@ -201,11 +201,9 @@ class Attention(nnx.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x) in the tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
-
-    Factored to few operations: XLA wakes a second thread of a CPU by their number for each byte, and for the few
-    tokens of decoding that takes longer than the work.
-    """
+    """x Phi(x) in the tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2)."""
+    # In few operations: XLA wakes a second thread of a CPU by their number for each byte, and for the few tokens of
+    # decoding that takes longer than the work.
     c, half = math.sqrt(2 / math.pi), 0.5 * x
     return half + half * jnp.tanh(x * (c + 0.044715 * c * (x * x)))
 
