@@ -78,10 +78,6 @@ class Checkpoints:
         if newer and jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
-    def wait(self) -> None:
-        """Return once everything begun is on disk."""
-        self.manager.wait_until_finished()
-
     def meta(self, step: int) -> dict[str, Any]:
         """The plain values of a checkpoint."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]

@@ -129,18 +129,18 @@ def make_trackers(
     return [(BucketLines if "://" in workdir else JsonLines)(workdir, step), *others]
 
 
-def plot_loss(workdir: str) -> str | None:
-    """Write loss.png from metrics.jsonl and return its path; None without matplotlib or without a loss."""
+def plot_loss(workdir: str) -> None:
+    """Draw loss.png from metrics.jsonl; nothing without matplotlib or without a loss."""
     try:
         import matplotlib
     except ImportError:
-        return None
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = read_metrics(workdir)
     if not rows:
-        return None
+        return
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for name, style in (
         ("train/loss", {"alpha": 0.5, "linewidth": 1}),
@@ -157,4 +157,3 @@ def plot_loss(workdir: str) -> str | None:
     figure.savefig(picture)
     plt.close(figure)
     (epath.Path(workdir) / "loss.png").write_bytes(picture.getvalue())
-    return os.path.join(workdir, "loss.png")

@@ -335,4 +335,5 @@ def conclude(t: Trainable, report: Report) -> None:
     if jax.process_count() == 1:
         sample = load(workdir).complete([""], 700, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
         report.say(f"\n{sample.text}\n")
-    report.say(f"python sample.py {workdir} --prompt '...'    samples more; the loss is drawn in {workdir}/loss.png")
+    drawn = f"; the loss is drawn in {workdir}/loss.png" if (epath.Path(workdir) / "loss.png").exists() else ""
+    report.say(f"python sample.py {workdir} --prompt '...'    samples more{drawn}")

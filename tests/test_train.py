@@ -103,6 +103,24 @@ def test_done_is_done(straight, tiny_run):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+WITHOUT_MATPLOTLIB = """
+import runpy, sys
+sys.modules["matplotlib"] = None
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_without_matplotlib_no_picture_is_promised(straight, tiny_run, tmp_path):
+    workdir = copy_of(straight, tmp_path)
+    shown = run_script(*tiny_run, f"--workdir={workdir}").stdout
+    (workdir / "loss.png").unlink()
+    hidden = run_script("-c", WITHOUT_MATPLOTLIB, *tiny_run[1:], f"--workdir={workdir}")
+    assert hidden.returncode == 0, hidden.stderr
+    assert "loss.png" in shown
+    assert "loss.png" not in hidden.stdout
+    assert "sample.py" in hidden.stdout
+
+
 def copy_of(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
