@@ -28,6 +28,8 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     keep_freed_memory()
     import jax
 
+    # Then a step's temporaries are free when it returns, and the next step, which needs as many, finds them.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/xla").expanduser()))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
@@ -70,24 +72,21 @@ def find_processes(distributed: DistributedConfig, environ: Mapping[str, str]) -
 
 # What glibc's malloc.h calls them, and their values.
 MALLOC_OPTIONS = {
+    "M_MMAP_MAX": (-4, 0),  # nothing by itself, however large
     "M_TRIM_THRESHOLD": (-1, -1),  # never
     "M_TOP_PAD": (-2, 2**26),  # bytes
     "M_ARENA_MAX": (-8, 1),  # any other than the first arena holds 64 MiB at most, and XLA allocates in threads
 }
-M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees for the next one, but for blocks of 1 GiB.
+    """Have glibc keep the memory that a step frees for the next one.
 
     XLA's CPU buffers are large enough for malloc to take each from the kernel anew, page by page: that was a quarter
-    of a small model's step, and two fifths of a larger one's (docs/performance.md). Yet a step often asks for its
-    temporaries, one block, before the last has given its own back: kept, large ones would double a run's memory.
+    of a small model's step, and two fifths of a larger one's (docs/performance.md).
     """
     for option, value in MALLOC_OPTIONS.values():
         _glibc("mallopt", option, value)
-    if not _glibc("mallopt", M_MMAP_THRESHOLD, 2**30):  # before 2.35 it allows 32 MiB at most
-        _glibc("mallopt", M_MMAP_MAX, 0)
 
 
 def return_freed_memory() -> None:
@@ -95,10 +94,10 @@ def return_freed_memory() -> None:
     _glibc("malloc_trim", 0)
 
 
-def _glibc(name: str, *arguments: int) -> int:
+def _glibc(name: str, *arguments: int) -> None:
     """Call a function that glibc alone has; elsewhere do nothing."""
-    has_it = sys.platform.startswith("linux") and (function := getattr(ctypes.CDLL(None), name, None))
-    return function(*arguments) if has_it else 0
+    if sys.platform.startswith("linux") and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*arguments)
 
 
 def set_cpu_devices(count: int | None, environ: "os._Environ[str] | dict[str, str]") -> None:
