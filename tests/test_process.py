@@ -82,11 +82,10 @@ import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x / 8192)
 x = jnp.ones((8192, 16))
 x = step(x).block_until_ready()
-before = libc.mallinfo2().uordblks
-x, highest = step(x), before
+x, highest = step(x), 0
 while not x.is_ready():
     highest = max(highest, libc.mallinfo2().uordblks)
-print((highest - before) >> 20)
+print(max(highest, libc.mallinfo2().uordblks) >> 20)
 """
 
 
@@ -97,7 +96,7 @@ def test_a_step_has_freed_its_temporaries_when_the_next_begins():
     for prepare in (False, True):
         result = run_script("-c", MALLINFO + IN_USE.format(prepare=prepare), JAX_PLATFORMS="cpu")
         in_use[prepare] = int(result.stdout)
-    assert in_use[True] < 10 < in_use[False]
+    assert in_use[True] < 256 < in_use[False]
 
 
 # Resident memory after the first step of a model, in MiB.
