@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gptjax.config import DistributedConfig
@@ -30,8 +29,10 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
 
     # Then a step's temporaries are free when it returns, and the next step, which needs as many, finds them.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/gptjax/xla").expanduser()))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    # JAX's key for a program leaves the cores out, and what was compiled for one core never uses a second.
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    cache = os.path.expanduser(f"~/.cache/gptjax/xla-{cores}-cores")
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     found = None if distributed is None else find_processes(distributed, os.environ)
     if distributed is None or found is None:

@@ -125,3 +125,22 @@ def test_what_the_compiler_leaves_behind_is_given_back(tmp_path):
         result = run_script("-c", RESIDENT.format(give_back=give_back), JAX_COMPILATION_CACHE_DIR=cache)
         resident[give_back] = int(result.stdout)
     assert resident[True] < 0.85 * resident[False], resident
+
+
+# Whether XLA cut an operation for threads, in a process that may use so many cores.
+CUT = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
+from gptjax.process import prepare_process
+prepare_process()
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+compiled = jax.jit(jnp.tanh).lower(jnp.ones((4096, 512))).compile()
+print('"outer_dimension_partitions":["' in compiled.as_text())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() == 1, reason="a process's cores can be chosen")
+def test_a_program_compiled_for_one_core_is_not_found_again_by_two(tmp_path):
+    cut = [run_script("-c", CUT.format(cores=cores), HOME=str(tmp_path)).stdout for cores in (1, 2)]
+    assert cut == ["False\n", "True\n"]
