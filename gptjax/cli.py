@@ -192,15 +192,17 @@ def data(args: list[str]) -> int:
     name = _choose("gptjax data", {command: about for command, (_, about) in DATA_COMMANDS.items()}, args)
     if name is None:
         return 0
-    module = importlib.import_module(f"gptjax.prepare.{DATA_COMMANDS[name][0]}")
+    module = importlib.import_module(f"gptjax.apps.data_prep.{DATA_COMMANDS[name][0]}")
     return _call(getattr(module, name.replace("-", "_")), f"gptjax data {name}", args[1:])
 
 
 @report_user_errors
 def scaling(args: list[str]) -> int:
     """plan, run and fit a scaling study"""
-    from gptjax.predict.commands import VERBS as LAWS  # first: it settles BLAS's threads before numpy is loaded
-    from gptjax.scaling.commands import VERBS as STUDIES
+    from gptjax.apps.scaling.commands import VERBS as STUDIES
+    from gptjax.apps.scaling.predict.commands import (
+        VERBS as LAWS,  # first: it settles BLAS's threads before numpy is loaded
+    )
 
     verbs = {**STUDIES, **LAWS}
     name = _choose("gptjax scaling", _about(verbs), args)
@@ -210,7 +212,7 @@ def scaling(args: list[str]) -> int:
 @report_user_errors
 def bench(args: list[str]) -> int:
     """measure speed, memory and start-up beside a peer"""
-    from gptjax.bench.commands import VERBS
+    from gptjax.apps.bench.commands import VERBS
 
     name = _choose("gptjax bench", _about(VERBS), args)
     return 0 if name is None else _call(VERBS[name], f"gptjax bench {name}", args[1:])
@@ -219,7 +221,7 @@ def bench(args: list[str]) -> int:
 @report_user_errors
 def plan(args: list[str]) -> int:
     """say whether a run fits on chips that are not here, what bounds it, and what it costs"""
-    from gptjax.planner.commands import plan, words_of
+    from gptjax.apps.plan.commands import plan, words_of
 
     return _call(plan, "gptjax plan", words_of(args))
 
@@ -227,7 +229,7 @@ def plan(args: list[str]) -> int:
 @report_user_errors
 def launch(args: list[str]) -> int:
     """start a run on a cluster: Slurm, Kubernetes (GKE) or TPU VMs"""
-    from gptjax.launch.commands import VERBS, split_flags
+    from gptjax.apps.launch.commands import VERBS, split_flags
 
     name = _choose("gptjax launch", _about(VERBS), args)
     own, training = split_flags(args[1:])

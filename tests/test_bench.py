@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import ROOT, run_script
 
-from gptjax.bench import worker
-from gptjax.bench.pairs import Side
+from gptjax.apps.bench import worker
+from gptjax.apps.bench.pairs import Side
 from gptjax.errors import UserError
 
 

@@ -14,6 +14,7 @@ from conftest import run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptjax.apps.data_prep.prepare import Options, prepare_data
 from gptjax.config import DataConfig, MixtureSource
 from gptjax.data import corpus as data_corpus
 from gptjax.data import mixture as data_mixture
@@ -23,7 +24,6 @@ from gptjax.data.mixture import Assignment
 from gptjax.data.reading import Reading, play_text
 from gptjax.data.shards import Split, Tokens
 from gptjax.errors import UserError
-from gptjax.prepare.prepare import Options, prepare_data
 from gptjax.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_dict
 
 

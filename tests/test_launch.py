@@ -11,12 +11,12 @@ import yaml
 from conftest import ROOT
 
 import gptjax.process
+from gptjax.apps.launch.clusters import TPUS, XLA_FLAGS, check_mesh, parse_slice
+from gptjax.apps.launch.commands import VERBS, split_flags
 from gptjax.config import DistributedConfig
 from gptjax.configfile import load_config
 from gptjax.data.batches import Batches
 from gptjax.errors import UserError
-from gptjax.launch.clusters import TPUS, XLA_FLAGS, check_mesh, parse_slice
-from gptjax.launch.commands import VERBS, split_flags
 from gptjax.process import find_processes
 
 TPU = {"image": "example.com/gptjax:1", "topology": "v5e:16x16"}

@@ -10,11 +10,11 @@ from conftest import DATA, run_script
 
 pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
 
+from gptjax.apps.scaling.laws.isoflop import find_floor, find_floors, frontier
+from gptjax.apps.scaling.laws.parametric import Law, fit_law, fit_overtraining, fit_power_law
+from gptjax.apps.scaling.laws.table import Table, read_table
+from gptjax.apps.scaling.laws.uncertainty import interval, resampled_laws
 from gptjax.errors import UserError
-from gptjax.laws.isoflop import find_floor, find_floors, frontier
-from gptjax.laws.parametric import Law, fit_law, fit_overtraining, fit_power_law
-from gptjax.laws.table import Table, read_table
-from gptjax.laws.uncertainty import interval, resampled_laws
 
 TRUTH = Law(E=1.8172, A=482.0, B=2085.4, alpha=0.3478, beta=0.3658)  # Besiroglu et al. 2024, table 1, rounded
 

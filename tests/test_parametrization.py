@@ -9,12 +9,12 @@ import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
 
 from gptjax import parametrization
+from gptjax.apps.scaling.coordinates import at_width, change_of_activations, describe
 from gptjax.configfile import config_from_dict
 from gptjax.convert.weights import without_multipliers
 from gptjax.errors import UserError
 from gptjax.nn.transformer import abstract_model, bind, init_params, logits
 from gptjax.optim import make_optimizer
-from gptjax.scaling.coordinates import at_width, change_of_activations, describe
 from gptjax.step import init_state, make_train_step
 
 # Four times as wide and three times as deep as the base model, with heads twice as wide.

@@ -13,15 +13,15 @@ import yaml
 from conftest import ROOT, run_script, trainable_on
 
 from gptjax import cli
+from gptjax.apps.plan import calibration, planning
+from gptjax.apps.plan.analytic import abstract_trainable, estimate, executed_flops_per_token, padded_bytes
+from gptjax.apps.plan.chips import CHIPS, parse_topology
+from gptjax.apps.plan.commands import words_of
+from gptjax.apps.plan.hlo import Program
+from gptjax.apps.plan.report import report
+from gptjax.apps.plan.worker import read_out_of_memory
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, load_config
-from gptjax.hlo import Program
-from gptjax.planner import calibration, planning
-from gptjax.planner.analytic import abstract_trainable, estimate, executed_flops_per_token, padded_bytes
-from gptjax.planner.chips import CHIPS, parse_topology
-from gptjax.planner.commands import words_of
-from gptjax.planner.report import report
-from gptjax.planner.worker import read_out_of_memory
 from gptjax.step import make_train_step
 
 HLO = Path(__file__).parent / "hlo"

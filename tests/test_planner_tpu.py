@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
+from gptjax.apps.plan import planning
+from gptjax.apps.plan.chips import parse_topology
+from gptjax.apps.plan.report import size
 from gptjax.configfile import config_from_dict, load_config
-from gptjax.planner import planning
-from gptjax.planner.chips import parse_topology
-from gptjax.planner.report import size
 
 pytestmark = pytest.mark.tpu
 

@@ -10,15 +10,13 @@ import yaml
 
 pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
 
-from gptjax.configfile import config_from_dict
-from gptjax.errors import UserError
-from gptjax.laws.parametric import Law, OvertrainingLaw
-from gptjax.laws.table import Table, read_rows, read_table
-from gptjax.laws.tuning import RepetitionLaw, fit_batch, fit_rate, fit_repetition, rate_valleys
-from gptjax.predict import commands, fit
-from gptjax.predict.compare import compare, refuse_other_data
-from gptjax.predict.doctor import diagnose
-from gptjax.predict.forecast import (
+from gptjax.apps.scaling.laws.parametric import Law, OvertrainingLaw
+from gptjax.apps.scaling.laws.table import Table, read_rows, read_table
+from gptjax.apps.scaling.laws.tuning import RepetitionLaw, fit_batch, fit_rate, fit_repetition, rate_valleys
+from gptjax.apps.scaling.predict import commands, fit
+from gptjax.apps.scaling.predict.compare import compare, refuse_other_data
+from gptjax.apps.scaling.predict.doctor import diagnose
+from gptjax.apps.scaling.predict.forecast import (
     audit,
     budget_flops,
     choose_shape,
@@ -26,6 +24,8 @@ from gptjax.predict.forecast import (
     recommend,
     write_forecasts,
 )
+from gptjax.configfile import config_from_dict
+from gptjax.errors import UserError
 
 TRUTH = Law(E=1.2, A=12.0, B=60.0, alpha=0.30, beta=0.34)
 SHAPES = [(2, 32, 2), (2, 48, 3), (3, 64, 4), (4, 80, 5), (4, 112, 7), (5, 128, 8)]

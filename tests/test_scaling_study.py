@@ -14,14 +14,14 @@ from conftest import ROOT, run_script
 
 pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
 
+from gptjax.apps.scaling.emit import gke, slurm
+from gptjax.apps.scaling.ladder import Rung, describe_plan, groups, key_of, make_rungs, steps_to_take, warnings
+from gptjax.apps.scaling.laws.table import read_table
+from gptjax.apps.scaling.probe import seconds_per_step
+from gptjax.apps.scaling.runner import collect, missing_forecasts, read_result, rung_dir, state_of
+from gptjax.apps.scaling.study import load_study
 from gptjax.errors import UserError
-from gptjax.laws.table import read_table
 from gptjax.nn.transformer import flops_per_token
-from gptjax.scaling.emit import gke, slurm
-from gptjax.scaling.ladder import Rung, describe_plan, groups, key_of, make_rungs, steps_to_take, warnings
-from gptjax.scaling.probe import seconds_per_step
-from gptjax.scaling.runner import collect, missing_forecasts, read_result, rung_dir, state_of
-from gptjax.scaling.study import load_study
 
 LADDER = [{"n_layers": 1, "d_model": 16 * n, "n_heads": 2} for n in (1, 2, 3)]
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import TINY_RUN, run_script
 from test_train import assert_refused, losses
 
+from gptjax.apps.data_prep.prepare import Options, prepare_data
 from gptjax.data.reading import Reading
-from gptjax.prepare.prepare import Options, prepare_data
 
 WORDS = Path(__file__).with_name("conftest.py").read_text().split()
 

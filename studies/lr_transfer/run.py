@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gptjax.apps.scaling.coordinates import at_width
 from gptjax.config import Config
 from gptjax.configfile import load_config
 from gptjax.process import prepare_process
-from gptjax.scaling.coordinates import at_width
 
 HERE = Path(__file__).parent
 WIDTHS, SEEDS = (64, 128, 256), (1, 2, 3)

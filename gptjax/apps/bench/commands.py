@@ -1,0 +1,255 @@
+"""`gptjax bench`: the commands, and what they print."""
+
+import importlib.util
+import json as json_format
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.apps.bench.launched import seconds_to_first_step
+from gptjax.apps.bench.pairs import Side, compare, machine, machine_line, show
+from gptjax.apps.bench.worker import STRETCH
+from gptjax.configfile import config_from_dict, load_config
+from gptjax.errors import UserError
+
+Size = Literal["tiny", "baby", "gpt2"]
+# (batch, context, steps a turn) of training, so that a turn takes about a second on two cores.
+TRAINING = {"tiny": (12, 64, 20), "baby": (16, 256, 2), "gpt2": (2, 512, 1)}
+# Tokens that a greedy completion draws, within the smallest context, and completions to a turn: a tiny model's takes
+# milliseconds, of which caches and cores that the other side's turn has cooled would be a part.
+SAMPLING = {"tiny": (48, 8), "baby": (128, 1), "gpt2": (48, 1)}
+
+
+def train(
+    size: Size = "tiny",
+    peer: Literal["hf", "hf-compile"] | None = None,
+    pairs: int = 7,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    cpu_devices: int | None = None,
+    json: bool = False,
+) -> None:
+    """Tokens a second of training steps, beside PyTorch's.
+
+    Args:
+        size: of GPT-2's shape: tiny (0.8M parameters, 12 x 64 tokens), baby (10.65M, 16 x 256), gpt2 (124M, 2 x 512).
+        peer: hf is transformers in PyTorch, hf-compile the same through torch.compile; none measures ours alone.
+        pairs: turns of each side.
+        dtype: of the matmuls (for the peer, of the weights too).
+        cpu_devices: virtual devices of ours, over which the batch is cut.
+        json: print one JSON object.
+    """
+    job = _training(size, dtype, cpu_devices)
+    title = f"training {size}, {job['batch']} x {job['context']} tokens a step"
+    _report(title, job, peer, pairs, job["batch"] * job["context"] * job["steps"], json)
+
+
+def sample(
+    size: Size = "tiny",
+    batch: int = 1,
+    peer: Literal["hf"] | None = None,
+    pairs: int = 7,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    json: bool = False,
+) -> None:
+    """Tokens a second of greedy decoding, beside transformers' generate.
+
+    Args:
+        size: of GPT-2's shape: tiny (0.8M parameters), baby (10.65M), gpt2 (124M).
+        batch: sequences at once.
+        peer: hf is transformers in PyTorch; none measures ours alone.
+        pairs: turns of each side.
+        dtype: of the matmuls (for the peer, of the weights too).
+        json: print one JSON object.
+    """
+    drawn, completions = SAMPLING[size]
+    job = {
+        "work": "sample",
+        "side": "gptjax",
+        "size": size,
+        "batch": batch,
+        "new_tokens": drawn,
+        "completions": completions,
+        "dtype": dtype,
+    }
+    title = f"greedy decoding of {size}, batch {batch}, {drawn} tokens after 16"
+    _report(title, job, peer, pairs, batch * drawn * completions, json)
+
+
+def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, json: bool = False) -> None:
+    """Megabytes of text a second to ids, and batches delivered beside batches that training consumes.
+
+    Args:
+        tokenizer: as data.tokenizer: byte, char, gpt2, or the path of a tokenizer.json.
+        path: as data.path: the text.
+        pairs: how often each is measured.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    from gptjax.data.batches import Batches, training_examples
+    from gptjax.data.corpus import load_corpus
+
+    batch, context, steps = TRAINING["tiny"]
+    seconds, rates = [], []
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as cache:
+            read = {"path": path, "tokenizer": tokenizer, "cache_dir": cache}
+            cfg = config_from_dict({"workdir": "-", "data": read})
+            began = time.perf_counter()
+            corpus = load_corpus(cfg.data)
+            seconds.append(time.perf_counter() - began)
+            batches = Batches(training_examples(corpus, cfg.data, context, batch, 0), batch, range(batch))
+            rates.append(_delivered(batches, 4000))
+    source = corpus.sources[0]
+    # The bytes of the whole, from those of its validation half.
+    text_bytes = source.val_bytes / len(source.val) * (source.train_tokens + len(source.val))
+    delivered = statistics.median(rates)
+    consumed = compare(_training("tiny", "float32", None), None, pairs, "batches", steps)["gptjax"]["median"]
+    rate = text_bytes / statistics.median(seconds) / 1e6
+    found = {"machine": machine(), "mb_per_s": rate, "delivered_per_s": delivered, "consumed_per_s": consumed}
+    text = (
+        f"{path} to ids by {tokenizer}: {rate:.1f} MB/s ({text_bytes / 1e6:.2f} MB, median of {pairs})\n"
+        f"batches of {batch} x {context} tokens: {delivered:,.0f} a second delivered, {consumed:,.1f} consumed by "
+        f"the tiny model: {delivered / consumed:,.0f}x"
+    )
+    _print(found, text, json)
+
+
+def _delivered(batches: Any, count: int) -> float:
+    """Batches a second that the run's own reader makes ready when nobody trains."""
+    incoming = batches.iterate(0, prefetch=8)
+    next(incoming)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(incoming)
+    incoming.close()
+    return count / (time.perf_counter() - began)
+
+
+def startup(config: str, pairs: int = 3, json: bool = False) -> None:
+    """Seconds from the command to the end of the first step: cold, and with the compilation cache.
+
+    Args:
+        config: a config of train.py, such as configs/quickstart.yaml.
+        pairs: how often each is measured.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    load_config([config])  # so that a mistake in it is said here
+    cold, warm = [], []
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as cache:
+            cold.append(seconds_to_first_step(config, cache))
+            warm.append(seconds_to_first_step(config, cache))
+    found = {"machine": machine(), "cold_s": statistics.median(cold), "cached_s": statistics.median(warm)}
+    text = (
+        f"{config}: {found['cold_s']:.1f} s to the first step cold (neither tokens nor programs cached), "
+        f"{found['cached_s']:.1f} s with both; medians of {pairs}"
+    )
+    _print(found | {"all": {"cold_s": cold, "cached_s": warm}}, text, json)
+
+
+def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> None:
+    """What the loop costs beyond its steps: seconds of a run over those of as many steps alone, in turn with it.
+
+    Args:
+        config: a config of train.py, such as configs/quickstart.yaml.
+        steps: of a run, at least 100; evaluations and the first 50 are left out.
+        pairs: runs, each with as many steps alone.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    if steps < 2 * STRETCH:
+        raise UserError(
+            f"steps {steps} must be at least {2 * STRETCH}: the first {STRETCH}, which compile, are left out"
+        )
+    rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
+    flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
+    interval = load_config(flags).train.log_interval_steps  # and a mistake in it is said here
+    if interval > STRETCH:
+        raise UserError(
+            f"{config} has train.log_interval_steps {interval}, and a run waits only there; make it {STRETCH} or less"
+        )
+    side = Side({"work": "loop", "side": "gptjax", "flags": flags})
+    turns = [side.turn() for _ in range(pairs)]
+    side.close()
+    ratios = [turn["ratio"] for turn in turns]
+    median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+    times = f"{1000 * median['run_step_s']:.2f} ms a step in a run, {1000 * median['step_s']:.2f} alone"
+    ratio = f"{median['ratio']:.3f}x ({min(ratios):.3f} to {max(ratios):.3f} in {pairs} pairs)"
+    text = f"{config}, {steps} steps\n{machine_line(machine())}\n  {times}: {ratio}"
+    _print({"machine": machine(), **median, "all": turns}, text, json)
+
+
+def reach(config: str, text: str, peer: Literal["nanoGPT"] | None = None, pairs: int = 1, json: bool = False) -> None:
+    """Tokens and seconds to a loss: a run of ours beside nanoGPT's recipe in PyTorch, on the same text.
+
+    Args:
+        config: of a run by characters whose validation is the text's last tenth, as nanoGPT's is.
+        text: a file, such as tinyshakespeare.txt.
+        peer: nanoGPT is its recipe for a CPU (2,000 steps of 12 x 64 tokens); none measures ours alone.
+        pairs: runs of each side.
+        json: print one JSON object.
+    """
+    _check_pairs(pairs)
+    _check_peer(peer)
+    if not Path(text).exists():
+        raise UserError(f"there is no file {text}; give the path of a text such as tinyshakespeare.txt")
+    load_config([config])
+    job = {"work": "reach", "text": text, "flags": [config, "--data.path", text]}
+    sides = [Side({**job, "side": name}) for name in ("gptjax", *([] if peer is None else [peer]))]
+    turns = [[side.turn() for side in sides] for _ in range(pairs)]
+    rows = {side.name: [turn[number] for turn in turns] for number, side in enumerate(sides)}
+    for side in sides:
+        side.close()
+    lines = [f"{config} on {text}", machine_line(machine())]
+    for name, runs in rows.items():
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        lines.append(
+            f"  {name:12} validation loss {median['val/loss']:.4f} after {median['tokens']:12,.0f} tokens and "
+            f"{median['seconds']:7.1f} s"
+        )
+    found: dict[str, Any] = {"machine": machine(), "runs": rows}
+    if peer is not None:
+        found["ratio"] = statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in turns)
+        lines.append(f"  ratio        {found['ratio']:.3f} of its time")
+    _print(found, "\n".join(lines), json)
+
+
+def _training(size: str, dtype: str, cpu_devices: int | None) -> dict[str, Any]:
+    batch, context, steps = TRAINING[size]
+    job = {"work": "train", "side": "gptjax", "size": size, "batch": batch, "context": context, "steps": steps}
+    return job | {"dtype": dtype, "cpu_devices": cpu_devices}
+
+
+def _check_pairs(pairs: int) -> None:
+    if pairs < 1:
+        raise UserError(f"pairs {pairs} must be at least 1")
+
+
+def _check_peer(peer: str | None) -> None:
+    if peer is not None and importlib.util.find_spec("transformers") is None:
+        raise UserError(f"peer {peer} needs PyTorch and transformers: pip install -e '.[peer]'")
+
+
+def _report(title: str, job: dict, peer: str | None, pairs: int, tokens: int, as_json: bool) -> None:
+    _check_pairs(pairs)
+    _check_peer(peer)
+    found = compare(job, None if peer is None else {**job, "side": peer}, pairs, "tokens", tokens)
+    _print(found, show(title, found, ["gptjax"] if peer is None else ["gptjax", peer]), as_json)
+
+
+def _print(found: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json_format.dumps(found) if as_json else text)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "sample": sample,
+    "data": data,
+    "startup": startup,
+    "loop": loop,
+    "reach": reach,
+}

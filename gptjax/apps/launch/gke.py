@@ -1,0 +1,129 @@
+"""A JobSet, by which Kubernetes runs one pod on each host of TPU slices or of GPU nodes."""
+
+from typing import Any, NamedTuple
+
+from gptjax.apps.launch.clusters import CHIPS_PER_HOST, XLA_FLAGS, Slice
+
+CONFIG_FOLDER = "/etc/gptjax"
+STOPPED = 75  # the run's exit code after a signal, with everything saved
+PORT = 8476  # of JAX's coordinator
+
+
+class GkeJob(NamedTuple):
+    """What the cluster is to be asked for.
+
+    Attributes:
+        name: a DNS label.
+        image: built from the repository's Dockerfile, with the extra tpu or cuda.
+        config: of the run, as YAML.
+        slice: the TPUs; None for GPUs.
+        num_slices: of TPUs, joined by the data-centre network.
+        gpu: the node label cloud.google.com/gke-accelerator.
+        nodes: of GPUs.
+        gpus_per_node: on each.
+        queue: of Kueue; None for none.
+        service_account: of Kubernetes, which may write to the bucket; None for the default one.
+        spot: whether nodes may be taken away.
+        max_restarts: after faults. Restarts after a preemption are not counted.
+        grace_s: seconds that a pod has to save.
+    """
+
+    name: str
+    image: str
+    config: str
+    slice: Slice | None
+    num_slices: int
+    gpu: str | None
+    nodes: int
+    gpus_per_node: int
+    queue: str | None
+    service_account: str | None
+    spot: bool
+    max_restarts: int
+    grace_s: int
+
+
+def manifests(job: GkeJob) -> list[dict[str, Any]]:
+    """A ConfigMap with the run's config, and the JobSet."""
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": job.name},
+        "data": {"config.yaml": job.config},
+    }
+    metadata: dict[str, Any] = {"name": job.name}
+    if job.slice is not None:  # a replicated job is a slice, and has a node pool to itself
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    if job.queue is not None:
+        metadata["labels"] = {"kueue.x-k8s.io/queue-name": job.queue}
+    pods = job.nodes if job.slice is None else job.slice.hosts
+    batch_job = {
+        "completionMode": "Indexed",
+        "completions": pods,
+        "parallelism": pods,
+        "backoffLimit": 0,  # one pod cannot come back alone: the whole set starts again
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": "train", "operator": "In", "values": [STOPPED]},
+                },
+            ]
+        },
+        "template": {"spec": _pod(job)},
+    }
+    spec = {
+        # Without end after what the pods' policy names, a preemption; so many times after anything else.
+        "failurePolicy": {
+            "maxRestarts": job.max_restarts,
+            "rules": [
+                {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]},
+            ],
+        },
+        "replicatedJobs": [{"name": "workers", "replicas": job.num_slices, "template": {"spec": batch_job}}],
+    }
+    jobset = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}
+    return [config_map, jobset]
+
+
+def _pod(job: GkeJob) -> dict[str, Any]:
+    command = ["python", "-u", "-m", "gptjax", "train", f"{CONFIG_FOLDER}/config.yaml"]
+    variable, flags = XLA_FLAGS["cuda" if job.slice is None else "tpu"]
+    environment: list[dict[str, Any]] = [{"name": variable, "value": " ".join(flags)}]
+    volumes: list[dict[str, Any]] = [{"name": "config", "configMap": {"name": job.name}}]
+    mounts = [{"name": "config", "mountPath": CONFIG_FOLDER}]
+    if job.slice is None:  # GKE tells TPU hosts who they are, and nobody tells GPU nodes
+        index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+        environment.append({"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}})
+        command += [f"--distributed.coordinator={job.name}-workers-0-0.{job.name}:{PORT}"]
+        command += [f"--distributed.num_processes={job.nodes}", "--distributed.process_id=$(PROCESS_ID)"]
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})  # NCCL's; a container has 64 MiB
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        selector = {"cloud.google.com/gke-accelerator": job.gpu}
+        resource, count = "nvidia.com/gpu", job.gpus_per_node
+    else:
+        selector = {"cloud.google.com/gke-tpu-accelerator": job.slice.tpu.gke}
+        selector["cloud.google.com/gke-tpu-topology"] = job.slice.shape
+        resource, count = "google.com/tpu", min(job.slice.chips, CHIPS_PER_HOST)
+    container = {
+        "name": "train",
+        "image": job.image,
+        "command": command,
+        "env": environment,
+        "resources": {"limits": {resource: str(count)}},
+        "volumeMounts": mounts,
+    }
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": job.grace_s,
+        "nodeSelector": selector | ({"cloud.google.com/gke-spot": "true"} if job.spot else {}),
+        "containers": [container],
+        "volumes": volumes,
+    }
+    if job.spot:
+        tolerated = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        pod["tolerations"] = [tolerated]
+    if job.service_account is not None:
+        pod["serviceAccountName"] = job.service_account
+    return pod

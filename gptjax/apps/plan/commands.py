@@ -1,0 +1,105 @@
+"""`gptjax plan`."""
+
+import json as json_format
+from pathlib import Path
+
+import yaml
+
+from gptjax.configfile import load_config, read_yaml
+from gptjax.errors import UserError
+from gptjax.process import prepare_process
+
+DOES_NOT_FIT = 3  # exit code
+FLAGS = ("--search", "--analytic", "--json", "--help")
+
+
+def words_of(args: list[str]) -> list[str]:
+    """The command line with the config and its overrides (`--model.remat full`) first, as `model.remat=full`.
+
+    What follows are the options of `plan` itself.
+    """
+    words, overrides, options, rest = [], [], [], list(args)
+    while rest:
+        word = rest.pop(0)
+        follows = bool(rest) and not rest[0].startswith("--")
+        if not word.startswith("--"):
+            words.append(word)
+        elif "." in word.partition("=")[0]:
+            overrides.append(word[2:] if "=" in word or not rest else f"{word[2:]}={rest.pop(0)}")
+        else:
+            options.append(word)
+            if "=" not in word and follows and (word not in FLAGS or rest[0] in ("true", "false")):
+                options.append(rest.pop(0))
+    return words + overrides + options
+
+
+def plan(
+    config: list[str],
+    topology: str,
+    num_slices: int = 1,
+    tokens: float | None = None,
+    price_per_chip_hour: float | None = None,
+    search: bool = False,
+    out: str | None = None,
+    analytic: bool = False,
+    json: bool = False,
+) -> None:
+    """Say whether a run fits on chips that are not here, what bounds it, and what it costs.
+
+    With libtpu installed (pip install 'gptjax[tpu]') the real step is compiled for the real topology, on a CPU, in a
+    minute or two. Exit code 3: it does not fit.
+
+    Args:
+        config: CONFIG.yaml, and overrides of its keys as for train.py (--model.remat full).
+        topology: chips and shape, such as v5e:16x16, v5p:8x8x8, or h100:16x8 (16 hosts of 8; an estimate).
+        num_slices: how many of it, joined by the data-centre network; mesh.data spans them.
+        tokens: of the whole run, such as 300e9; adds days.
+        price_per_chip_hour: adds the cost, in the same money.
+        search: try meshes, remat and microbatches of the same batch, and print the best as overrides.
+        out: with --search, the file for the config with the best overrides.
+        analytic: do not compile; estimate in seconds.
+        json: print one JSON object.
+    """
+    if out is not None and not search:
+        raise UserError("--out is where --search writes its config; add --search")
+    cfg = load_config([config[0], *(f"--{word}" for word in config[1:])])
+    prepare_process()
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a plan must not seize the TPU of the machine that it runs on
+    from gptjax.apps.plan import planning
+    from gptjax.apps.plan.chips import parse_topology
+    from gptjax.apps.plan.report import flags, report
+    from gptjax.apps.plan.roofline import run_costs
+
+    chips = parse_topology(topology, num_slices)
+    cfg = planning.prepared(cfg)
+    if search:
+        overrides, made = planning.search(cfg, chips, analytic)
+        made["overrides"] = overrides
+    else:
+        made = planning.make_plan(cfg, chips, analytic)
+        made["suggestion"] = None if made["fits"] else planning.suggest(cfg, chips)
+    made["config"] = " ".join(config)
+    for speed in (made["ceiling"], made["expected"]):
+        speed |= run_costs(speed["tokens_per_s"], chips.n_chips, tokens, price_per_chip_hour)
+    print(json_format.dumps(made, allow_nan=False) if json else "\n".join(report(made)))
+    if search:
+        if not json:
+            print(f"\nthe best of {made['candidates']} that fit by arithmetic: {flags(overrides)}")
+        if out is not None:
+            write_config(out, config[0], overrides)
+    if not made["fits"]:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def write_config(out: str, config: str, overrides: dict[str, object]) -> None:
+    """Write the config file with the overrides in place; raises UserError where it cannot be written."""
+    values = read_yaml(config)
+    for name, value in overrides.items():
+        section, key = name.split(".")
+        values[section] = {**(values.get(section) or {}), key: value}
+    try:
+        Path(out).write_text(yaml.safe_dump(values, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"cannot write --out {out}: {error.strerror}") from None

@@ -1,0 +1,95 @@
+"""The process that compiles. It loads libtpu, so nothing that goes wrong there can reach the planner.
+
+Reads one JSON object from stdin (`config` as YAML text, `topology`, `num_slices`) and prints one as its last line.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import yaml
+
+from gptjax.process import prepare_process
+
+# How libtpu says that a program does not fit: with a total, or with the temporaries alone.
+_SIZE, _LIMIT = r"(?P<used>[\d.]+)(?P<unit>[KMGT])", r"(?P<limit>[\d.]+)(?P<limit_unit>[KMGT])"
+OUT_OF_MEMORY = {
+    "all": rf"Used {_SIZE} of {_LIMIT} hbm",
+    "temporaries": rf"temporaries \({_SIZE}\) exceeds available HBM \({_LIMIT}",
+}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def read_out_of_memory(message: str) -> dict[str, Any] | None:
+    """Bytes that a program wants (`of` all, or temporaries alone) and may have; None: it is another error."""
+    for of, pattern in OUT_OF_MEMORY.items():
+        found = re.search(pattern, message)
+        if found:
+            used, limit = float(found["used"]), float(found["limit"])
+            used, limit = used * UNITS[found["unit"]], limit * UNITS[found["limit_unit"]]
+            return {"of": of, "used_bytes": used, "limit_bytes": limit}
+    return None
+
+
+def devices_of(topology_name: str, num_slices: int) -> list[Any]:
+    """Devices of a topology, slice by slice; a v4 chip's two cores count as one device, as in training."""
+    from jax.experimental import topologies
+
+    wanted = {"num_slices": num_slices} if num_slices > 1 else {}
+    if topology_name.startswith("v4:"):
+        wanted["chip_config_name"] = "megacore"
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology_name, **wanted).devices)
+
+
+def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) -> dict[str, Any]:
+    """Compile the training step for a topology.
+
+    Returns:
+        `memory` (bytes of one device by kind), `hbm_bytes`, `collectives`; or `out_of_memory`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from gptjax.apps.plan.hlo import Program
+    from gptjax.configfile import config_from_dict
+    from gptjax.sharding import make_mesh
+    from gptjax.step import make_train_step, make_trainable
+
+    cfg = config_from_dict(config)
+    devices = devices_of(topology_name, num_slices)
+    t = make_trainable(cfg, make_mesh(cfg.mesh.axes, devices, num_slices))
+    shape = (cfg.train.batch_sequences, cfg.model.context_length)
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=t.batch_sharding) for name, kind in kinds.items()}
+    try:
+        with jax.set_mesh(t.mesh):
+            compiled = make_train_step(t).compiled.lower(t.state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        too_much = read_out_of_memory(str(error))
+        if too_much is None:
+            raise
+        return {"out_of_memory": too_much}
+    analysis = compiled.memory_analysis()
+    program = Program(compiled.as_text())
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    return {
+        "memory": {name: getattr(analysis, f"{name}_size_in_bytes") for name in names},
+        "hbm_bytes": program.hbm_bytes(),
+        "collectives": [c._asdict() for c in program.collectives(len(devices) // num_slices, num_slices)],
+    }
+
+
+def main() -> None:
+    """Answer one request; what the compiler refuses for another reason is an answer too."""
+    request = json.load(sys.stdin)
+    prepare_process()
+    try:
+        answer = compile_step(yaml.safe_load(request["config"]), request["topology"], request["num_slices"])
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How far a fit may be off: bootstrap intervals of its parameters and of the frontier."""
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+
+from gptjax.apps.scaling.laws.isoflop import find_floors, frontier
+from gptjax.apps.scaling.laws.parametric import DELTA, Law, fit_law
+from gptjax.apps.scaling.laws.table import Table
+from gptjax.errors import UserError
+
+LEVEL = 0.95
+Interval = tuple[float, float]
+
+
+def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA, seed: int = 0) -> list[Law]:
+    """The law fitted again to randomly reweighted rows: the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9).
+
+    Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
+    """
+    rng = np.random.default_rng(seed)
+    rows, start = (table.params, table.tokens, table.loss), [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
+    return [fit_law(*rows, delta, rng.exponential(size=len(table)), start) for _ in range(resamples)]
+
+
+def interval(values: list[float] | np.ndarray) -> Interval:
+    """The middle LEVEL of the values."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def law_intervals(laws: list[Law]) -> dict[str, Interval]:
+    """An interval for each parameter, and for the exponent of N*(C)."""
+    names = ("E", "A", "B", "alpha", "beta", "exponent")
+    return {name: interval([getattr(law, name) for law in laws]) for name in names}
+
+
+def noise(law: Law, table: Table) -> float:
+    """Standard deviation of log loss about the law."""
+    return deviation(np.log(table.loss / law.loss(table.params, table.tokens)), free=5)
+
+
+def deviation(residual: np.ndarray, free: int) -> float:
+    """Standard deviation about a law of `free` parameters, from the median so that outliers do not set it."""
+    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
+
+
+def disturbed_intervals(
+    fit: Callable[[np.ndarray], dict[str, float]], loss: np.ndarray, std: float, resamples: int = 200, seed: int = 0
+) -> dict[str, Interval]:
+    """An interval for each value that `fit` finds when each loss is off by `std` of its logarithm.
+
+    Returns:
+        none where `fit` refuses (UserError) more than one in ten of the disturbed losses.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[dict[str, float]] = []
+    for _ in range(resamples):
+        with contextlib.suppress(UserError):
+            found.append(fit(loss * np.exp(std * rng.normal(size=len(loss)))))
+    enough = len(found) >= 0.9 * resamples
+    return {name: interval([values[name] for values in found]) for name in found[0]} if enough else {}
+
+
+def frontier_intervals(table: Table, method: str, std: float, resamples: int = 200, seed: int = 0) -> list[Interval]:
+    """Intervals of the exponents of N*(C) and D*(C) when each loss is off by `std` of its logarithm.
+
+    Returns:
+        two intervals; none where fewer than nine in ten disturbed tables have a frontier.
+    """
+
+    def exponents(loss: np.ndarray) -> dict[str, float]:
+        lines = frontier(find_floors(Table(table.params, table.tokens, loss, table.flops), method))
+        if lines is None:
+            raise UserError("no frontier")
+        return {str(number): line.exponent for number, line in enumerate(lines)}
+
+    return list(disturbed_intervals(exponents, table.loss, std, resamples, seed).values())

@@ -1,0 +1,278 @@
+"""The verbs of `gptjax scaling` that read a study's table: each fits, and prints or writes what follows."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+# Before numpy is loaded: fits work on tables of a few hundred rows, for which BLAS threads only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from gptjax.errors import UserError
+
+
+def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
+    values, lines = said
+    print(json.dumps(_plain(values), allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _plain(values: Any) -> Any:
+    """Null where a number is not finite, which JSON cannot say."""
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def fit(
+    study: str | None = None,
+    table: str | None = None,
+    law: Literal["chinchilla", "overtraining", "repetition", "batch", "rate"] = "chinchilla",
+    params: str = "params",
+    loss: str = "loss",
+    delta: float = 1e-3,
+    resamples: int = 400,
+    target: float | None = None,
+    sensitivity: bool = False,
+    json: bool = False,
+) -> None:
+    """Fit a law of the loss to a study's finished runs, or to a table.
+
+    Args:
+        study: the study's directory, after `collect`.
+        table: a CSV file instead, with columns params, tokens, loss and perhaps flops (else 6 N D).
+        law: L = E + A/N^alpha + B/D^beta; Gadre's law for models trained far beyond their optimum; Muennighoff's of
+            repeated data (column epochs); the critical batch (batch_tokens); or the best learning rate (peak_lr).
+        params: the column that counts weights.
+        loss: the column of the loss.
+        delta: where the Huber loss on log loss turns straight.
+        resamples: of the bootstrap that gives the intervals.
+        target: with batch, the loss to reach; without it the lowest that every batch reaches.
+        sensitivity: fit again with other deltas, counts of N, and rows or budgets left out.
+        json: print one JSON object.
+    """
+    from gptjax.apps.scaling.laws.table import read_table
+    from gptjax.apps.scaling.predict import fit
+
+    if resamples < 2 or delta <= 0:
+        raise UserError(f"resamples {resamples} must be at least 2, and delta {delta:g} positive")
+    if (sensitivity and law != "chinchilla") or (target is not None and law != "batch"):
+        raise UserError("--sensitivity is of the law chinchilla and --target of batch; give that --law, or drop it")
+    path = _source(study, table)
+    laws: dict[str, Callable[[], Any]] = {
+        "chinchilla": lambda: fit.describe_fit(read_table(path, params, loss), delta, resamples),
+        "overtraining": lambda: fit.describe_overtraining(read_table(path, params, loss)),
+        "repetition": lambda: fit.describe_repetition(path, params, loss),
+        "batch": lambda: fit.describe_batch(path, target),
+        "rate": lambda: fit.describe_rates(path),
+    }
+    _say(fit.describe_sensitivity(path, loss) if sensitivity else laws[law](), json)
+
+
+def recommend(
+    study: str,
+    flops: float | None = None,
+    usd: float | None = None,
+    hours: float | None = None,
+    out: str | None = None,
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Say the best model for a budget, with intervals, and write a config that trains it.
+
+    Args:
+        study: the study's directory, after `collect`.
+        flops: the budget in FLOPs.
+        usd: the budget in USD, by study.yaml's usd_per_hour and flops_per_s.
+        hours: the budget in hours, by study.yaml's flops_per_s.
+        out: the config file to write.
+        force: also beyond 30 times the largest fitted budget.
+        json: print one JSON object.
+    """
+    _prepare()
+    from gptjax.apps.scaling.predict import forecast
+
+    fitted = forecast.fit_table(_source(study, None))
+    budget = forecast.budget_flops(study, flops, usd, hours)
+    fitted.refuse_far(budget, force)
+    (values, lines), config = forecast.recommend(study, fitted, budget)
+    if out is not None:
+        Path(out).write_text(config)
+        lines.append(f"gptjax train {out}    trains it")
+    _say((values, lines), json)
+
+
+def forecast(study: str, force: bool = False, json: bool = False) -> None:
+    """Write down what the law says of every held-out rung, before it runs.
+
+    Args:
+        study: the study's directory, after `collect`.
+        force: also beyond 30 times the largest fitted budget.
+        json: print one JSON object.
+    """
+    _prepare()
+    from gptjax.apps.scaling.predict import forecast
+
+    path = _source(study, None)
+    made = forecast.write_forecasts(study, forecast.fit_table(path), path, force)
+    lines = []
+    for one in made:
+        low, high = one["interval"]
+        lines.append(
+            f"{one['rung']}: {one['params']:.4g} params, {one['tokens']:.4g} tokens, {one['flops']:.4g} FLOPs"
+        )
+        lines.append(f"  loss {one['loss']:.4f} ({low:.4f} to {high:.4f}), made at {one['made_at']}")
+        lines.append(f"  sha256 {one['sha256']}; commit {study}/forecasts/{one['rung']}.json before the run")
+    _say(({"forecasts": made}, lines), json)
+
+
+def audit(study: str, json: bool = False) -> None:
+    """Score every forecast of a study against the run that followed, and write audit.json.
+
+    Args:
+        study: the study's directory, after `collect`.
+        json: print one JSON object.
+    """
+    from gptjax.apps.scaling.predict import forecast
+
+    scores, lines = forecast.audit(study, _source(study, None))
+    Path(study, "audit.json").write_text(_dumps(scores))
+    _say(({"audit": scores}, lines), json)
+
+
+def doctor(study: str, json: bool = False) -> None:
+    """Say why a study's law should not be trusted.
+
+    Args:
+        study: the study's directory, after `collect`.
+        json: print one JSON object.
+    """
+    from gptjax.apps.scaling.predict.doctor import diagnose
+
+    _say(diagnose(_source(study, None)), json)
+
+
+def compare(a: str, b: str, flops: float | None = None, resamples: int = 400, json: bool = False) -> None:
+    """Say how much less compute recipe B needs than recipe A, or what it would take to know.
+
+    Args:
+        a: the directory of a study.
+        b: the directory of a study of the same data with another recipe.
+        flops: the budget of A at which to compare; without it, the largest that both have.
+        resamples: of the bootstrap that gives the interval.
+        json: print one JSON object.
+    """
+    _prepare()
+    from gptjax.apps.scaling.laws.table import read_rows
+    from gptjax.apps.scaling.predict.compare import compare, refuse_other_data
+    from gptjax.apps.scaling.predict.forecast import fit_table
+
+    paths = [_source(a, None), _source(b, None)]
+    refuse_other_data(*(read_rows(path) for path in paths))
+    one, other = (fit_table(path, resamples=resamples, seed=seed) for seed, path in enumerate(paths))
+    _say(compare(one, other, flops or min(float(f.table.flops.max()) for f in (one, other))), json)
+
+
+def plot(study: str, format: Literal["png", "svg"] = "png") -> None:
+    """Draw a study: loss against compute, valleys, residuals, and learning rates where they were swept.
+
+    Args:
+        study: the study's directory, after `collect`.
+        format: of the pictures, which go to its folder plots.
+    """
+    _prepare()
+    path = _source(study, None)
+    for made in _draw(study, path, format):
+        print(made)
+
+
+def report(study: str) -> None:
+    """Write report.html: a study's pictures, law, sensitivity, diagnosis and audit in one file.
+
+    Args:
+        study: the study's directory, after `collect`.
+    """
+    _prepare()
+    from gptjax.apps.scaling.laws.table import read_table
+    from gptjax.apps.scaling.predict import fit, forecast
+    from gptjax.apps.scaling.predict.doctor import diagnose
+    from gptjax.apps.scaling.predict.report import make_report
+
+    path = _source(study, None)
+    sections = {"The law": fit.describe_fit(read_table(path))[1], "Doctor": diagnose(path)[1]}
+    sections["Sensitivity"] = fit.describe_sensitivity(path)[1]
+    if list(Path(study, "forecasts").glob("*.json")):
+        sections["Forecasts and their audit"] = forecast.audit(study, path)[1]
+    sections["The runs"] = path.read_text().splitlines()
+    page = make_report(f"Scaling study {Path(study).resolve().name}", sections, _draw(study, path, "png"))
+    made = Path(study, "report.html")
+    made.write_text(page)
+    print(made)
+
+
+def _draw(study: str, path: Path, kind: str) -> list[Path]:
+    try:
+        from gptjax.apps.scaling.predict.plots import draw
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install -e '.[scaling]'") from None
+    from gptjax.apps.scaling.predict.forecast import fit_table
+
+    return draw(fit_table(path), path, Path(study, "plots"), kind)
+
+
+def _prepare() -> None:
+    """Settle the process before JAX is imported, which counts a shape's weights."""
+    from gptjax.process import prepare_process
+
+    prepare_process()
+
+
+def _dumps(values: Any) -> str:
+    return json.dumps(values, indent=1) + "\n"
+
+
+def _source(study: str | None, table: str | None) -> Path:
+    """The table that a verb is to read; raises UserError for none, for two, or where a result is missing in it."""
+    if (study is None) == (table is None):
+        raise UserError("say what to fit: --study DIR, or --table F.csv with columns params, tokens, loss")
+    if table is not None:
+        return Path(table)
+    path = Path(study, "table.csv")
+    newest = max((p.stat().st_mtime for p in Path(study, "rungs").glob("*/result.json")), default=None)
+    if newest is None and not path.exists():  # a study may be handed on as its table alone
+        raise UserError(f"{study} has no finished rung yet; gptjax scaling run {study}")
+    if not path.exists() or path.stat().st_mtime < (newest or 0):
+        raise UserError(f"{path} lacks the newest results; gptjax scaling collect {study}")
+    _refuse_other_study(study, path)
+    return path
+
+
+def _refuse_other_study(study: str, path: Path) -> None:
+    """Raise UserError where the table has runs that the study, as last planned, does not."""
+    from gptjax.apps.scaling.laws.table import read_json, read_rows
+
+    plan = Path(study, "plan.json")
+    if plan.exists():
+        known = {row["id"] for row in read_json(plan)}
+        rows = [row for held_out in (False, True) for row in read_rows(path, held_out)]
+        others = [row["id"] for row in rows if row.get("id", "") not in known]
+        if others:
+            raise UserError(
+                f"{path} has rung {others[0]} and {plan} does not: study.yaml, its base config or the data changed; "
+                "change it back, or fit the table by --table"
+            )
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "fit": fit,
+    "plot": plot,
+    "recommend": recommend,
+    "forecast": forecast,
+    "audit": audit,
+    "doctor": doctor,
+    "compare": compare,
+    "report": report,
+}

@@ -1,0 +1,236 @@
+"""What `gptjax scaling fit` says of a table: the law, its intervals, each budget's floor, and the frontier."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.apps.scaling.laws import uncertainty
+from gptjax.apps.scaling.laws.isoflop import METHODS, find_floors, frontier
+from gptjax.apps.scaling.laws.parametric import DELTA, Law, PowerLaw, fit_law, fit_overtraining
+from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
+from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
+from gptjax.errors import UserError
+
+Said = tuple[dict[str, Any], list[str]]  # for a program, and for a reader
+
+
+def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Said:
+    """Fit the parametric law and, where budgets repeat, the frontier; say both with intervals.
+
+    Raises:
+        UserError: rows that cannot determine the law.
+    """
+    refuse_unstraddled(table)
+    law = fit_law(table.params, table.tokens, table.loss, delta)
+    intervals = uncertainty.law_intervals(uncertainty.resampled_laws(law, table, resamples, delta))
+    std = uncertainty.noise(law, table)
+    values: dict[str, Any] = {**asdict(law), "exponent": law.exponent, "rows": len(table), "noise": std}
+    values["intervals"] = intervals
+    lines = [f"L = E + A/N^alpha + B/D^beta on {len(table)} rows (interval: middle 95 % of {resamples} bootstraps)"]
+    for name, (low, high) in intervals.items():
+        lines.append(f"  {name:9}{getattr(law, name):12.5g}   {low:.5g} to {high:.5g}")
+    lines += [f"  objective {law.objective:.6g}, noise {100 * std:.2f} % of the loss"]
+    if not law.converged:
+        lines.append(
+            f"  NOT CONVERGED: it would still fall by {law.newton_decrement:.1g}, or these rows do not determine E"
+        )
+    budget = 10 * float(table.flops.max())
+    ratio = float(np.median(table.flops / table.params / table.tokens))
+    params, tokens = map(float, law.optimum(budget, ratio))
+    values["optimum"] = {"flops": budget, "params": params, "tokens": tokens, "loss": law.loss(params, tokens)}
+    lines.append(f"  at {budget:.3g} FLOPs the law's optimum is {params:.4g} params, {tokens:.4g} tokens")
+    values["frontier"], said = _describe_frontier(table, std)
+    lines += said
+    return values, lines
+
+
+def refuse_unstraddled(table: Table) -> None:
+    """Raise UserError for an isoFLOP table of which no budget has its best model inside the grid."""
+    tried = [floor.refused for floor in find_floors(table) if "too few" not in floor.refused]
+    if tried and all(tried):
+        raise UserError(f"no budget straddles its optimum: {'; '.join(tried)}")
+
+
+def _describe_frontier(table: Table, std: float) -> tuple[dict[str, Any], list[str]]:
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+    for method in METHODS:
+        floors = find_floors(table, method)
+        if all("too few" in floor.refused for floor in floors):
+            return {}, []  # not an isoFLOP table
+        lines.append(f"floor of each budget by {method}")
+        plain = [asdict(f) if not f.refused else {"flops": f.flops, "refused": f.refused} for f in floors]
+        values[method] = {"floors": plain}
+        for f in floors:
+            found = f"{f.flops:.3g} FLOPs: {f.params:.4g} params, {f.tokens:.4g} tokens, loss {f.loss:.4f}"
+            lines.append(f"  refused: {f.refused}" if f.refused else f"  {found}")
+        exponents = frontier(floors)
+        if exponents is None:
+            lines.append("  fewer than two floors stand: no frontier")
+            continue
+        spread = uncertainty.frontier_intervals(table, method, std)
+        for number, (name, line) in enumerate(zip(("params", "tokens"), exponents, strict=True)):
+            known = {"exponent": line.exponent, "factor": line.factor}
+            values[method][name] = known | ({"interval": spread[number]} if spread else {})
+            said = f"   {spread[number][0]:.4f} to {spread[number][1]:.4f}" if spread else "   interval unresolved"
+            lines.append(f"  optimal {name} ~ C^{line.exponent:.4f}{said}")
+    return values, lines
+
+
+def describe_overtraining(table: Table) -> Said:
+    """Fit Gadre's over-training law, and say it.
+
+    Raises:
+        UserError: rows that cannot determine the law.
+    """
+    inputs = 6 * table.params * table.tokens, table.tokens / table.params
+    law = fit_overtraining(*inputs, table.loss)
+    std = uncertainty.deviation(np.log(table.loss / law.loss(*inputs)), free=4)
+    spread = uncertainty.disturbed_intervals(lambda loss: asdict(fit_overtraining(*inputs, loss)), table.loss, std)
+    lines = [f"L = E + (a M^eta + b M^-eta) C^-eta on {len(table)} rows, with M = tokens / params"]
+    lines += [f"  {name:4}{value:.5g}{_to(spread.get(name))}" for name, value in asdict(law).items()]
+    return {**asdict(law), "intervals": spread}, lines
+
+
+def _to(spread: uncertainty.Interval | None) -> str:
+    return f"   {spread[0]:.4g} to {spread[1]:.4g}" if spread else "   interval unresolved"
+
+
+def describe_sensitivity(path: Path, loss: str = "loss") -> Said:
+    """The law again with the choices changed that should not matter: delta, rows, budgets, the count of N.
+
+    Raises:
+        UserError: as `read_table` and `fit_law`.
+    """
+    table = read_table(path, "params", loss)
+    law = fit_law(table.params, table.tokens, table.loss)
+    budget, budgets = 10 * float(table.flops.max()), table.budgets()
+    start = [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
+    changed: dict[str, tuple[Table, float]] = {"as it is": (table, DELTA)}
+    changed |= {f"delta {delta:g}": (table, delta) for delta in (1e-4, 1e-2)}
+    worst = np.argsort(table.loss)
+    changed |= {f"without the {k} highest losses": (table.take(np.sort(worst[:-k])), DELTA) for k in (1, 3)}
+    changed |= {f"without {c:.3g} FLOPs": (table.take(budgets != c), DELTA) for c in np.unique(budgets)}
+    names = [name for name in read_rows(path)[0] if name.startswith("params_")]
+    changed |= {f"N is {name}": (read_table(path, name, loss), DELTA) for name in names}
+    values: dict[str, Any] = {}
+    lines = [f"{'':30}{'a':>8}{'alpha':>9}{'beta':>9}{'E':>9}{'loss at ' + format(budget, '.2g'):>18}"]
+    for name, (rows, delta) in changed.items():
+        starts = None if name.startswith("N is") or name == "as it is" else start
+        try:
+            fit = fit_law(rows.params, rows.tokens, rows.loss, delta, starts=starts)
+        except UserError as reason:
+            lines.append(f"{name:30}  {reason}")
+            continue
+        values[name] = {"exponent": fit.exponent, "alpha": fit.alpha, "beta": fit.beta, "E": fit.E}
+        values[name]["loss"] = _best_loss(fit, rows, budget)
+        v = values[name]
+        lines.append(f"{name:30}{v['exponent']:8.3f}{v['alpha']:9.3f}{v['beta']:9.3f}{v['E']:9.4f}{v['loss']:18.4f}")
+    one_out = [
+        fit_law(rows.params, rows.tokens, rows.loss, starts=start).exponent
+        for rows in (table.take(np.arange(len(table)) != i) for i in range(len(table)))
+    ]
+    values["one row left out"] = {"exponent": [min(one_out), max(one_out)]}
+    lines.append(f"any one row left out: a from {min(one_out):.3f} to {max(one_out):.3f}")
+    return values, lines
+
+
+def _best_loss(law: Law, table: Table, flops: float) -> float:
+    """The law's least loss at a budget."""
+    ratio = float(np.median(table.flops / table.params / table.tokens))
+    return float(law.loss(*law.optimum(flops, ratio)))
+
+
+def describe_repetition(path: Path, params: str = "params", loss: str = "loss") -> Said:
+    """Fit the law of repeated data to a table with the column epochs, and say it; raises UserError as the fit."""
+    rows = _done(path)
+    if not rows or "epochs" not in rows[0]:
+        raise UserError(f"table {str(path)!r} has no column 'epochs'; the cost of repeating needs it")
+    N, D, L, epochs = (numbers(rows, name, path) for name in (params, "tokens", loss, "epochs"))
+    law, unique = fit_repetition(N, D, L, epochs), D / np.maximum(1, epochs)
+    std = uncertainty.deviation(np.log(L / law.loss(N, D, unique)), free=7)
+
+    def scales(disturbed: np.ndarray) -> dict[str, float]:
+        again = fit_scales(law.law, N, D, disturbed, unique)
+        return {"R_D": again.R_D, "R_N": again.R_N}
+
+    spread = uncertainty.disturbed_intervals(scales, L, std, resamples=100)
+    values = {**asdict(law.law), "R_D": law.R_D, "R_N": law.R_N, "intervals": spread}
+    lines = ["repeating data, the law of one epoch held fixed (Muennighoff et al.: 15.4 and 5.3)"]
+    lines += [f"  {name}* {value:.4g}{_to(spread.get(name))}" for name, value in (("R_D", law.R_D), ("R_N", law.R_N))]
+    return values, lines
+
+
+def describe_batch(path: Path, target: float | None = None) -> Said:
+    """Fit the critical batch of each shape of a table with batch_tokens, and say it; raises UserError as the fit."""
+    rows, values, lines = _done(path), {}, []
+    if not rows or "batch_tokens" not in rows[0]:
+        raise UserError(f"table {str(path)!r} has no column 'batch_tokens'; the critical batch needs it")
+    params, batch, tokens, loss = (numbers(rows, name, path) for name in ("params", "batch_tokens", "tokens", "loss"))
+    for N in np.unique(params):
+        at = params == N
+        law = fit_batch(batch[at], tokens[at], loss[at], target)
+        values[f"{N:.4g}"] = asdict(law)
+        low, high = law.critical_interval
+        lines.append(f"{N:.4g} params to a loss of {law.target:.4f}: at least {law.least_tokens:.4g} tokens, ")
+        lines[-1] += f"critical batch {law.critical:.4g} tokens a step ({low:.3g} to {high:.3g})"
+    return values, lines
+
+
+def describe_rates(path: Path) -> Said:
+    """Each valley of the loss over the learning rate, its sensitivity, and how the best rate moves with the budget.
+
+    Raises:
+        UserError: no shape and budget of the table has two rates.
+    """
+    valleys = valleys_of_rate(read_rows(path))
+    if not valleys:
+        raise UserError(f"{path} has no shape and budget with two learning rates; give sweeps.peak_lr")
+    law = fit_rate(valleys)
+    values: dict[str, Any] = {"law": None if law is None else asdict(law), "valleys": []}
+    lines = []
+    for v in valleys:
+        best = None if v.refused else v.best
+        values["valleys"].append({"params": v.params, "flops": v.flops, "best": best, "sensitivity": v.sensitivity})
+        said = f"refused: {v.refused}" if v.refused else f"best rate {v.best:.4g}"
+        lines.append(f"{v.params:.4g} params, {v.flops:.3g} FLOPs: {said}; sensitivity {v.sensitivity:.4f}")
+    lines.append("no law of the rate" if law is None else f"best rate ~ C^{law.exponent:.3f}")
+    return values, lines
+
+
+def rate_law(rows: list[dict[str, str]]) -> PowerLaw | None:
+    """Best learning rate over FLOPs; None where the rows do not say."""
+    return fit_rate(valleys_of_rate(rows)) if rows and "peak_lr" in rows[0] else None
+
+
+def rate_interval(rows: list[dict[str, str]], flops: float, std: float) -> uncertainty.Interval | None:
+    """Of the best rate at a budget, when each loss is off by `std` of its logarithm; None: the rows do not say."""
+    *swept, loss = _rate_columns(rows)
+
+    def best(disturbed: np.ndarray) -> dict[str, float]:
+        law = fit_rate(list(rate_valleys(*swept, disturbed)))
+        if law is None:
+            raise UserError("no law of the rate")
+        return {"rate": float(law(flops))}
+
+    return uncertainty.disturbed_intervals(best, loss, std).get("rate")
+
+
+def valleys_of_rate(rows: list[dict[str, str]]) -> list[Any]:
+    """Each shape and budget with several rates."""
+    return list(rate_valleys(*_rate_columns(rows)))
+
+
+def _rate_columns(rows: list[dict[str, str]]) -> list[np.ndarray]:
+    capped = [  # a diverged run counts as if it had learned nothing
+        {**row, "loss": row["first_loss"]} if row.get("status") == "diverged" else row
+        for row in rows
+        if row.get("status") != "diverged" or row.get("first_loss")
+    ]
+    return [numbers(capped, name) for name in ("params", "budget_flops", "peak_lr", "loss")]
+
+
+def _done(path: Path) -> list[dict[str, str]]:
+    return [row for row in read_rows(path) if row.get("status", "done") == "done"]
