@@ -52,7 +52,8 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
         )
     sizes = list(filled.values())
     found = len({getattr(d, "slice_index", 0) for d in devices})
-    if sizes[0] % slices or found not in (1, slices):
+    anywhere = slices == 1 and devices[0].platform == "gpu"  # JAX counts each GPU node as a slice; NCCL joins them
+    if sizes[0] % slices or not (found in (1, slices) or anywhere):
         raise UserError(
             f"mesh.slices {slices} must divide mesh.{next(iter(axes))} {sizes[0]}, and the devices lie in {found}; "
             f"set mesh.slices {found} and make mesh.{next(iter(axes))} a multiple of it"

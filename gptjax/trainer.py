@@ -29,11 +29,12 @@ from gptjax.data.reading import readable
 from gptjax.errors import DIVERGED, UserError
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.generate import Sampling
+from gptjax.hosts import global_batch, rows_of_this_host
 from gptjax.metrics import make_trackers, plot_loss, read_metrics, write_whole
 from gptjax.nn.transformer import count_params, flops_per_token
 from gptjax.presets import peak_flops
 from gptjax.sharding import make_mesh
-from gptjax.step import Batch, Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
+from gptjax.step import Trainable, TrainState, init_state, make_eval_step, make_train_step, make_trainable
 from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
 STOPPED = 75  # exit code of a run that a signal ended with everything saved (EX_TEMPFAIL of sysexits.h)
@@ -52,7 +53,8 @@ def train(cfg: Config) -> int:
     cfg = with_vocabulary(cfg, corpus)
     t = make_trainable(cfg, make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices))
     sizes = (cfg.model.context_length, cfg.train.batch_sequences)
-    batches = Batches(training_examples(corpus, cfg.data, *sizes, cfg.seed), sizes[1], rows_here(t))
+    rows = rows_of_this_host(t.batch_sharding, sizes[::-1])
+    batches = Batches(training_examples(corpus, cfg.data, *sizes, cfg.seed), sizes[1], rows)
     train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
     check_workdir(cfg)
     state = restore(t, corpus) or first_state(t, corpus)
@@ -67,7 +69,7 @@ def train(cfg: Config) -> int:
         for step in range(start + 1, total + 1):
             if step in cfg.profile_steps[:1]:
                 jax.profiler.start_trace(os.path.join(cfg.workdir, "profile"))
-            state, metrics = train_step(state, global_batch(t, next(incoming)))
+            state, metrics = train_step(state, global_batch(next(incoming), rows, t.batch_sharding, sizes[1]))
             report.note(metrics)
             if step in cfg.profile_steps[-1:]:
                 jax.block_until_ready(state)
@@ -101,32 +103,13 @@ def with_vocabulary(cfg: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
 
 
-def rows_here(t: Trainable) -> range:
-    """The rows of the global batch that this process's devices hold."""
-    shape = (t.cfg.train.batch_sequences, t.cfg.model.context_length)
-    parts = t.batch_sharding.addressable_devices_indices_map(shape).values()
-    starts, stops, _ = zip(*(rows.indices(shape[0]) for rows, *_ in parts), strict=True)
-    return range(min(starts), max(stops))
-
-
-def global_batch(t: Trainable, local: dict[str, np.ndarray]) -> Batch:
-    """This process's rows, on its devices, as its part of the global batch."""
-    if jax.process_count() == 1:
-        return jax.device_put(local, t.batch_sharding)
-
-    def whole(rows: np.ndarray) -> jax.Array:
-        shape = (t.cfg.train.batch_sequences, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(t.batch_sharding, rows, shape)
-
-    return jax.tree.map(whole, local)
-
-
 def make_evaluate(t: Trainable, corpus: Corpus):
     """state -> metrics of mean cross-entropy over the validation windows; of the average weights, if kept."""
-    cfg, rows, eval_step = t.cfg, rows_here(t), make_eval_step(t)
+    cfg, eval_step = t.cfg, make_eval_step(t)
+    T, B = cfg.model.context_length, cfg.train.batch_sequences
+    rows = rows_of_this_host(t.batch_sharding, (B, T))
 
     def batches_of(source: Source):
-        T, B = cfg.model.context_length, cfg.train.batch_sequences
         return validation_batches(source.val, T, B, cfg.train.eval_sequences, rows, source.pack_length)
 
     for source in corpus.sources:
@@ -136,7 +119,7 @@ def make_evaluate(t: Trainable, corpus: Corpus):
         params = state.params if state.ema is None else state.ema
         losses = []
         for source in corpus.sources:
-            sums = [eval_step(params, global_batch(t, batch)) for batch in batches_of(source)]
+            sums = [eval_step(params, global_batch(b, rows, t.batch_sharding, B)) for b in batches_of(source)]
             loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
             losses.append(float(loss / weight))
         return corpus.validation_metrics(losses)

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from conftest import GPT2_LIKE, MODERN, make_config
 
+from gptjax.hosts import global_batch, rows_of_this_host
 from gptjax.sharding import make_mesh
 from gptjax.step import init_state, make_train_step, make_trainable
-from gptjax.trainer import global_batch, rows_here
 
 MUON = {"name": "muon", "peak_lr": 0.02, "lr_scales": {"embed|head": 0.2}, "ema_decay": 0.9}
 CONFIGS = {"adamw": make_config(GPT2_LIKE), "muon": make_config(MODERN, optim=MUON)}
@@ -39,10 +39,11 @@ def losses_on(name: str, axes: dict[str, int], devices: list) -> list[float]:
     """Losses of a config's first steps on packed rows."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes
     t = make_trainable(CONFIGS[name], make_mesh(sizes, devices))
-    state, step, rows, losses = init_state(t), make_train_step(t), rows_here(t), []
+    state, step, losses = init_state(t), make_train_step(t), []
+    rows = rows_of_this_host(t.batch_sharding, (8, 32))
     for number in range(STEPS):
-        here = jax.tree.map(lambda x: x[rows.start : rows.stop], packed_batch(number))
-        state, metrics = step(state, global_batch(t, here))
+        here = jax.tree.map(lambda x: x[rows], packed_batch(number))
+        state, metrics = step(state, global_batch(here, rows, t.batch_sharding, 8))
         losses.append(float(metrics["train/loss"]))
     return losses
 

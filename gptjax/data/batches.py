@@ -5,7 +5,7 @@ An example is a dictionary of one row: tokens and targets [T] int32, weights [T]
 learnt), and of packed documents also positions and segments [T] int32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -163,11 +163,11 @@ class Batches:
     Args:
         examples: without end.
         batch_sequences: rows of the global batch: step s has the examples s B ... (s + 1) B - 1.
-        rows: those of them that this host reads.
+        rows: indices of those of them that this host reads, in the order in which it wants them.
     """
 
-    def __init__(self, examples: Endless | Mixed, batch_sequences: int, rows: range):
-        self.examples, self.batch_sequences, self.rows = examples, batch_sequences, rows
+    def __init__(self, examples: Endless | Mixed, batch_sequences: int, rows: Sequence[int] | np.ndarray):
+        self.examples, self.batch_sequences, self.rows = examples, batch_sequences, [int(row) for row in rows]
 
     def __len__(self) -> int:
         return FOREVER
@@ -195,7 +195,7 @@ def validation_batches(
     context_length: int,
     batch_sequences: int,
     limit: int | None,
-    rows: range,
+    rows: Sequence[int] | np.ndarray,
     pack_length: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Windows side by side from the start of the validation tokens, or packed rows; the same at every evaluation.
@@ -203,7 +203,7 @@ def validation_batches(
     Args:
         batch_sequences: rows of a global batch; the last one is filled up with rows of weight 0.
         limit: how many windows, evenly spread; None for all.
-        rows: those of a global batch that this host reads.
+        rows: indices of those of a global batch that this host reads, in the order in which it wants them.
 
     Raises:
         UserError: fewer tokens than one window.
@@ -218,7 +218,7 @@ def validation_batches(
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, len(chosen), batch_sequences):
-            indices = [min(first + row, len(chosen) - 1) for row in rows]
+            indices = [min(first + int(row), len(chosen) - 1) for row in rows]
             batch = as_batch([examples.example(int(chosen[i]), 0) for i in indices])
             batch["weights"] *= np.array([first + row < len(chosen) for row in rows], np.float32)[:, None]
             yield batch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from gptjax.apps.plan import calibration
@@ -9,6 +10,7 @@ from gptjax.apps.plan.analytic import Costs, estimate, held_bytes, resolve_mesh
 from gptjax.apps.plan.chips import Topology
 from gptjax.apps.plan.compiler import compile_for, has_compiler
 from gptjax.apps.plan.roofline import roofline
+from gptjax.checks import divisors
 from gptjax.config import Config
 from gptjax.errors import UserError
 
@@ -170,30 +172,37 @@ def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
     return None
 
 
+def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
+    """Yield the meshes that a search tries, as overrides: every way to lay all chips on data, fsdp and tensor."""
+    chips, slices = topology.n_chips // context, topology.num_slices
+    for tensor in (n for n in (1, 2, 4, 8) if chips % n == 0):
+        for fsdp in divisors(chips // tensor):
+            mesh = {"mesh.data": chips // tensor // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+            if mesh["mesh.data"] % slices == 0:
+                yield mesh | ({"mesh.slices": slices} if slices > 1 else {})
+
+
 def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, Any]]]:
     """Every mesh x remat x microbatches that fits by arithmetic: expected seconds a step, and overrides; best first.
 
     A twentieth of the memory is left free. The context axis stays as it is.
     """
     found = []
-    chips = topology.n_chips // resolve_mesh(cfg, topology)["context"]
-    for tensor in (n for n in (1, 2, 4, 8) if chips % n == 0):
-        for fsdp in (n for n in range(1, chips // tensor + 1) if (chips // tensor) % n == 0):
-            mesh = {"mesh.data": chips // tensor // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-            try:
-                whole = changed(cfg, {**mesh, "train.microbatches": 1})
-                held = held_bytes(whole, resolve_mesh(whole, topology), topology.chip.kind == "tpu")
-            except UserError:
-                continue
-            rows = cfg.train.batch_sequences // mesh["mesh.data"] // fsdp
-            for remat in ("none", "dots", "full"):
-                for count in (2**k for k in range(rows.bit_length()) if rows % 2**k == 0):
-                    overrides = {**mesh, "model.remat": remat, "train.microbatches": count}
-                    tried = changed(cfg, overrides)
-                    costs = estimate(tried, topology, held=held)
-                    if costs.total_bytes <= 0.95 * topology.chip.hbm_bytes:
-                        line = calibration.roofline_of(tried, topology, costs)
-                        found.append((calibration.expected_step_s(line, calibration.factors()), overrides))
+    for mesh in meshes_to_try(topology, resolve_mesh(cfg, topology)["context"]):
+        try:
+            whole = changed(cfg, {**mesh, "train.microbatches": 1})
+            held = held_bytes(whole, resolve_mesh(whole, topology), topology.chip.kind == "tpu")
+        except UserError:
+            continue
+        rows = cfg.train.batch_sequences // mesh["mesh.data"] // mesh["mesh.fsdp"]
+        for remat in ("none", "dots", "full"):
+            for count in (2**k for k in range(rows.bit_length()) if rows % 2**k == 0):
+                overrides = {**mesh, "model.remat": remat, "train.microbatches": count}
+                tried = changed(cfg, overrides)
+                costs = estimate(tried, topology, held=held)
+                if costs.total_bytes <= 0.95 * topology.chip.hbm_bytes:
+                    line = calibration.roofline_of(tried, topology, costs)
+                    found.append((calibration.expected_step_s(line, calibration.factors()), overrides))
     return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
 
 
