@@ -60,7 +60,7 @@ class Progress(NamedTuple):
         position: [B] int32, of the token to be drawn next.
         slot: int32 scalar, where in the cache it goes.
         drawn: int32 scalar, how many have been drawn.
-        ended: [B] bool, whether a sequence has drawn its end-of-text token.
+        ended: [B] bool, whether a sequence has drawn an end token.
     """
 
     logits: jax.Array
@@ -77,7 +77,7 @@ class Completion(NamedTuple):
 
     Attributes:
         prompt: as given.
-        tokens: ids drawn, without the end-of-text token.
+        tokens: ids drawn, without the end token.
         text: their text.
         logprobs: natural log of each id's probability under the model (before temperature and cuts).
     """
@@ -162,7 +162,7 @@ class LanguageModel:
         tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         completions = []
         for prompt, row, row_logprobs in zip(prompts, tokens, logprobs, strict=True):
-            ends = np.flatnonzero(row == self.tokenizer.eos_id) if self.tokenizer.eos_id is not None else []
+            ends = np.flatnonzero(np.isin(row, self.tokenizer.eos_ids))
             length = int(ends[0]) if len(ends) else len(row)
             ids = row[:length].tolist()
             completions.append(Completion(prompt, ids, self._text_after(prompt, ids), row_logprobs[:length].tolist()))
@@ -171,7 +171,7 @@ class LanguageModel:
     def stream(
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and log-probabilities as they come, [B, n] each; after its end-of-text token a row repeats it.
+        """Ids and log-probabilities as they come, [B, n] each; after its end token a row repeats the first.
 
         When a sequence reaches the context length, its older half is forgotten and the rest read anew: a token
         sees between half a context and a whole one, whatever the lengths of the others.
@@ -203,7 +203,7 @@ class LanguageModel:
         ids: list[int] = []
         shown = 0
         for tokens, _ in self.stream([prompt], max_new_tokens, sampling, seed):
-            ids += [i for i in tokens[0].tolist() if i != self.tokenizer.eos_id]
+            ids += [i for i in tokens[0].tolist() if i not in self.tokenizer.eos_ids]
             text = self._text_after(prompt, ids).rstrip("\ufffd")  # a character of which bytes are still to come
             yield text[shown:]
             shown = len(text)
@@ -221,7 +221,7 @@ class LanguageModel:
         if ids:
             return ids
         # From nothing: as after the end of a document, or after a blank line (the alphabet begins with a new line).
-        return [0, 0] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        return list(self.tokenizer.eos_ids[:1]) or [0, 0]
 
     def _begin(self, known: list[list[int]], room: int, ended: np.ndarray, drawn: int) -> Progress:
         """Read what is known, into a cache with room for so many tokens more."""
@@ -251,19 +251,19 @@ class LanguageModel:
 
     def _decode_chunk(self, params, progress: Progress, key, n, sampling: Sampling):
         """n tokens for every row: (progress, tokens and log-probabilities [B, CHUNK]). One program serves any n."""
-        model, eos, rows = bind(self.graphdef, params), self.tokenizer.eos_id, jnp.arange(len(progress.ended))
+        model, eos, rows = bind(self.graphdef, params), self.tokenizer.eos_ids, jnp.arange(len(progress.ended))
 
         def one(i, carry):
             p, tokens, logprobs = carry
             keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), p.drawn))(rows)
             token = draw(p.logits, keys, sampling)
-            token = token if eos is None else jnp.where(p.ended, eos, token)
+            token = jnp.where(p.ended, eos[0], token) if eos else token
             logprob = jnp.take_along_axis(jax.nn.log_softmax(p.logits), token[:, None], axis=1)[:, 0]
             cache_positions = p.cache_positions.at[:, p.slot].set(p.position)
             hidden, cache = model(
                 token[:, None], p.position[:, None], cache=p.cache, cache_positions=cache_positions, slot=p.slot
             )
-            ended = p.ended if eos is None else p.ended | (token == eos)
+            ended = p.ended | jnp.isin(token, jnp.array(eos)) if eos else p.ended
             after = Progress(
                 logits(model, hidden)[:, 0], cache, cache_positions, p.position + 1, p.slot + 1, p.drawn + 1, ended
             )

@@ -61,7 +61,7 @@ def _forward(hidden, head, targets, weights, spec):
     zero = jnp.zeros((), jnp.float32)
     carry = ((zero, zero), jnp.zeros_like(head))
     (sums, head_grad), parts = jax.lax.scan(body, carry, _chunks(hidden, targets, weights, spec.n_chunks))
-    return sums, (jnp.moveaxis(parts, 0, 1).reshape(hidden.shape), head_grad)
+    return sums, (jnp.moveaxis(parts, 0, 2).reshape(hidden.shape), head_grad)
 
 
 def _backward(spec, gradients, cotangents):
@@ -74,10 +74,14 @@ next_token_loss.defvjp(_forward, _backward)
 
 
 def _chunks(hidden, targets, weights, n):
-    """Cut [B, T, ...] to [n, B, T / n, ...]: along T, since B may be spread over devices."""
+    """Cut [B, T, ...] to [n, B, T / n, ...]: chunk i holds the positions i, i + n, i + 2 n, ...
+
+    Both B and T may be spread over devices. Of a chunk of neighbouring positions one device holds all, so that every
+    device would compute the whole chunk's logits; a chunk cut by stride has an equal part on each device.
+    """
 
     def cut(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // n, n, *x.shape[2:]), 2, 0)
 
     return cut(hidden), cut(targets), cut(weights)
 

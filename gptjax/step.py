@@ -10,26 +10,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from gptjax import cpu
 from gptjax.config import Config
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.backends import for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, bind, init_params
 from gptjax.optim import learning_rate, make_optimizer
-from gptjax.process import return_freed_memory
 from gptjax.sharding import check_divides, sharding
 
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
-
-
-# By the devices' platform and the products' dtype. On a CPU operations in the order of the program use the caches and
-# the memory better than ones that compete for the cores, and YNNPACK gains with products alone (docs/performance.md);
-# of bfloat16 it gets products from XLA that it does not have, such as the gradient of tied embeddings.
-IN_ORDER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-COMPILER_OPTIONS = {
-    ("cpu", "float32"): IN_ORDER | {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
-    ("cpu", "bfloat16"): IN_ORDER | {"xla_cpu_experimental_ynn_fusion_type": ""},
-}
 
 
 class TrainState(NamedTuple):
@@ -207,7 +197,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         donate_argnums=0,
         in_shardings=(shardings_of(t.state), t.batch_sharding),
         out_shardings=(shardings_of(t.state), None),
-        compiler_options=COMPILER_OPTIONS.get((t.mesh.devices.flat[0].platform, cfg.model.dtype)),
+        compiler_options=cpu.COMPILER_OPTIONS[cfg.model.dtype] if _is_cpu(t.mesh) else None,
     )
     return _on_mesh(t.mesh, compiled)
 
@@ -229,8 +219,13 @@ def _on_mesh(mesh: Mesh, compiled: Callable[..., Any]) -> Callable[..., Any]:
         with jax.set_mesh(mesh):
             if not compiled._cache_size():
                 compiled.lower(*args).compile()  # the call below finds it
-                return_freed_memory()
+                if _is_cpu(mesh):
+                    cpu.return_freed_memory()
             return compiled(*args)
 
     run.compiled = compiled  # for tests that count compilations, and for looking at the program
     return run
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"

@@ -1,5 +1,6 @@
 """Generation: the cache against the full forward, the cuts against transformers, and what a user sees."""
 
+import itertools
 import json
 import re
 
@@ -129,18 +130,24 @@ class WithEnd(CharTokenizer):
     """The first character of the alphabet ends a document."""
 
     eos_id = 0
+    eos_ids = (0,)
 
 
-def test_generation_stops_at_the_end_of_text():
+class WithTwoEnds(WithEnd):
+    eos_ids = (0, 7)
+
+
+@pytest.mark.parametrize("kind", [WithEnd, WithTwoEnds])
+def test_generation_stops_at_every_end_of_text(kind):
     lm = language_model(GPT2_LIKE, tie_embeddings=False)
     ending = dict(lm.params, head=lm.params["head"] * 0.1)  # near uniform: "\n" comes up, now and then
-    lm = LanguageModel(lm.config, ending, WithEnd(ALPHABET))
+    lm = LanguageModel(lm.config, ending, kind(ALPHABET))
     plain = LanguageModel(lm.config, ending, CharTokenizer(ALPHABET))
     stopped = lm.complete(["A"] * 9, 29, Sampling(), seed=0)
     free = plain.complete(["A"] * 9, 29, Sampling(), seed=0)
-    assert any(0 in c.tokens for c in free)
+    assert all(any(end in c.tokens for c in free) for end in kind.eos_ids)
     for a, b in zip(stopped, free, strict=True):
-        assert a.tokens == (b.tokens[: b.tokens.index(0)] if 0 in b.tokens else b.tokens)
+        assert a.tokens == list(itertools.takewhile(lambda id: id not in kind.eos_ids, b.tokens))
         assert a.text == lm.tokenizer.decode(a.tokens)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-import gptjax.process
+import gptjax.cpu
 from gptjax.apps.launch.clusters import TPUS, XLA_FLAGS, check_mesh, parse_slice
 from gptjax.apps.launch.commands import VERBS, split_flags
 from gptjax.config import DistributedConfig
@@ -227,7 +227,7 @@ def test_a_process_on_its_own_finds_nobody(alone):
 
 def test_pods_and_tpu_hosts_are_left_to_jax(monkeypatch, tmp_path):
     assert find_processes(NOT_TOLD, {"JOB_COMPLETION_INDEX": "0"}) == {}
-    monkeypatch.setattr(gptjax.process, "TPU_DEVICES", (str(tmp_path),))
+    monkeypatch.setattr(gptjax.cpu, "TPU_DEVICES", (str(tmp_path),))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
     assert find_processes(NOT_TOLD, {}) == {}
 

@@ -6,28 +6,44 @@ import sys
 import pytest
 from conftest import run_script
 
-from gptjax.process import set_cpu_devices
+from gptjax import cpu
 
 
 def test_virtual_devices_get_a_pool_of_twice_as_many_threads():
     environment = {"XLA_FLAGS": "--xla_cpu_foo=1"}
-    set_cpu_devices(8, environment)
+    cpu.set_virtual_devices(8, environment)
     assert environment["XLA_FLAGS"] == "--xla_cpu_foo=1 --xla_force_host_platform_device_count=8"
     assert int(environment["NPROC"]) >= 16
 
 
 def test_flags_that_set_devices_win():
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    set_cpu_devices(8, environment)
+    cpu.set_virtual_devices(8, environment)
     assert environment == {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    set_cpu_devices(None, empty := {})
+    cpu.set_virtual_devices(None, empty := {})
     assert not empty
+
+
+@pytest.mark.parametrize(
+    ("environment", "tpus", "gpus", "expected"),
+    [
+        ({}, False, False, True),
+        ({}, True, False, False),
+        ({}, False, True, False),
+        ({"JAX_PLATFORMS": "cpu"}, True, True, True),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, False, False, False),
+    ],
+)
+def test_what_is_for_cpus_is_left_out_where_accelerators_compute(monkeypatch, environment, tpus, gpus, expected):
+    monkeypatch.setattr(cpu, "has_tpus", lambda: tpus)
+    monkeypatch.setattr(cpu, "has_gpus", lambda: gpus)
+    assert cpu.runs_on_cpu(environment) is expected
 
 
 # The program's temporary [4096, 4096] is beyond the 64 MiB that a thread's own arena can hold.
 FAULTS = """
 import resource, sys
-from gptjax.process import keep_freed_memory
+from gptjax.cpu import keep_freed_memory
 if {keep}: keep_freed_memory()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x / 4096)
@@ -60,7 +76,7 @@ libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
 """
 # hblks counts the blocks that malloc mapped by themselves; the kernel gives their pages anew each time.
 MAPPED = """
-from gptjax.process import keep_freed_memory
+from gptjax.cpu import keep_freed_memory
 if {keep}: keep_freed_memory()
 before = libc.mallinfo2().hblks
 assert libc.malloc(ctypes.c_size_t(3 << 30))
@@ -76,7 +92,8 @@ def test_the_temporaries_of_a_large_step_are_kept_too():
 
 # The program's temporary has 256 MiB, and nobody waits for its result.
 IN_USE = """
-from gptjax.process import keep_freed_memory, prepare_process
+from gptjax.cpu import keep_freed_memory
+from gptjax.process import prepare_process
 prepare_process() if {prepare} else keep_freed_memory()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x / 8192)
@@ -104,10 +121,10 @@ RESIDENT = """
 from gptjax.process import prepare_process
 prepare_process()
 import jax, numpy as np
-from gptjax import step
+from gptjax import cpu, step
 from gptjax.configfile import load_config
 from gptjax.sharding import make_mesh
-if not {give_back}: step.return_freed_memory = lambda: None
+if not {give_back}: cpu.return_freed_memory = lambda: None
 cfg = load_config(["configs/debug.yaml", "--model.vocab_size=65"])
 t = step.make_trainable(cfg, make_mesh(cfg.mesh.axes))
 ids = np.zeros((cfg.train.batch_sequences, cfg.model.context_length), np.int32)

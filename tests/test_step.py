@@ -164,3 +164,15 @@ def test_a_filter_longer_than_a_chunk_of_the_ring_is_refused():
     trainable_on(make_config({**MODERN, "conv_width": 5}), 4, context=4)
     with pytest.raises(UserError, match=r"make it at most 5, or model.context_length at least 40"):
         trainable_on(make_config({**MODERN, "conv_width": 6}), 4, context=4)
+
+
+def test_loss_chunks_share_the_logits_among_the_devices_of_the_context_axis():
+    """Each chunk has an equal part on every device: none computes the logits of positions that another holds."""
+    cfg = make_config(MODERN, train={"batch_sequences": 8, "loss_chunks": 4})
+    t = trainable_on(cfg, 8, data=2, context=4)
+    step = make_train_step(t).compiled
+    with jax.set_mesh(t.mesh):
+        program = step.lower(t.state, some_batch(t, 0)).compile().as_text()
+    sequences, vocab = 8 // 2, cfg.model.padded_vocab
+    assert f"f32[{sequences},{32 // 4 // 4},{vocab}]" in program
+    assert f"f32[{sequences},{32 // 4},{vocab}]" not in program

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "gptjax"
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
     ["errors", "presets"],
-    ["checks"],
+    ["checks", "cpu"],
     ["config"],
-    ["parametrization", "configfile", "hosts", "sharding", "tokenizers", "process", "cpu", "faults"],
+    ["parametrization", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "nn.convolution", "nn.products", "loss", "optim", "checkpoint", "metrics"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
     ["nn.backends"],

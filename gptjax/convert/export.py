@@ -42,6 +42,8 @@ def import_model(path_or_id: str, out: str) -> None:
         raise UserError(f"{path_or_id!r} is a run already; give a Hugging Face directory or id, or a .gguf file")
     with new_folder(out) as folder:
         files = tokenizer_files(model.tokenizer)
+        if ends := end_tokens(model.tokenizer):
+            files["generation_config.json"] = json.dumps(ends) + "\n"  # read again with the tokenizer beside it
         data = {"tokenizer": os.path.join(out, "tokenizer.json")} if files else {}
         # The config is one to train on with: it starts from these weights and speaks in these ids.
         values = {"model": dataclasses.asdict(model.config), "data": data, "init_from": out, "workdir": out}
@@ -67,16 +69,22 @@ def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "fl
     layout = Layout(FAMILIES[kind], exported_form(model.config, kind))
     ends = {"bos_token_id": getattr(model.tokenizer, "bos_id", None), "eos_token_id": model.tokenizer.eos_id}
     config = export_config(model.config, kind, dtype) | ends
+    generation = {**ends, **origin.get("generation", {}), **end_tokens(model.tokenizer)}
     with new_folder(out) as folder:
         params = without_multipliers(model.config, model.read(on_first_device(model.config)))
         shapes = {name: held.shape for name, held in layout.tensors.items()}
         write_safetensors(folder, shapes, DTYPES[dtype], lambda name: write_value(layout, params, name))
-        generation = origin.get("generation") or ends
         for name, values in {"config.json": config, "generation_config.json": generation}.items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
         for name, text in tokenizer_files(model.tokenizer).items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(model_card(model, FAMILIES[kind].title, dtype), encoding="utf-8")
+
+
+def end_tokens(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """Return generation_config.json's `eos_token_id`: every id that ends a text; nothing without one."""
+    ends = list(tokenizer.eos_ids)
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:

@@ -1,0 +1,78 @@
+"""Text to token ids and back. A tokenizer is also plain data (`to_dict`), which travels inside checkpoints.
+
+To add one: a class with the members of `Tokenizer`, and a line in `KINDS`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError, nearest
+from gptjax.tokenizers.bpe import GPT2_SPLIT, byte_level_bpe, printable_bytes
+from gptjax.tokenizers.huggingface import HuggingFaceTokenizer, read_huggingface_tokenizer
+from gptjax.tokenizers.openai import TIKTOKEN_FILES, TiktokenTokenizer, published_tokenizer
+from gptjax.tokenizers.plain import ByteTokenizer, CharTokenizer, NoTokenizer, Tokenizer
+
+__all__ = [
+    "GPT2_SPLIT",
+    "KINDS",
+    "TIKTOKEN_FILES",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "HuggingFaceTokenizer",
+    "NoTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "byte_level_bpe",
+    "make_tokenizer",
+    "printable_bytes",
+    "published_tokenizer",
+    "read_huggingface_tokenizer",
+    "same_ids",
+    "tokenizer_from_dict",
+]
+
+KINDS = {
+    "byte": lambda spec: ByteTokenizer(),
+    "char": lambda spec: CharTokenizer(spec["alphabet"]),
+    "hf": lambda spec: HuggingFaceTokenizer(spec["files"], spec.get("eos_ids", ())),
+    "none": lambda spec: NoTokenizer(),
+    "tiktoken": TiktokenTokenizer.from_dict,
+}
+
+
+def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_dict` described."""
+    return KINDS[spec["kind"]](spec)
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether every id stands for the same text in two tokenizers, whichever library runs them."""
+    if NoTokenizer.kind in (a.kind, b.kind):
+        return a.kind == b.kind
+    return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
+
+
+def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that a config names; `texts` is the corpus, from which `char` takes its alphabet.
+
+    Raises:
+        UserError: a name that is neither known nor the path of a tokenizer.
+    """
+    if name == "char":
+        alphabet: set[str] = set()
+        for text in texts:
+            alphabet |= set(text)
+        return CharTokenizer("".join(alphabet))
+    if name == "byte":
+        return ByteTokenizer()
+    if name in TIKTOKEN_FILES:
+        return published_tokenizer(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return read_huggingface_tokenizer(path)
+    known = ("byte", "char", *TIKTOKEN_FILES)
+    raise UserError(
+        f"data.tokenizer {name!r} is not known{nearest(name, known)}; give {', '.join(known)}, or the path of a "
+        "tokenizer.json or of a Hugging Face directory"
+    )

@@ -1,0 +1,160 @@
+"""Byte-level BPE as OpenAI publishes it, run by the library `tiktoken`."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from gptjax.errors import UserError
+from gptjax.tokenizers.bpe import printable_bytes
+
+
+class TiktokenTokenizer:
+    """A byte-level BPE as OpenAI publishes them, run by the library `tiktoken`.
+
+    Names of special tokens in a text are text: a web page that quotes <|endoftext|> does not end there.
+
+    Args:
+        name: of the encoding.
+        pattern: regular expression that cuts a text into words.
+        ranks: id by the bytes of a token; lower ones are merged first, and none is missing.
+        special_tokens: ids by name.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
+        self.special_tokens, self._spec = dict(special_tokens), (name, pattern, ranks)
+        facts = {"mergeable_ranks": ranks, "special_tokens": self.special_tokens}
+        self._encoding = _import_tiktoken().Encoding(name, pat_str=pattern, **facts)
+        self.vocab_size = self._encoding.n_vocab
+        self.eos_id = special_tokens.get("<|endoftext|>")
+        self.eos_ids = () if self.eos_id is None else (self.eos_id,)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(list(texts))]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        # Some vocabularies have ids that name nothing, and a young model draws them.
+        return self._encoding.decode([i for i in ids if i < len(self._spec[2])])
+
+    def to_dict(self) -> dict[str, Any]:
+        name, pattern, ranks = self._spec
+        tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
+        parts = {"name": name, "pattern": pattern, "special_tokens": self.special_tokens, "ranks": tokens}
+        return {"kind": self.kind, **parts}
+
+    @classmethod
+    def from_dict(cls, spec: dict[str, Any]) -> "TiktokenTokenizer":
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split())}
+        return cls(spec["name"], spec["pattern"], ranks, spec["special_tokens"])
+
+
+# tiktoken's name of an encoding, and the published files it is made of. tiktoken knows their SHA-256.
+_OPENAI = "https://openaipublic.blob.core.windows.net/"
+TIKTOKEN_FILES = {
+    "gpt2": ("gpt2", [f"{_OPENAI}gpt-2/encodings/main/{name}" for name in ("encoder.json", "vocab.bpe")]),
+    "cl100k": ("cl100k_base", [f"{_OPENAI}encodings/cl100k_base.tiktoken"]),
+    "o200k": ("o200k_base", [f"{_OPENAI}encodings/o200k_base.tiktoken"]),
+}
+
+
+def published_tokenizer(name: str) -> TiktokenTokenizer:
+    """One of TIKTOKEN_FILES: from the folder that the environment's TIKTOKEN_CACHE_DIR names, or from the network.
+
+    The folder holds the files under their own names, or as tiktoken itself keeps them.
+
+    Raises:
+        UserError: the files are not there and cannot be had, or are not the published ones.
+    """
+    _import_tiktoken()
+    from tiktoken_ext import openai_public
+
+    encoding, urls = TIKTOKEN_FILES[name]
+    files = " and ".join(url.rpartition("/")[2] for url in urls)
+    try:
+        with _under_tiktokens_names(urls):
+            made = openai_public.ENCODING_CONSTRUCTORS[encoding]()
+    except Exception as error:  # of the network, of its proxies, or a file that is not the published one
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(
+            f"the tokenizer {name} needs {files}, and they cannot be had ({reason}); "
+            f"without a network put {' and '.join(urls)} into a folder and set TIKTOKEN_CACHE_DIR to it"
+        ) from None
+    return TiktokenTokenizer(encoding, made["pat_str"], made["mergeable_ranks"], made["special_tokens"])
+
+
+@contextmanager
+def _under_tiktokens_names(urls: Sequence[str]) -> Iterator[None]:
+    """Where TIKTOKEN_CACHE_DIR holds files under their own names, show them to tiktoken as it expects them: under
+    the SHA-1 of their addresses. It removes what it finds damaged, so it is shown links."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder or not all(Path(folder, url.rpartition("/")[2]).exists() for url in urls):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as shown:
+        for url in urls:
+            link = Path(shown, hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest())
+            link.symlink_to(Path(folder, url.rpartition("/")[2]).resolve())
+        os.environ["TIKTOKEN_CACHE_DIR"] = shown
+        try:
+            yield
+        finally:
+            os.environ["TIKTOKEN_CACHE_DIR"] = folder
+
+
+def _import_tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("this tokenizer needs the package tiktoken: pip install 'gptjax[data]'") from None
+    return tiktoken
+
+
+def by_tiktoken(documents: tokenizers.Tokenizer) -> TiktokenTokenizer | None:
+    """The same ids by tiktoken, several times as fast, of a byte-level BPE cut as GPT-2's; else None.
+
+    tiktoken merges any neighbours whose bytes are a token. Those are the merges that a BPE lists, in its order, where
+    ids rise with the merges and each token's text, left to the merges, becomes that token.
+    """
+    if importlib.util.find_spec("tiktoken") is None:
+        return None
+    spec = json.loads(documents.to_str())
+    model, cut = spec["model"], spec["pre_tokenizer"] or {}
+    cut = cut["pretokenizers"][0] if len(cut.get("pretokenizers", ())) == 1 else cut
+    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    options = [value for key, value in model.items() if key not in ("type", "vocab", "merges", "fuse_unk")]
+    if (
+        model["type"] != "BPE"
+        or any(options)
+        or spec["normalizer"] is not None
+        or (cut.get("type"), cut.get("add_prefix_space"), cut.get("use_regex")) != ("ByteLevel", False, True)
+        or len(special) < len(spec["added_tokens"])
+    ):
+        return None
+    byte_of = {letter: byte for byte, letter in enumerate(printable_bytes())}
+    vocab = {text: id for text, id in model["vocab"].items() if text not in special}
+    made = [model["vocab"][left + right] for left, right in model["merges"]]
+    if set("".join(vocab)) != byte_of.keys() or not byte_of.keys() <= vocab.keys() or made != sorted(made):
+        return None
+    if any(len(documents.model.tokenize(text)) != 1 for text in vocab):
+        return None
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = {bytes(byte_of[letter] for letter in text): id for text, id in vocab.items()}
+    return TiktokenTokenizer("bpe", r50k_pat_str, ranks, special_tokens={})

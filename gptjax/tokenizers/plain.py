@@ -1,0 +1,130 @@
+"""What a tokenizer is, and those that need no library: bytes, characters, none."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from gptjax.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer.
+
+    Attributes:
+        kind: its name in `KINDS`.
+        vocab_size: ids lie in [0, vocab_size).
+        eos_id: the id that ends a document; None where the tokenizer has none.
+        eos_ids: the ids that end a generated text; `eos_id`, where there is one, comes first.
+        special_tokens: ids by name of the tokens that are no text.
+    """
+
+    kind: str
+    vocab_size: int
+    eos_id: int | None
+    eos_ids: tuple[int, ...]
+    special_tokens: dict[str, int]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids, int32 [n]. Raises UserError for text that has no ids."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of documents to learn from: names of special tokens in them are text, and end nothing."""
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode`, with the special tokens that the model expects around a text (often one before it)."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD, special tokens nothing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with `kind`, from which `tokenizer_from_dict` makes an equal tokenizer."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0-255, and 256 to end a document."""
+
+    kind = "byte"
+    vocab_size = 257
+    eos_id = 256
+    eos_ids = (256,)
+    special_tokens: ClassVar[dict[str, int]] = {"<|endoftext|>": 256}
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
+class CharTokenizer:
+    """One id for each character of an alphabet, in the order of their code points."""
+
+    kind = "char"
+    eos_id = None
+    eos_ids = ()
+
+    def __init__(self, alphabet: str):
+        self.special_tokens: dict[str, int] = {}
+        self.alphabet = "".join(sorted(set(alphabet)))
+        self.vocab_size = len(self.alphabet)
+        codes = np.array([ord(c) for c in self.alphabet], np.int64)
+        self._id_of_code = np.full(int(codes.max(initial=0)) + 1, -1, np.int32)
+        self._id_of_code[codes] = np.arange(len(codes))
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        known = codes < len(self._id_of_code)
+        ids = np.where(known, self._id_of_code[np.where(known, codes, 0)], -1)
+        if (ids < 0).any():
+            unknown = sorted({chr(c) for c in codes[ids < 0]})
+            raise UserError(
+                f"the character tokenizer has never seen {' '.join(map(repr, unknown[:10]))}; "
+                f"it knows {self.vocab_size} characters: {self.alphabet!r}"
+            )
+        return ids.astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.alphabet[i] for i in ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "alphabet": self.alphabet}
+
+
+class NoTokenizer:
+    """The place of a tokenizer that did not come with its model: the weights can be used, text cannot."""
+
+    kind = "none"
+    vocab_size = 0
+    eos_id = None
+    eos_ids = ()
+    special_tokens: ClassVar[dict[str, int]] = {}
+
+    def encode(self, text: str) -> np.ndarray:
+        raise UserError("this model came without a tokenizer; put its tokenizer.json beside its weights")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    encode_prompt = encode
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self.encode(""))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind}
