@@ -103,6 +103,14 @@ class Checkpoints:
         """Wait for what is being written, then let go."""
         self.manager.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Finish the save in flight, whichever way a run ends; but wait for no process that may be lost."""
+        if error is None or isinstance(error, UserError) or jax.process_count() == 1:
+            self.close()
+
 
 def newest_readable(checkpoints: Checkpoints, read: Any) -> tuple[int, Any] | None:
     """The newest step for which `read(step)` succeeds, with what it gave; None where there is no checkpoint.

@@ -1,4 +1,4 @@
-"""What the user did wrong, said in one line."""
+"""Errors of the user's input, each one line, and the exit codes of every command."""
 
 import difflib
 import signal
@@ -7,11 +7,22 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
-DIVERGED = "no gradient was finite"  # how the message of a training that gives up begins
+DONE = 0
+USER_ERROR = 2  # the input is at fault; one line on stderr says what to change
+DOES_NOT_FIT = 3  # `gptjax plan`: the run does not fit the chips
+STOPPED = 75  # a signal ended the run with everything saved; run again to resume (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
-    """The user's input is at fault. The message names the value and the remedy; the exit code is 2."""
+    """The user's input is at fault. The message names the value, the rule and the remedy; the exit code is 2."""
+
+
+class Diverged(UserError):
+    """A run gave up: its last steps had no finite gradient."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+        super().__init__(f"no gradient was finite from step {first} to {last}; lower optim.peak_lr")
 
 
 def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,7 +34,7 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(USER_ERROR) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None

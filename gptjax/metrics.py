@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from gptjax.errors import UserError
+from gptjax.files import write_atomically
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -41,14 +42,6 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Give a file its whole text at once. In a bucket, where nothing can be renamed, every write does so."""
-    temporary = path if "://" in str(path) else path.with_name(path.name + ".new")
-    temporary.write_text(text)
-    if temporary != path:
-        temporary.replace(path)
-
-
 class JsonLines:
     """metrics.jsonl, one object a line. Opened again, it is cut back to the restored step (0: to nothing)."""
 
@@ -56,7 +49,7 @@ class JsonLines:
         self.path = epath.Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= step] if step and self.path.exists() else []
         self.text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_whole(self.path, self.text)
+        write_atomically(self.path, self.text)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as stream:
@@ -156,4 +149,4 @@ def plot_loss(workdir: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture)
     plt.close(figure)
-    (epath.Path(workdir) / "loss.png").write_bytes(picture.getvalue())
+    write_atomically(epath.Path(workdir) / "loss.png", picture.getvalue())

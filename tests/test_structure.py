@@ -12,7 +12,7 @@ PACKAGE = ROOT / "gptjax"
 
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
-    ["errors", "presets"],
+    ["errors", "files", "presets"],
     ["checks", "cpu"],
     ["config"],
     ["parametrization", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
@@ -22,6 +22,8 @@ FLOORS = [
     ["nn.transformer"],
     ["step", "generate"],
     ["convert"],
+    ["report", "rundir", "start", "evaluation"],
+    ["hooks", "closing"],
     ["trainer"],
     ["apps.bench", "apps.data_prep", "apps.launch", "apps.plan", "apps.scaling"],
     ["cli", "apps"],

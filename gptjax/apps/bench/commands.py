@@ -167,11 +167,7 @@ def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> N
         )
     rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
     flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
-    interval = load_config(flags).train.log_interval_steps  # and a mistake in it is said here
-    if interval > STRETCH:
-        raise UserError(
-            f"{config} has train.log_interval_steps {interval}, and a run waits only there; make it {STRETCH} or less"
-        )
+    load_config(flags)  # so that a mistake in it is one line
     side = Side({"work": "loop", "side": "gptjax", "flags": flags})
     turns = [side.turn() for _ in range(pairs)]
     side.close()

@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,23 +152,27 @@ def sample_peer(job: dict[str, Any]) -> Turn:
 
 
 class Alternating:
-    """A tracker that lets its run wait, at every STRETCH steps or so, for as many steps of the compiled step alone.
+    """A hook that lets its run wait, every STRETCH steps, for as many steps of the compiled step alone.
 
     A machine's pace then changes for both alike. While the run waits, no more is read than it reads ahead.
+    (No subclass of `hooks.Hook`, which imports JAX: this process settles its devices first.)
     """
 
     def __init__(self, alone: Turn):
         self.alone, self.turned, self.went_on_at = alone, 0, time.perf_counter()
         self.pairs: list[tuple[float, float]] = []  # seconds a step, in the run and alone
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if step >= self.turned + STRETCH:
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, end: Any) -> None:
+        if end.step >= self.turned + STRETCH:
+            end.state.step.block_until_ready()
             began = time.perf_counter()
             self.alone()
             ended = time.perf_counter()
-            run_s = (began - self.went_on_at) / (step - self.turned)
+            run_s = (began - self.went_on_at) / (end.step - self.turned)
             self.pairs.append((run_s, (ended - began) / STRETCH))
-            self.turned, self.went_on_at = step, time.perf_counter()
+            self.turned, self.went_on_at = end.step, time.perf_counter()
 
     def close(self) -> None: ...
 
@@ -176,23 +180,21 @@ class Alternating:
 def loop(job: dict[str, Any]) -> Turn:
     """A run by the trainer, reading, logging and all; the first stretch, which compiles, left out."""
     cfg, train = _run(job["flags"])
-    from gptjax import trainer
     from gptjax.data.corpus import load_corpus
+    from gptjax.trainer import with_vocabulary
 
-    make_trackers = trainer.make_trackers
-    alone = _steps(trainer.with_vocabulary(cfg, load_corpus(cfg.data)), STRETCH)
+    alone = _steps(with_vocabulary(cfg, load_corpus(cfg.data)), STRETCH)
 
     def turn() -> dict[str, float]:
         alternating = Alternating(alone)
-        trainer.make_trackers = lambda *args: [*make_trackers(*args), alternating]
-        train(cfg)
+        train(cfg, [alternating])
         run, pure = (statistics.mean(side) for side in zip(*alternating.pairs[1:], strict=True))
         return {"run_step_s": run, "step_s": pure, "ratio": run / pure}
 
     return turn
 
 
-def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]]:
+def _run(flags: list[str]) -> tuple[Any, Callable[..., list[dict[str, float]]]]:
     """A config from a command line, and what carries it out in a directory of its own and gives its metrics."""
     from gptjax.configfile import load_config
     from gptjax.process import prepare_process
@@ -203,9 +205,9 @@ def _run(flags: list[str]) -> tuple[Any, Callable[[Any], list[dict[str, float]]]
 
     from gptjax.trainer import train
 
-    def carry_out(cfg: Any) -> list[dict[str, float]]:
+    def carry_out(cfg: Any, hooks: Sequence[Any] = ()) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as workdir:
-            train(replace(cfg, workdir=workdir))
+            train(replace(cfg, workdir=workdir), hooks)
             return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
     return loaded, carry_out

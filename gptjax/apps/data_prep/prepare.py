@@ -36,6 +36,7 @@ from gptjax.data.reading import Piece, Reading, documents, readable
 from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, load_manifest
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, pieces_of, source_files, units_of
 from gptjax.errors import UserError
+from gptjax.files import write_atomically
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 BATCH_CHARS = 2**20  # of documents that are encoded together
@@ -216,22 +217,12 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
         shutil.rmtree(work)
     work.mkdir()
     texts = (d.text for unit in plan["units"] for piece in unit for d in _readable_only(Piece(*piece), options))
-    _write_whole(work / TOKENIZER, json.dumps(make_tokenizer(tokenizer, texts).to_dict()).encode())
-    _write_whole(path, json.dumps(plan).encode())
+    write_atomically(work / TOKENIZER, json.dumps(make_tokenizer(tokenizer, texts).to_dict()).encode())
+    write_atomically(path, json.dumps(plan).encode())
 
 
 def _readable_only(piece: Piece, options: Options) -> Iterator[Any]:
     return documents(piece, options.reading, *([lambda message: None] if options.skip_bad else []))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is either absent or whole, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager
@@ -367,7 +358,7 @@ def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options
                 write(ids, facts)
             digests.append((piece.source, digest.hexdigest()))
     marker = {**counts, "examples": examples, "pieces": digests}
-    _write_whole(files.marker, json.dumps(marker).encode())
+    write_atomically(files.marker, json.dumps(marker).encode())
 
 
 def _batches(items: Iterator[Any]) -> Iterator[list[Any]]:
@@ -466,9 +457,9 @@ def commit(folder: Path, plan: dict[str, Any], options: Options) -> dict[str, An
     }
     contents = [shard["files"] for split in splits.values() for shard in split["shards"]]
     manifest["fingerprint"] = _identity({"shards": contents, "tokenizer": manifest["tokenizer"]["sha256"]})[:20]
-    _write_whole(folder / TOKENIZER, spec)
-    _write_whole(folder / ORIGIN, _identity(plan).encode())
-    _write_whole(folder / MANIFEST, _json(manifest).encode())
+    write_atomically(folder / TOKENIZER, spec)
+    write_atomically(folder / ORIGIN, _identity(plan).encode())
+    write_atomically(folder / MANIFEST, _json(manifest).encode())
     return manifest
 
 

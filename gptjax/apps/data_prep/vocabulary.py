@@ -1,6 +1,5 @@
 """`gptjax data train-tokenizer`: a byte-level BPE from text."""
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import tokenizers
 from gptjax.data.reading import Reading, documents
 from gptjax.data.sources import pieces_of, source_files
 from gptjax.errors import UserError
+from gptjax.files import write_atomically
 from gptjax.tokenizers import GPT2_SPLIT, HuggingFaceTokenizer
 
 
@@ -45,9 +45,7 @@ def train_tokenizer(
     path = Path(out).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(tokenizer.files["tokenizer.json"], encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, tokenizer.files["tokenizer.json"])
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
     print(f"{out} has {tokenizer.vocab_size:,} tokens; gptjax data prepare ... --tokenizer {out} uses it")

@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 from gptjax.apps.launch.clusters import CHIPS_PER_HOST, XLA_FLAGS, Slice
+from gptjax.errors import STOPPED
 
 CONFIG_FOLDER = "/etc/gptjax"
-STOPPED = 75  # the run's exit code after a signal, with everything saved
 PORT = 8476  # of JAX's coordinator
 
 

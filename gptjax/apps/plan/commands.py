@@ -6,10 +6,9 @@ from pathlib import Path
 import yaml
 
 from gptjax.configfile import load_config, read_yaml
-from gptjax.errors import UserError
+from gptjax.errors import DOES_NOT_FIT, UserError
 from gptjax.process import prepare_process
 
-DOES_NOT_FIT = 3  # exit code
 FLAGS = ("--search", "--analytic", "--json", "--help")
 
 

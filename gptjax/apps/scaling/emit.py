@@ -10,7 +10,7 @@ import shlex
 import yaml
 
 from gptjax.apps.scaling.study import load_study
-from gptjax.trainer import STOPPED
+from gptjax.errors import STOPPED
 
 AT_ONCE = 16  # tasks; an array of hundreds should not fill a queue at once
 

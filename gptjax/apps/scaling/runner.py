@@ -20,9 +20,10 @@ from typing import IO, Any
 from gptjax.apps.scaling.ladder import Rung, trunk_of
 from gptjax.apps.scaling.laws.table import read_json
 from gptjax.configfile import config_to_yaml
-from gptjax.errors import DIVERGED, UserError
+from gptjax.errors import STOPPED, USER_ERROR, UserError
+from gptjax.files import write_atomically
 from gptjax.metrics import read_metrics
-from gptjax.trainer import STOPPED
+from gptjax.rundir import read_outcome
 
 
 def rung_dir(study_dir: str | Path, rung_id: str) -> Path:
@@ -34,13 +35,6 @@ def read_result(study_dir: str | Path, rung_id: str) -> dict[str, Any] | None:
     """A finished rung's result.json; None where it is not finished."""
     path = rung_dir(study_dir, rung_id) / "result.json"
     return read_json(path) if path.exists() else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Give the whole text its name at once, so that a file that is there is whole."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def missing_forecasts(study_dir: str | Path, rungs: list[Rung]) -> list[Rung]:
@@ -150,19 +144,19 @@ def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
 def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str) -> dict[str, Any] | None:
     """What result.json says; None where the training process failed for a reason other than its loss.
 
-    Diverged is what gave up after its first evaluation (exit code 2, and so it says), skipped most steps, or learned
+    Diverged is what gave up after its first evaluation (its outcome.json says so), skipped most steps, or learned
     nothing.
     """
     rows = read_metrics(directory) if (directory / "metrics.jsonl").exists() else []
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
-    said = _last_line(directory).removeprefix("error: ")
-    gave_up = code == 2 and said.startswith(DIVERGED)
+    ended = read_outcome(directory)
+    gave_up = code == USER_ERROR and ended["status"] == "diverged"
     if not losses or not (code == 0 or gave_up):
         return None
     reason, steps = "", rung.config.train.total_steps
     skipped = int(sum(row.get("skipped", 0) for row in rows))
     if gave_up:
-        reason = f"diverged: {said}"
+        reason = f"diverged: {ended['reason']}"
     elif skipped > steps / 2:
         reason = f"diverged: {skipped} of {steps} steps had no finite gradient"
     elif not losses[-1] < losses[0]:  # also where it is nan

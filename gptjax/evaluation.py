@@ -1,0 +1,39 @@
+"""The loss over the validation data of a run."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from gptjax.data.batches import validation_batches
+from gptjax.data.corpus import Corpus, Source
+from gptjax.hosts import global_batch, rows_of_this_host
+from gptjax.step import Trainable, TrainState, make_eval_step
+
+
+def make_evaluate(t: Trainable, corpus: Corpus) -> Callable[[TrainState], dict[str, float]]:
+    """Return a function from a state to its validation metrics; of the average weights, where they are kept.
+
+    Raises:
+        UserError: a source has fewer validation tokens than one window.
+    """
+    cfg, eval_step = t.cfg, make_eval_step(t)
+    T, B = cfg.model.context_length, cfg.train.batch_sequences
+    rows = rows_of_this_host(t.batch_sharding, (B, T))
+
+    def batches_of(source: Source):
+        return validation_batches(source.val, T, B, cfg.train.eval_sequences, rows, source.pack_length)
+
+    for source in corpus.sources:
+        batches_of(source)  # so that a corpus too short is refused before the first step
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = state.params if state.ema is None else state.ema
+        losses = []
+        for source in corpus.sources:
+            sums = [eval_step(params, global_batch(b, rows, t.batch_sharding, B)) for b in batches_of(source)]
+            loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+            losses.append(float(loss / weight))
+        return corpus.validation_metrics(losses)
+
+    return evaluate

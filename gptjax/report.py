@@ -1,0 +1,65 @@
+"""What a run reports while it goes: metrics.jsonl, trackers, and a progress bar or lines."""
+
+import sys
+import time
+
+import jax
+import yaml
+from tqdm import tqdm
+
+from gptjax.configfile import config_to_yaml
+from gptjax.data.corpus import Corpus
+from gptjax.metrics import make_trackers, plot_loss
+from gptjax.nn.transformer import count_params
+from gptjax.step import Trainable
+
+
+class Report:
+    """What a run says: metrics.jsonl and trackers, and a progress bar, or lines where there is no terminal."""
+
+    def __init__(self, t: Trainable, corpus: Corpus, start_step: int):
+        cfg = self.cfg = t.cfg
+        self.speaks = jax.process_index() == 0
+        self.tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
+        plain = yaml.safe_load(config_to_yaml(cfg))
+        names = (cfg.log.trackers, cfg.workdir, start_step, cfg.log.project, plain)
+        self.trackers = make_trackers(*names) if self.speaks else []
+        self.terminal = sys.stderr.isatty()
+        total = cfg.train.total_steps
+        self.say(
+            f"{count_params(cfg.model)['total']:,} parameters, {corpus.train_tokens:,} training tokens, "
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
+            + (f", going on after step {start_step}" if start_step else "")
+        )
+        self.bar = tqdm(total=total, initial=start_step, unit="step", disable=not (self.terminal and self.speaks))
+        self.began_at, self.start_step = time.perf_counter(), start_step
+        self.val_loss: float | None = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Send a step's values to every tracker and to the screen."""
+        if "val/loss" in values:
+            self.val_loss = values["val/loss"]
+        for tracker in self.trackers:
+            tracker.write(step, {"tokens": step * self.tokens_per_step, **values})
+        shown = {"loss": values.get("train/loss"), "val": self.val_loss, "tok/s": values.get("tokens_per_s")}
+        texts = {k: f"{v:,.0f}" if k == "tok/s" else f"{v:.4f}" for k, v in shown.items() if v is not None}
+        self.bar.set_postfix(texts, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if not self.terminal:
+            done, total = step - self.start_step, self.cfg.train.total_steps
+            left = (time.perf_counter() - self.began_at) / done * (total - step) if done else None
+            texts |= {} if left is None else {"left": f"{int(left) // 60}:{int(left) % 60:02d}"}
+            self.say(f"step {step}/{total}  " + "  ".join(f"{k} {v}" for k, v in texts.items()))
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.speaks:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Let go of bar and trackers; draw the loss."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.speaks:
+            plot_loss(self.cfg.workdir)

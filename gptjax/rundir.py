@@ -1,0 +1,90 @@
+"""A run's directory: whose it is, what is in it, and how the run ended."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.config import Config
+from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
+from gptjax.data.reading import readable
+from gptjax.errors import UserError
+from gptjax.files import write_atomically
+
+
+def check_workdir(cfg: Config) -> None:
+    """Raise UserError where the run's directory belongs to a run of another config. Nothing is written."""
+    workdir = epath.Path(cfg.workdir)
+    with readable(cfg.workdir):
+        workdir.exists()  # a bucket may be out of reach
+    checkpoints = Checkpoints(cfg.workdir)
+    saved = newest_readable(checkpoints, checkpoints.meta)
+    checkpoints.close()
+    metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
+    if saved is not None:
+        earlier = config_from_dict(saved[1]["config"])
+    elif path.exists() and metrics.exists() and metrics.stat().length:
+        try:
+            earlier = config_from_dict(read_yaml(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}; give another --workdir") from None
+    else:
+        return
+    if keys := differing_keys(earlier, cfg):
+        listed = ", ".join("{} ({} there, {} here)".format(key, *map(json.dumps, both)) for key, both in keys.items())
+        hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
+        raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
+
+
+def open_workdir(cfg: Config) -> Checkpoints:
+    """The run's directory, made or found again; its checkpoints. Raises UserError where it cannot be written."""
+    workdir = epath.Path(cfg.workdir)
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_atomically(workdir / "config.yaml", config_to_yaml(cfg))
+            write_atomically(workdir / "env.json", json.dumps(environment(), indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror or error}; give another") from None
+    return Checkpoints(cfg.workdir, cfg.checkpoint)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the git commit, for a run's env.json."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "devices": [f"{d.device_kind} {d.id}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "git_commit": commit.stdout.strip() or None,
+    }
+
+
+def write_outcome(workdir: str, status: str, step: int, reason: str = "") -> None:
+    """Write outcome.json, which tells other programs how the run ended last.
+
+    Args:
+        status: "done", "stopped" (by a signal; resumable) or "diverged".
+        step: steps taken.
+        reason: one line, for a person.
+    """
+    if jax.process_index() == 0:
+        outcome = {"status": status, "step": step, "reason": reason}
+        write_atomically(epath.Path(workdir) / "outcome.json", json.dumps(outcome) + "\n")
+
+
+def read_outcome(workdir: str | Path) -> dict[str, Any]:
+    """Return what `write_outcome` wrote; status "unfinished" where a run has not ended by itself."""
+    path = epath.Path(workdir) / "outcome.json"
+    if not path.exists():
+        return {"status": "unfinished", "step": 0, "reason": ""}
+    return json.loads(path.read_text())

@@ -1,0 +1,68 @@
+"""The state that a run starts from: its newest checkpoint, another model's weights, or random ones. And saving it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.config import Config
+from gptjax.configfile import config_to_yaml
+from gptjax.convert import initial_model
+from gptjax.data.corpus import Corpus
+from gptjax.errors import UserError
+from gptjax.step import Trainable, TrainState, init_state
+from gptjax.tokenizers import same_ids, tokenizer_from_dict
+
+
+def save(checkpoints: Checkpoints, cfg: Config, corpus: Corpus, state: TrainState, val_loss: float | None) -> None:
+    """Begin to save a state, with all that is needed to go on from it or to sample."""
+    meta = {
+        "config": yaml.safe_load(config_to_yaml(cfg)),
+        "tokenizer": corpus.tokenizer.to_dict(),
+        "corpus": corpus.fingerprint,
+        "val/loss": val_loss,
+    }
+    checkpoints.save(int(state.step), *for_disk(state), meta, val_loss)
+
+
+def for_disk(state: TrainState) -> tuple[Any, TrainState]:
+    """The weights to sample from (their average where there is one), and the rest of the state."""
+    if state.ema is None:
+        return state.params, state._replace(params=None)
+    return state.ema, state._replace(ema=None)
+
+
+def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
+    """The newest readable state of the run, on this mesh; None where nothing is saved yet."""
+    checkpoints = Checkpoints(t.cfg.workdir)
+
+    def read(step: int) -> TrainState:
+        meta = checkpoints.meta(step)
+        if not same_ids(tokenizer_from_dict(meta["tokenizer"]), corpus.tokenizer):
+            raise UserError("the corpus has another tokenizer than this run began with; give another --workdir")
+        if meta["corpus"] != corpus.fingerprint and not t.cfg.data.change_mixture:
+            raise UserError("the corpus is not the one this run began with; give another --workdir")
+        weights, rest = checkpoints.restore(step, *for_disk(t.state))
+        return rest._replace(**{"params" if t.state.ema is None else "ema": weights})
+
+    found = newest_readable(checkpoints, read)
+    if found is not None:
+        checkpoints.set_aside_after(found[0])
+    checkpoints.close()
+    if found is None:
+        return None
+    total = jax.device_put(np.int32(t.cfg.train.total_steps), t.state.total_steps.sharding)
+    return found[1]._replace(total_steps=total)
+
+
+def first_state(t: Trainable, corpus: Corpus) -> TrainState:
+    """A new state, from random weights or from the weights of `init_from`."""
+    if t.cfg.init_from is None:
+        return init_state(t)
+    model = initial_model(t.cfg.init_from, t.cfg.model, corpus.tokenizer)
+    state = init_state(t)._replace(params=None, ema=None)  # the random weights make room
+    params = model.read(t.state.params)
+    return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))
