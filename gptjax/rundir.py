@@ -1,9 +1,6 @@
 """A run's directory: whose it is, what is in it, and how the run ended."""
 
 import json
-import platform
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from gptjax.checkpoint import Checkpoints, newest_readable
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
 from gptjax.data.reading import readable
+from gptjax.environment import describe_environment
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
 
@@ -49,24 +47,10 @@ def open_workdir(cfg: Config) -> Checkpoints:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_atomically(workdir / "config.yaml", config_to_yaml(cfg))
-            write_atomically(workdir / "env.json", json.dumps(environment(), indent=1))
+            write_atomically(workdir / "env.json", json.dumps(describe_environment(), indent=1))
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror or error}; give another") from None
     return Checkpoints(cfg.workdir, cfg.checkpoint)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices and the git commit, for a run's env.json."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "devices": [f"{d.device_kind} {d.id}" for d in jax.devices()],
-        "processes": jax.process_count(),
-        "git_commit": commit.stdout.strip() or None,
-    }
 
 
 def write_outcome(workdir: str, status: str, step: int, reason: str = "") -> None:

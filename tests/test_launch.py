@@ -20,7 +20,7 @@ from gptjax.errors import UserError
 from gptjax.process import find_processes
 
 TPU = {"image": "example.com/gptjax:1", "topology": "v5e:16x16"}
-BUCKET = ["--workdir=gs://bucket/runs/Llama_1B.v2"]
+BUCKET = ["--workdir=gs://bucket/runs/Llama_1B.v2", "--data.path=/data/fineweb"]
 
 
 def write(verb: str, tmp_path: Path, flags: list[str], **options) -> Path:
@@ -60,7 +60,8 @@ def test_a_batch_script_asks_for_what_was_said_and_requeues_on_75(tmp_path):
     text = (folder / "job.sbatch").read_text()
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
     asked = ["--nodes=4", "--ntasks-per-node=16", "--gpus-per-node=16", "--time=8:00:00", "--requeue"]
-    assert {*asked, "--signal=TERM@120", "--exclusive", "-C"} <= {word for line in options for word in line.split()}
+    assert {*asked, "--signal=TERM@120"} <= {word for line in options for word in line.split()}
+    assert any("--exclusive -C h100" in line for line in options)
     subprocess.run(["bash", "-n", folder / "job.sbatch"], check=True)
     assert " ".join(XLA_FLAGS["cuda"][1]) in text
 
@@ -128,8 +129,9 @@ def test_a_jobset_has_a_pod_for_each_host_and_restarts_without_end_after_a_preem
 GCLOUD = """
 echo "$@" >> gcloud.log
 case "$*" in
-  *describe*) if [ -e gone ]; then echo SUSPENDED; else echo ACTIVE; fi;;
-  *delete*) rm -f gone;;
+  *describe*) [ -e created ] || exit 1; if [ -e gone ]; then echo SUSPENDED; else echo ACTIVE; fi;;
+  *" create "*) touch created;;
+  *delete*) rm -f created gone;;
   *"docker run"*) echo >> attempts; [ "$(wc -l < attempts)" -gt 1 ] || { touch gone; exit 255; };;
 esac
 """
@@ -159,9 +161,9 @@ def test_types_of_tpus_count_what_google_counts():
 BAD = {
     "mesh": ("slurm", {"nodes": 3}, [], "mesh.data -1, mesh.fsdp 64 does not fit the 24 devices"),
     "tasks": ("slurm", {"nodes": 8, "tasks_per_node": 3}, [], "tasks_per_node 3 must be 1, or gpus_per_node 8"),
-    "workdir": ("gke", TPU, [], "workdir runs/llama_1b would vanish with the machine"),
+    "workdir": ("gke", TPU, [], "workdir runs/llama_1b would vanish with the container"),
     "nothing to run on": ("gke", {"image": "i"}, BUCKET, "say what to run on"),
-    "no sbatch": ("slurm", {"nodes": 8}, [], "there is no sbatch here"),
+    "no sbatch": ("slurm", {"nodes": 8}, [], "cannot run sbatch"),
 }
 
 

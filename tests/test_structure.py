@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gptjax"
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
     ["errors", "files", "presets"],
-    ["checks", "cpu"],
+    ["checks", "cpu", "environment"],
     ["config"],
     ["parametrization", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "nn.convolution", "nn.products", "loss", "optim", "checkpoint", "metrics"],
@@ -29,7 +29,14 @@ FLOORS = [
     ["cli", "apps"],
     ["__main__", "__init__"],
 ]
-ALONE = {"orbax": {"checkpoint"}, "grain": {"data"}, "wandb": {"metrics"}, "tensorboardX": {"metrics"}}
+STARTS_PYTHON = {"apps.bench", "apps.plan", "apps.scaling"}  # and nothing but Python: see environment.run_program
+ALONE = {
+    "subprocess": {"environment", *STARTS_PYTHON},
+    "orbax": {"checkpoint"},
+    "grain": {"data"},
+    "wandb": {"metrics"},
+    "tensorboardX": {"metrics"},
+}
 
 
 def room(module: str) -> str:

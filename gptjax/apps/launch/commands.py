@@ -1,8 +1,8 @@
 """The verbs of `gptjax launch`. Each writes a folder: the run's whole config, and the job that trains from it."""
 
+import json
 import re
-import shutil
-import subprocess
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,29 +11,49 @@ from typing import Any
 import yaml
 
 from gptjax.apps.launch.clusters import check_mesh, parse_slice
+from gptjax.apps.launch.container import VARIABLE, check_paths, parse_variables, parse_volumes
 from gptjax.apps.launch.gke import GkeJob, manifests
 from gptjax.apps.launch.slurm import SlurmJob, batch_script
 from gptjax.apps.launch.tpu_vm import TpuVmJob, script
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml, load_config
+from gptjax.environment import ProgramError, run_program
 from gptjax.errors import UserError
 
 TRAINING = ("seed", "workdir", "init_from", "profile")  # keys of a config that have no dot
+LISTS = ("env", "secret", "volume")  # options that may be given several times
+TEXTS = ("sbatch", "setup")  # options whose value may begin with --
+SBATCH_TIMEOUT_S = 120
 
 
 def split_flags(args: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's own arguments, and those of train.py: `--a.b VALUE` and the keys in TRAINING."""
+    """Return the launcher's own arguments, and those of train.py: `--a.b VALUE` and the keys in TRAINING.
+
+    What follows an option in LISTS or TEXTS is its value, whatever it begins with. Those in LISTS may come several
+    times, and become one JSON list.
+    """
     own: list[str] = []
     training: list[str] = []
-    target = own
-    for argument in args:
-        if argument.startswith("--"):
-            name = argument.removeprefix("--").partition("=")[0]
-            target = training if "." in name or name in TRAINING else own
-        target.append(argument)
-        if not argument.startswith("--") or "=" in argument:
+    lists: dict[str, list[str]] = {}
+    target, rest = own, list(args)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            target.append(argument)
             target = own
-    return own, training
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name in (*LISTS, *TEXTS) and (equals or rest):
+            value = value if equals else rest.pop(0)
+            if name in LISTS:
+                lists.setdefault(name, []).append(value)
+            else:
+                own.append(f"--{name}={value}")
+            continue
+        chosen = training if "." in name or name in TRAINING else own
+        chosen.append(argument)
+        target = own if equals else chosen
+    return own + [f"--{name}={json.dumps(values)}" for name, values in lists.items()], training
 
 
 def slurm(
@@ -48,6 +68,7 @@ def slurm(
     account: str | None = None,
     sbatch: str | None = None,
     setup: str | None = None,
+    env: list[str] | None = None,
     grace_s: int = 120,
     out: str | None = None,
     dry_run: bool = False,
@@ -65,6 +86,8 @@ def slurm(
         account: who pays.
         sbatch: further options of sbatch, such as "--exclusive --constraint=h100".
         setup: shell lines before the tasks start, such as "module load cuda".
+        env: NAME=VALUE, a variable of the tasks' environment; may be given several times. Variables of the shell
+            that submits, secrets among them, are passed on by sbatch itself.
         grace_s: seconds before the time limit at which the tasks are told to save.
         out: folder of the job's files and log; null means launch/ and the run's name.
         dry_run: write the files, submit nothing.
@@ -78,18 +101,19 @@ def slurm(
     options = [f"--{option}={value}" for option, value in asked.items() if value is not None]
     command = [sys.executable, "-u", "-m", "gptjax", "train", str(folder / "config.yaml")]
     layout = (nodes, tasks_per_node, gpus_per_node, grace_s)
-    job = SlurmJob(name, command, f"{folder}/%j.log", *layout, options + (sbatch or "").split(), setup)
+    options += _words("sbatch", sbatch or "")
+    log = str(folder).replace("%", "%%") + "/%j.log"
+    job = SlurmJob(name, command, log, *layout, options, setup, parse_variables(env))
     path = folder / "job.sbatch"
     path.write_text(batch_script(job))
+    by_hand = shlex.join(["sbatch", str(path)])
     if dry_run:
-        print(f"sbatch {path}    submits it")
+        print(f"{by_hand}    submits it")
         return
-    if shutil.which("sbatch") is None:
-        raise UserError(f"there is no sbatch here; on a login node: sbatch {path}   (--dry_run only writes it)")
-    result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f"sbatch refused {path}: {' '.join(result.stderr.split())}")
-    number = result.stdout.strip().partition(";")[0]
+    try:
+        number = run_program(["sbatch", "--parsable", str(path)], SBATCH_TIMEOUT_S).partition(";")[0]
+    except ProgramError as error:
+        raise UserError(f"{error}; on a login node: {by_hand}   (--dry_run only writes it)") from None
     print(f"job {number}, log {folder}/{number}.log    (scancel --signal=TERM {number} saves and requeues it)")
 
 
@@ -108,6 +132,9 @@ def gke(
     spot: bool = False,
     max_restarts: int = 10,
     grace_s: int = 120,
+    env: list[str] | None = None,
+    secret: list[str] | None = None,
+    volume: list[str] | None = None,
     out: str | None = None,
 ) -> None:
     """Write a JobSet for Google's Kubernetes, to be given to kubectl apply.
@@ -126,20 +153,30 @@ def gke(
         spot: whether nodes may be taken away.
         max_restarts: after faults; a preemption does not count.
         grace_s: seconds that a pod has to save when it is taken away.
+        env: NAME=VALUE, a variable of the container's environment; may be given several times.
+        secret: a secret of Kubernetes, whose keys become variables of the environment (kubectl create secret generic
+            wandb --from-literal=WANDB_API_KEY=...); may be given several times.
+        volume: CLAIM:/PATH, a persistent volume's claim and where it is mounted; may be given several times.
         out: folder of the job's files; null means launch/ and the run's name.
     """
     if (topology is None) == (gpu is None):
         raise UserError("say what to run on: --topology v5e:16x16, or --gpu nvidia-h100-80gb with --nodes")
     cfg, name = read_run(config, flags)
-    check_bucket(cfg)
+    volumes = parse_volumes(volume)
+    check_paths(cfg, volumes)
+    variables = parse_variables(env)
+    if "PROCESS_ID" in variables:
+        raise UserError("--env PROCESS_ID is what tells a pod its number; give another name")
     tpus = None if topology is None else parse_slice(topology)
     check_mesh(cfg, nodes * gpus_per_node if tpus is None else tpus.chips * num_slices)
     text = config_to_yaml(cfg)
     layout = (tpus, num_slices, gpu, nodes, gpus_per_node)
-    job = GkeJob(name, image, text, *layout, queue, service_account, spot, max_restarts, grace_s)
+    given = (variables, secret or [], volumes)
+    job = GkeJob(name, image, text, *layout, queue, service_account, spot, max_restarts, grace_s, *given)
     path = make_folder(out, name, cfg) / "jobset.yaml"
     path.write_text(yaml.dump_all(manifests(job), Dumper=_Dumper, sort_keys=False, width=1000))
-    print(f"kubectl apply -f {path}    submits it; kubectl logs -f job/{name}-workers-0 follows it")
+    apply = shlex.join(["kubectl", "apply", "-f", str(path)])
+    print(f"{apply}    submits it; kubectl logs -f job/{name}-workers-0 follows it")
 
 
 def tpu_vm(
@@ -151,6 +188,9 @@ def tpu_vm(
     zone: str,
     num_slices: int = 1,
     spot: bool = False,
+    env: list[str] | None = None,
+    secret: list[str] | None = None,
+    volume: list[str] | None = None,
     out: str | None = None,
 ) -> None:
     """Write a script of gcloud commands that queues for TPU VMs and trains on them.
@@ -163,15 +203,23 @@ def tpu_vm(
         zone: of Google Cloud, such as us-west4-a.
         num_slices: slices, joined by the data-centre network.
         spot: whether they may be taken away.
+        env: NAME=VALUE, a variable of the container's environment; may be given several times.
+        secret: NAME of a variable that the script's own environment has when it runs, such as WANDB_API_KEY; its
+            value is in no file of the job. May be given several times.
+        volume: DIRECTORY:/PATH, a directory of every host and where it is mounted; may be given several times.
         out: folder of the job's files; null means launch/ and the run's name.
     """
     cfg, name = read_run(config, flags)
-    check_bucket(cfg)
+    volumes = parse_volumes(volume)
+    check_paths(cfg, volumes)
+    if strange := [text for text in secret or [] if not re.fullmatch(VARIABLE, text)]:
+        raise UserError(f"--secret {strange[0]!r} is no name of a variable; give e.g. --secret WANDB_API_KEY")
     tpus = parse_slice(topology)
     check_mesh(cfg, tpus.chips * num_slices)
+    given = (parse_variables(env), secret or [], volumes)
     path = make_folder(out, name, cfg) / "tpu_vm.sh"
-    path.write_text(script(TpuVmJob(name, image, tpus, num_slices, zone, spot)))
-    print(f"bash {path}    runs it, best inside tmux")
+    path.write_text(script(TpuVmJob(name, image, tpus, num_slices, zone, spot, *given)))
+    print(f"{shlex.join(['bash', str(path)])}    runs it, best inside tmux")
 
 
 VERBS: dict[str, Callable[..., None]] = {"slurm": slurm, "gke": gke, "tpu-vm": tpu_vm}
@@ -192,14 +240,12 @@ def make_folder(out: str | None, name: str, cfg: Config) -> Path:
     return folder
 
 
-def check_bucket(cfg: Config) -> None:
-    """Raise UserError where the run's directory would vanish with the machine."""
-    workdir = cfg.workdir or ""
-    if "://" not in workdir and not workdir.startswith("/"):
-        raise UserError(
-            f"workdir {workdir} would vanish with the machine; give --workdir gs://BUCKET/NAME, or the absolute path "
-            "of a mounted disk that all hosts share"
-        )
+def _words(option: str, text: str) -> list[str]:
+    """The words of an option's value, as a shell splits them; raises UserError for a quote without its end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--{option} {text!r}: {error}; quote it as for a shell") from None
 
 
 class _Dumper(yaml.SafeDumper):

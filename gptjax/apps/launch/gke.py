@@ -2,11 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from gptjax.apps.launch.clusters import CHIPS_PER_HOST, XLA_FLAGS, Slice
+from gptjax.apps.launch.clusters import CHIPS_PER_HOST, Slice
+from gptjax.apps.launch.container import CONFIG_FOLDER, merge_xla_flags
 from gptjax.errors import STOPPED
 
-CONFIG_FOLDER = "/etc/gptjax"
 PORT = 8476  # of JAX's coordinator
+USER = 1000  # the Dockerfile's
 
 
 class GkeJob(NamedTuple):
@@ -26,6 +27,9 @@ class GkeJob(NamedTuple):
         spot: whether nodes may be taken away.
         max_restarts: after faults. Restarts after a preemption are not counted.
         grace_s: seconds that a pod has to save.
+        variables: of the environment.
+        secrets: of Kubernetes, each of whose keys becomes a variable of the environment.
+        volumes: path inside the container -> claim of a persistent volume.
     """
 
     name: str
@@ -41,6 +45,9 @@ class GkeJob(NamedTuple):
     spot: bool
     max_restarts: int
     grace_s: int
+    variables: dict[str, str]
+    secrets: list[str]
+    volumes: dict[str, str]
 
 
 def manifests(job: GkeJob) -> list[dict[str, Any]]:
@@ -89,10 +96,16 @@ def manifests(job: GkeJob) -> list[dict[str, Any]]:
 
 def _pod(job: GkeJob) -> dict[str, Any]:
     command = ["python", "-u", "-m", "gptjax", "train", f"{CONFIG_FOLDER}/config.yaml"]
-    variable, flags = XLA_FLAGS["cuda" if job.slice is None else "tpu"]
-    environment: list[dict[str, Any]] = [{"name": variable, "value": " ".join(flags)}]
+    variables = merge_xla_flags(job.variables, "cuda" if job.slice is None else "tpu")
+    # Kubernetes replaces $(NAME) in values; $$ stands for a single $.
+    environment: list[dict[str, Any]] = [
+        {"name": name, "value": value.replace("$", "$$")} for name, value in variables.items()
+    ]
     volumes: list[dict[str, Any]] = [{"name": "config", "configMap": {"name": job.name}}]
     mounts = [{"name": "config", "mountPath": CONFIG_FOLDER}]
+    for number, (path, claim) in enumerate(job.volumes.items()):
+        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"volume-{number}", "mountPath": path})
     if job.slice is None:  # GKE tells TPU hosts who they are, and nobody tells GPU nodes
         index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         environment.append({"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}})
@@ -114,6 +127,11 @@ def _pod(job: GkeJob) -> dict[str, Any]:
         "resources": {"limits": {resource: str(count)}},
         "volumeMounts": mounts,
     }
+    if job.secrets:
+        container["envFrom"] = [{"secretRef": {"name": secret}} for secret in job.secrets]
+    if job.slice is not None:
+        # libtpu opens devices that only root may open, and pins memory beyond a container's limit.
+        container["securityContext"] = {"runAsUser": 0, "capabilities": {"add": ["SYS_RESOURCE"]}}
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace_s,
@@ -124,6 +142,8 @@ def _pod(job: GkeJob) -> dict[str, Any]:
     if job.spot:
         tolerated = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         pod["tolerations"] = [tolerated]
+    if job.slice is None and job.volumes:
+        pod["securityContext"] = {"fsGroup": USER}  # so that the image's user may write to the volumes
     if job.service_account is not None:
         pod["serviceAccountName"] = job.service_account
     return pod

@@ -1,0 +1,94 @@
+"""What a job's container is given from outside: environment variables, volumes, and the paths that exist in it."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+from gptjax.apps.launch.clusters import XLA_FLAGS
+from gptjax.config import Config
+from gptjax.data.sources import DOWNLOADS
+from gptjax.errors import UserError
+from gptjax.tokenizers import TIKTOKEN_FILES
+
+CONFIG_FOLDER = "/etc/gptjax"  # where a pod finds the run's config
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"  # of a model, such as gpt2 or openai-community/gpt2
+# Names that stand for no path.
+DATA_NAMES = (*DOWNLOADS, "shakespeare")
+TOKENIZER_NAMES = ("byte", "char", *TIKTOKEN_FILES)
+
+
+def parse_variables(given: list[str] | None) -> dict[str, str]:
+    """Return the environment variables of `--env NAME=VALUE`; a value may contain anything.
+
+    Raises:
+        UserError: no NAME=VALUE, a name that no shell accepts, or a name given twice.
+    """
+    found: dict[str, str] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(VARIABLE, name):
+            raise UserError(f"--env {text!r} is not NAME=VALUE; give e.g. --env HF_HOME=/data/hub")
+        if name in found:
+            raise UserError(f"--env {name} is given twice; give it once")
+        found[name] = value
+    return found
+
+
+def merge_xla_flags(variables: dict[str, str], platform: str) -> dict[str, str]:
+    """Return the variables with the platform's compiler flags before the user's own, which win."""
+    name, flags = XLA_FLAGS[platform]
+    text = " ".join([*flags, *variables.get(name, "").split()])
+    return {**({name: text} if text else {}), **{k: v for k, v in variables.items() if k != name}}
+
+
+def parse_volumes(given: list[str] | None) -> dict[str, str]:
+    """Return, for `--volume SOURCE:/PATH`, each path inside the container and the source that is mounted there.
+
+    Raises:
+        UserError: not SOURCE:/PATH, or a path given twice.
+    """
+    found: dict[str, str] = {}
+    for text in given or []:
+        source, _, path = text.rpartition(":")
+        path = path.rstrip("/")
+        if not source or not path.startswith("/") or ".." in path.split("/"):
+            raise UserError(f"--volume {text!r} is not SOURCE:/PATH; give e.g. --volume shared-disk:/data")
+        if path in found or path == CONFIG_FOLDER:
+            raise UserError(f"--volume {text!r}: something else is mounted at {path}; give another path")
+        found[path] = source
+    return found
+
+
+def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
+    """Check that the paths of a config exist for a container, and outlive it where the run writes.
+
+    Args:
+        volumes: paths inside the container on which something is mounted.
+
+    Raises:
+        UserError: a run's directory on no volume, or input of which only this machine knows the place.
+    """
+    workdir = cfg.workdir or ""
+    if "://" not in workdir and not _is_mounted(workdir, volumes):
+        raise UserError(
+            f"workdir {workdir} would vanish with the container; give --workdir gs://BUCKET/NAME, or mount a disk "
+            "that all hosts share with --volume SOURCE:/PATH and give --workdir /PATH/NAME"
+        )
+    data = {"data.path": cfg.data.path} if not cfg.data.mixture else {}
+    data |= {f"data.mixture {part.label}": part.path for part in cfg.data.mixture}
+    inputs = {key: path for key, path in data.items() if path not in DATA_NAMES}
+    if cfg.data.tokenizer is not None and cfg.data.tokenizer not in TOKENIZER_NAMES:
+        inputs["data.tokenizer"] = cfg.data.tokenizer
+    if cfg.init_from is not None and not (re.fullmatch(HUB_ID, cfg.init_from) and not Path(cfg.init_from).exists()):
+        inputs["init_from"] = cfg.init_from
+    for key, path in inputs.items():
+        if "://" not in path and not path.startswith("/"):
+            raise UserError(
+                f"{key} {path} is a path on this machine and not in the container; give an absolute path of the "
+                "image or of a --volume, or a bucket's address"
+            )
+
+
+def _is_mounted(path: str, volumes: dict[str, str]) -> bool:
+    parents = {str(parent) for parent in (PurePosixPath(path), *PurePosixPath(path).parents)}
+    return ".." not in path.split("/") and not parents.isdisjoint(volumes)
