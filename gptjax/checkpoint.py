@@ -1,21 +1,71 @@
 """Checkpoints (Orbax, asynchronous). Three items each: `params`; `rest`, what only training needs; `meta`, plain
 values (config, tokenizer, losses), so that one path is enough to sample from."""
 
+import json
 import logging
 import os
+import re
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from gptjax.checksums import WHOLE, damage_of, files_under, read_checksums, write_checksums
 from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
+from gptjax.hosts import exchange, from_writer, is_writer
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of a save
+
+
+ITEMS = ("params", "rest", "meta", "metrics")
+REQUIRED = ("params", "meta")  # an imported model has no `rest`, and a save without an evaluation no `metrics`
+JSON_FILES = {"meta": "metadata", "metrics": "metrics"}
+Result = TypeVar("Result")
+
+
+class PartWritten:
+    """What Orbax waits for last in a process: the checksums of the arrays that the process has written by then."""
+
+    def __init__(self, folder: epath.Path):
+        self.folder, self.process = folder, jax.process_index()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Write the checksums, into the folder that Orbax then renames."""
+        own = self.folder / f"ocdbt.process_{self.process}"
+        if own.exists():
+            files = [f"{own.name}/{name}" for name in files_under(own)]
+            write_checksums(self.folder, files, f"checksums.process_{self.process}.json")
+
+    def cancel(self) -> None:
+        """Do nothing: nothing has begun."""
+
+
+class CheckedArrays(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of arrays, with checksums: each process sums up what it wrote, the first one the rest."""
+
+    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Any]:
+        """Begin to write, as the class above."""
+        futures = await super().async_save(directory, *args, **kwargs)
+        return [*(futures or []), PartWritten(directory)]
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Join what the processes wrote, and sum it up. One process calls it, after all have written."""
+        super().finalize(directory)
+        write_checksums(directory, [name for name in files_under(directory) if not name.startswith("ocdbt.process_")])
+
+
+class CheckedJson(ocp.JsonCheckpointHandler):
+    """Orbax's handler of plain values, with checksums."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Sum up what was written."""
+        super().finalize(directory)
+        write_checksums(directory, list(files_under(directory)))
 
 
 class Checkpoints:
@@ -44,11 +94,14 @@ class Checkpoints:
         for name in ("params", "rest"):
             # Compressing spares a float32 weight a twelfth of its bytes, takes half of the time that a save takes,
             # and holds what it has compressed in memory: nearly a second copy of the model.
-            registry.add(name, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
+            registry.add(name, ocp.args.PyTreeSave, CheckedArrays(use_compression=False))
             registry.add(name, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
-        json_handler = ocp.JsonCheckpointHandler()
-        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
-            registry.add("meta", args, json_handler)
+        for name, file in (("meta", None), ("metrics", "metrics")):
+            handler = CheckedJson(file)
+            for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+                registry.add(name, args, handler)
+        self.refused: dict[int, str] = {}  # step -> why reading it has failed
+        self.checked: dict[tuple[int, str], str | None] = {}  # step, item -> damage
         self.manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
 
     def steps(self) -> list[int]:
@@ -67,16 +120,55 @@ class Checkpoints:
         )
         assert begun, f"Orbax did not save step {step}; it has {self.steps()}"
 
+    def damage(self, step: int, items: Sequence[str] = ITEMS, part: int = 0, parts: int = 1) -> str | None:
+        """Return what is wrong with a checkpoint's files; None: nothing.
+
+        What older versions wrote has no checksums, and only its JSON is checked.
+
+        Args:
+            part, parts: of the files of each item, check every so-manieth, from this one on.
+        """
+        if step in self.refused:
+            return self.refused[step]
+        for item in items:
+            if (step, item) not in self.checked:
+                self.checked[step, item] = self._damage_of_item(step, item, part, parts)
+            if self.checked[step, item] is not None:
+                return self.checked[step, item]
+        return None
+
+    def _damage_of_item(self, step: int, item: str, part: int, parts: int) -> str | None:
+        folder = self.folder / str(step) / item
+        if not folder.exists():
+            return f"{item} is missing" if item in REQUIRED else None
+        try:
+            wanted = read_checksums(folder)
+            if wanted is None and item in JSON_FILES:
+                json.loads((folder / JSON_FILES[item]).read_bytes())
+        except (ValueError, FileNotFoundError) as error:
+            return f"{item}: {error}"
+        for file in sorted(wanted or {})[part::parts]:
+            if damage := damage_of(folder, file, wanted[file]):
+                return f"{item}/{damage}"
+        return None
+
+    def has_checksums(self, step: int, items: Sequence[str] = ITEMS) -> bool:
+        """Return whether the items of a checkpoint were written with checksums."""
+        folders = [self.folder / str(step) / item for item in items]
+        return all((folder / WHOLE).exists() for folder in folders if folder.exists())
+
     def set_aside_after(self, step: int) -> None:
-        """Move newer checkpoints, which could not be read, out of the way of those that will take their numbers."""
-        newer = [s for s in self.steps() if s > step]
-        if jax.process_index() == 0:
-            for damaged in newer:
-                kept = self.folder.parent / f"damaged-{damaged}"
-                kept.rmtree(missing_ok=True)
-                (self.folder / str(damaged)).rename(kept)
-        if newer and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        """Move newer checkpoints, which are damaged, out of the way of those that will take their numbers.
+
+        An older one moves too where the loss that it is kept by is damaged. Every process calls it.
+        """
+        if is_writer():
+            for other in self.steps():
+                if other > step or self.damage(other, ("metrics",)):
+                    kept = self.folder.parent / f"damaged-{other}"
+                    kept.rmtree(missing_ok=True)
+                    (self.folder / str(other)).rename(kept)
+        exchange(None)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The plain values of a checkpoint."""
@@ -112,23 +204,67 @@ class Checkpoints:
             self.close()
 
 
-def newest_readable(checkpoints: Checkpoints, read: Any) -> tuple[int, Any] | None:
-    """The newest step for which `read(step)` succeeds, with what it gave; None where there is no checkpoint.
+def newest_sound(checkpoints: Checkpoints, items: Sequence[str] = ITEMS) -> int | None:
+    """Return the newest step whose files are undamaged, the same on every process; None where nothing is saved.
 
-    A damaged checkpoint is passed over with a warning. Raises UserError where all are damaged.
+    Every process calls it, and checks its share of the files. Nothing is moved or changed.
+
+    Args:
+        items: those that will be read; the others are not looked at.
+
+    Raises:
+        UserError: all checkpoints are damaged.
     """
-    steps = checkpoints.steps()
+    steps = json.loads(from_writer(lambda: json.dumps(checkpoints.steps())))
     for step in steps:
-        try:
-            return step, read(step)
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            reason = " ".join(str(error).split())[:200]
-            print(
-                f"warning: checkpoint {step} in {checkpoints.folder} cannot be read ({reason}); trying an older one",
-                file=sys.stderr,
-            )
+        damages = exchange(checkpoints.damage(step, items, jax.process_index(), jax.process_count()))
+        if not damages:
+            return step
+        _warn(checkpoints, step, damages[min(damages)])
     if steps:
         raise UserError(f"no checkpoint in {checkpoints.folder} can be read; delete the folder to start again")
     return None
+
+
+def read_newest(
+    checkpoints: Checkpoints, read: Callable[[int], Result], items: Sequence[str] = ITEMS
+) -> tuple[int, Result] | None:
+    """Return the newest undamaged step and `read(step)`; None where nothing is saved. Every process calls it.
+
+    What `read` raises is raised, whatever it is: lack of memory or a failing network say nothing of the files. Of a
+    checkpoint without checksums, which older versions wrote, some errors prove damage; then the one before is read.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    while (step := newest_sound(checkpoints, items)) is not None:
+        result, damage = None, None
+        try:
+            result = read(step)
+        except Exception as error:
+            if checkpoints.has_checksums(step, items) or not proves_damage(error):
+                raise
+            damage = " ".join(str(error).split())[:200]
+        damages = exchange(damage)
+        if not damages:
+            return step, result  # type: ignore[return-value]
+        checkpoints.refused[step] = damages[min(damages)]
+    return None
+
+
+def proves_damage(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, can only come from a file that is missing, cut short or changed."""
+    while error is not None and not isinstance(error, UserError):
+        of_tensorstore = re.search(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND):", str(error))
+        if of_tensorstore or isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _warn(checkpoints: Checkpoints, step: int, damage: str) -> None:
+    if is_writer():
+        print(
+            f"warning: checkpoint {step} in {checkpoints.folder} is damaged ({damage}); trying an older one",
+            file=sys.stderr,
+        )

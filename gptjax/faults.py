@@ -47,15 +47,19 @@ class StopSignal:
 class Watchdog:
     """While entered, a process that gets nowhere ends, with every thread's stack on stderr: where no step has ended
     for `timeout_s` (None: for ever), and, of several processes, at any error but the user's, since an orderly exit
-    waits for the others. The timer is faulthandler's, which Python's lock cannot stop."""
+    waits for the others. The timer is faulthandler's, which Python's lock cannot stop; it runs from the first
+    `start_phase` on, since nobody knows how long a corpus takes to tokenize."""
 
     def __init__(self, timeout_s: int | None):
         self.timeout_s, self.set_at = timeout_s, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
+        return self
+
+    def start_phase(self) -> None:
+        """Begin to wait anew, START_FACTOR times as long: what follows restores, compiles or draws."""
         if self.timeout_s is not None:
             faulthandler.dump_traceback_later(START_FACTOR * self.timeout_s, exit=True)
-        return self
 
     def step_done(self) -> None:
         """Begin to wait anew, at most once a second."""

@@ -1,16 +1,27 @@
-"""What each host (process) of a run does: the rows of the batch that it reads, and what it hands to JAX.
+"""What each host (process) of a run does: the rows of the batch that it reads, what it hands to JAX, who writes the
+run's files, and how all of them come to one decision.
 
 A mesh gives a host rows that need not be contiguous, and several hosts the same rows where they hold other parts of
 the sequence or of the weights. So rows are always named one by one.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # the coordination service, which has no public name
 from jax.sharding import Sharding
 
+from gptjax.errors import UserError
+
 Index = tuple[slice, ...]
+Result = TypeVar("Result")
+
+WRITER = 0  # the process that writes all of a run's files but its own parts of checkpoints
+LONGEST_WAIT_S = 7 * 24 * 3600  # for other processes: the watchdog ends a wait much earlier
+_exchanges = itertools.count()
 
 
 def rows_of_hosts(sharding: Sharding, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
@@ -71,3 +82,66 @@ def global_batch(
         return jax.make_array_from_callback(shape, sharding, lambda index: part_of(array, rows, index))
 
     return {name: whole(array) for name, array in local.items()}
+
+
+def is_writer() -> bool:
+    """Return whether this process writes the run's files: config, environment, metrics, pictures."""
+    return jax.process_index() == WRITER
+
+
+def exchange(text: str | None) -> dict[int, str]:
+    """Return what each process gave (process index -> text, without those that gave None); all of them must call.
+
+    It goes through JAX's coordination service: no device is used, and a process may keep the others waiting.
+    """
+    if jax.process_count() == 1:
+        return {} if text is None else {0: text}
+    client, folder = distributed.global_state.client, f"gptjax/exchange/{next(_exchanges)}"
+    if text is not None:
+        client.key_value_set(f"{folder}/{jax.process_index()}", text)
+    client.wait_at_barrier(folder, LONGEST_WAIT_S * 1000)
+    return {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(f"{folder}/")}
+
+
+def from_writer(make: Callable[[], str]) -> str:
+    """Return, on every process, what the writer's process makes; all of them must call."""
+    return exchange(make() if is_writer() else None)[WRITER]
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Return work(), where no process raises a UserError in it; all of them must call.
+
+    Args:
+        work: must not call a function of this kind itself, or processes would answer each other's questions.
+
+    Raises:
+        UserError: of the first process that raised one, on every process. (Another kind of error ends its own
+            process, and thereby the others.)
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    if problems := exchange(problem):
+        process = min(problems)
+        raise UserError(problems[process] + (f" (process {process})" if jax.process_count() > 1 else ""))
+    return result  # type: ignore[return-value]
+
+
+def writer_first(work: Callable[[], Result]) -> Result:
+    """Return work(), done by the writer's process before the others begin: they find what it left on a shared disk.
+
+    Raises:
+        UserError: as `together`.
+    """
+    first = together(work) if is_writer() else together(lambda: None)
+    return together(lambda: first) if is_writer() else together(work)  # type: ignore[return-value]
+
+
+def check_same(what: str, text: str) -> None:
+    """Raise UserError, on every process, where the processes do not give the same text; all of them must call."""
+    found = exchange(text)
+    other = next((process for process in sorted(found) if found[process] != found[WRITER]), None)
+    if other is not None:
+        raise UserError(f"{what} on process {other} differs from that on process {WRITER}; give all hosts the same")

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from gptjax.configfile import config_to_yaml
 from gptjax.data.corpus import Corpus
+from gptjax.hosts import is_writer
 from gptjax.metrics import make_trackers, plot_loss
 from gptjax.nn.transformer import count_params
 from gptjax.step import Trainable
@@ -19,7 +20,7 @@ class Report:
 
     def __init__(self, t: Trainable, corpus: Corpus, start_step: int):
         cfg = self.cfg = t.cfg
-        self.speaks = jax.process_index() == 0
+        self.speaks = is_writer()
         self.tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
         plain = yaml.safe_load(config_to_yaml(cfg))
         names = (cfg.log.trackers, cfg.workdir, start_step, cfg.log.project, plain)

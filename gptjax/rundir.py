@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
-from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.checkpoint import Checkpoints, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
 from gptjax.data.reading import readable
 from gptjax.environment import describe_environment
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
+from gptjax.hosts import is_writer, together
 
 
 def check_workdir(cfg: Config) -> None:
@@ -22,7 +22,7 @@ def check_workdir(cfg: Config) -> None:
     with readable(cfg.workdir):
         workdir.exists()  # a bucket may be out of reach
     checkpoints = Checkpoints(cfg.workdir)
-    saved = newest_readable(checkpoints, checkpoints.meta)
+    saved = read_newest(checkpoints, checkpoints.meta, ("meta",))
     checkpoints.close()
     metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
     if saved is not None:
@@ -42,15 +42,20 @@ def check_workdir(cfg: Config) -> None:
 
 def open_workdir(cfg: Config) -> Checkpoints:
     """The run's directory, made or found again; its checkpoints. Raises UserError where it cannot be written."""
+    together(lambda: write_description(cfg))
+    return Checkpoints(cfg.workdir, cfg.checkpoint)
+
+
+def write_description(cfg: Config) -> None:
+    """Make the run's directory, and write its config.yaml and env.json, once for all processes."""
     workdir = epath.Path(cfg.workdir)
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if is_writer():
             write_atomically(workdir / "config.yaml", config_to_yaml(cfg))
             write_atomically(workdir / "env.json", json.dumps(describe_environment(), indent=1))
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror or error}; give another") from None
-    return Checkpoints(cfg.workdir, cfg.checkpoint)
 
 
 def write_outcome(workdir: str, status: str, step: int, reason: str = "") -> None:
@@ -61,7 +66,7 @@ def write_outcome(workdir: str, status: str, step: int, reason: str = "") -> Non
         step: steps taken.
         reason: one line, for a person.
     """
-    if jax.process_index() == 0:
+    if is_writer():
         outcome = {"status": status, "step": step, "reason": reason}
         write_atomically(epath.Path(workdir) / "outcome.json", json.dumps(outcome) + "\n")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.checkpoint import Checkpoints, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
 from gptjax.convert import initial_model
@@ -36,7 +36,7 @@ def for_disk(state: TrainState) -> tuple[Any, TrainState]:
 
 
 def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
-    """The newest readable state of the run, on this mesh; None where nothing is saved yet."""
+    """The newest undamaged state of the run, on this mesh; None where nothing is saved yet."""
     checkpoints = Checkpoints(t.cfg.workdir)
 
     def read(step: int) -> TrainState:
@@ -48,7 +48,7 @@ def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
         return rest._replace(**{"params" if t.state.ema is None else "ema": weights})
 
-    found = newest_readable(checkpoints, read)
+    found = read_newest(checkpoints, read)
     if found is not None:
         checkpoints.set_aside_after(found[0])
     checkpoints.close()

@@ -16,7 +16,7 @@ from gptjax.errors import DONE, STOPPED, UserError
 from gptjax.evaluation import make_evaluate
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Save, StepEnd, Watch, Write
-from gptjax.hosts import global_batch, rows_of_this_host
+from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
 from gptjax.nn.transformer import flops_per_token
 from gptjax.presets import peak_flops
 from gptjax.report import Report
@@ -40,7 +40,9 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         Diverged: the last steps had no finite gradient.
     """
     with Watchdog(cfg.distributed.stall_timeout_s) as watchdog:
-        corpus = load_corpus(cfg.data)
+        corpus = writer_first(lambda: load_corpus(cfg.data))
+        check_same("the corpus (data.path and data.tokenizer)", corpus.fingerprint)
+        watchdog.start_phase()
         cfg = with_vocabulary(cfg, corpus)
         t = make_trainable(cfg, make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices))
         B, T = cfg.train.batch_sequences, cfg.model.context_length
@@ -52,10 +54,11 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         checkpoints = open_workdir(cfg)
 
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()
-        report = Report(t, corpus, start)
+        report = together(lambda: Report(t, corpus, start))
         saving = partial(save, checkpoints, cfg, corpus)
         called = [*make_hooks(t, clock, report, evaluate, saving), Watch(watchdog), *hooks]
         incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
+        watchdog.start_phase()
         with checkpoints, StopSignal() as stop, closing(incoming):
             if start == 0:
                 run_hooks(called, StepEnd(0, last=False, complete=False, state=state))

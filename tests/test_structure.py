@@ -15,7 +15,7 @@ FLOORS = [
     ["errors", "files", "presets"],
     ["checks", "cpu", "environment"],
     ["config"],
-    ["parametrization", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
+    ["parametrization", "checksums", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "nn.convolution", "nn.products", "loss", "optim", "checkpoint", "metrics"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
     ["nn.backends"],

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.checkpoint import Checkpoints, newest_readable
+from gptjax.checkpoint import Checkpoints, read_newest
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict
 from gptjax.convert.families import FAMILIES, family_of, import_config
@@ -87,13 +87,13 @@ def on_first_device(cfg: ModelConfig) -> Params:
 
 def _open_run(workdir: str) -> Model:
     checkpoints = Checkpoints(workdir)
-    found = newest_readable(checkpoints, checkpoints.meta)
+    found = read_newest(checkpoints, checkpoints.meta, ("meta", "params"))
     if found is None:
         raise UserError(f"{workdir!r} holds no checkpoint; train first, or give the directory of a run")
     meta = {**found[1], "step": found[0]}
 
     def read(abstract: Params) -> Params:
-        params = newest_readable(checkpoints, lambda step: checkpoints.restore_params(step, abstract))
+        params = read_newest(checkpoints, lambda step: checkpoints.restore_params(step, abstract), ("meta", "params"))
         checkpoints.close()
         return params[1]
 
