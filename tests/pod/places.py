@@ -9,6 +9,7 @@ RECORDED = json.loads(Path(__file__).with_name("topologies.json").read_text())
 # Nodes of 8 GPUs, joined by a network: under one process a node, and under one process a GPU, as Slurm starts them.
 GPU_NODES = {"h100:4x8": (4, 1), "h100:4x8, a process each": (4, 8), "h100:64x8": (64, 1), "h100:512x8": (512, 1)}
 PLACES = [*RECORDED, *GPU_NODES]
+TWO_A_HOST = ", two processes a host"  # may follow a recorded name
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,16 +27,17 @@ class Device:
 
 @cache
 def devices_of(place: str) -> tuple[Device, ...]:
-    """Return the devices of one of PLACES, host by host."""
+    """Return the devices of one of PLACES, process by process."""
     if place in GPU_NODES:
         nodes, processes = GPU_NODES[place]
         per_process = 8 // processes
         return tuple(Device(i, i // per_process, i // 8, "gpu", "NVIDIA H100") for i in range(8 * nodes))
-    found = RECORDED[place]
+    found, per_host = RECORDED[place.removesuffix(TWO_A_HOST)], 2 if place.endswith(TWO_A_HOST) else 1
+    beside = found["chips_of_a_host"]
     chips = [
-        (process, part, (x + dx, y + dy, z + dz))
-        for process, (part, x, y, z) in enumerate(found["hosts"])
-        for dx, dy, dz in found["chips_of_a_host"]
+        (host * per_host + chip * per_host // len(beside), part, (x + dx, y + dy, z + dz))
+        for host, (part, x, y, z) in enumerate(found["hosts"])
+        for chip, (dx, dy, dz) in enumerate(beside)
     ]
     where = (found["platform"], found["kind"])
     return tuple(Device(i, process, part, *where, coords) for i, (process, part, coords) in enumerate(chips))

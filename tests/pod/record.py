@@ -21,6 +21,7 @@ from jax.experimental import topologies
 WANTED = [
     *(("v4:4x4x4", 1), ("v5e:4x4", 1), ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5p:4x4x4", 1), ("v5p:8x8x8", 1)),
     *(("v6e:8x8", 1), ("v5e:4x4", 2), ("v5p:16x16x16", 1), ("v5e:16x16", 16)),
+    *(("v5e:2x4", 1), ("v5p:2x2x2", 1)),  # small enough for virtual devices
 ]
 
 
