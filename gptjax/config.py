@@ -243,12 +243,15 @@ class OptimConfig:
     """Optimizer and learning-rate schedule.
 
     Args:
-        name: adamw for all weights, or muon for the blocks' matrices with adamw for the rest.
+        name: adamw for all weights, or muon for the blocks' matrices with adamw for the rest; docs/extending.md adds
+            others.
         peak_lr: the highest learning rate; with muon it is the matrices' rate.
         lr_scales: factors on peak_lr by pattern of a weight's path (`embed`, `head`, ...); the first that
             matches counts.
         schedule: after the warm-up: cosine decay, linear decay, constant with a linear decay at the end
             (wsd), or constant.
+        freeze: roles (`parametrization.ROLES`: matrix, embed, head, position, norm, bias, conv) whose weights stay as
+            they are, without gradients and moments.
         warmup_steps: steps of linear rise from 0 to peak_lr.
         decay_frac: with wsd, the last share of the steps over which the rate falls.
         final_lr_frac: the rate at the end, as a share of peak_lr.
@@ -263,10 +266,11 @@ class OptimConfig:
         ema_decay: keep an exponential moving average of the weights and evaluate it; null means none.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: str = "adamw"
     peak_lr: float = 6e-4
     lr_scales: dict[str, float] = field(default_factory=dict)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    freeze: tuple[str, ...] = ()
+    schedule: str = "cosine"
     warmup_steps: int = 0
     decay_frac: float = 0.2
     final_lr_frac: float = 0.1

@@ -3,9 +3,11 @@
 import difflib
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 DONE = 0
 USER_ERROR = 2  # the input is at fault; one line on stderr says what to change
@@ -46,3 +48,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word that is most alike, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def choose(table: Mapping[str, T], name: str, key: str) -> T:
+    """Return the entry of a table that the config key `key` names.
+
+    Raises:
+        UserError: it has no such entry; the message names the nearest.
+    """
+    if name not in table:
+        raise UserError(f"{key} {name!r} is not one of {', '.join(table)}{nearest(name, table)}")
+    return table[name]

@@ -1,4 +1,4 @@
-"""Schedules, optimizers, and what each weight's path says about its treatment."""
+"""Schedules and optimizers. Which rule updates a weight, and whether it decays, follows from the weight's role."""
 
 import math
 import re
@@ -8,86 +8,194 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Sharding
 
 from gptjax.config import OptimConfig
+from gptjax.errors import choose
+from gptjax.parametrization import ROLES, Role, role_named
+
+Path = tuple[str, ...]  # the names that lead to a weight
+Metadata = dict[
+    Path, dict[str, Any]
+]  # what each weight's declaration says, as `transformer.abstract_model` returns it
 
 
-class Treatment(NamedTuple):
-    """How the optimizer treats the weights of a path: by which rule, and whether they decay."""
+class Schedule(NamedTuple):
+    """How the learning rate falls after the warm-up.
 
-    optimizer: str
-    decay: bool
+    Attributes:
+        remaining: progress of the decay (0 to 1) -> share of the way from the final rate (0) to the peak (1).
+        late: whether the decay takes only the last `optim.decay_frac` of the steps.
+    """
+
+    remaining: Callable[[jax.Array], jax.Array]
+    late: bool = False
 
 
-# Pattern of a weight's path -> its treatment; the first match counts.
-TREATMENTS: dict[str, dict[str, Treatment]] = {
-    "adamw": {
-        r"norm/|bias|conv|positions": Treatment("adam", decay=False),
-        r".*": Treatment("adam", decay=True),
-    },
-    "muon": {
-        r"norm/|bias|conv|positions": Treatment("adam", decay=False),
-        r"blocks/": Treatment("muon", decay=True),
-        r".*": Treatment("adam", decay=True),
-    },
-}
-
-# Share of the way through the decay (0 to 1) -> share of the way from the final rate (0) to the peak (1).
-DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "cosine": lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
-    "linear": lambda x: 1 - x,
-    "wsd": lambda x: 1 - x,
-    "constant": jnp.ones_like,
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": Schedule(lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x))),
+    "linear": Schedule(lambda x: 1 - x),
+    "wsd": Schedule(lambda x: 1 - x, late=True),
+    "constant": Schedule(jnp.ones_like),
 }
 
 
 def learning_rate(cfg: OptimConfig, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-    """The rate of a step, float32. Both steps are arrays, so that a compiled step serves any `total_steps`.
+    """Return the rate of a step, float32. Both steps are arrays, so that a compiled step serves any `total_steps`.
 
     The step numbered 0 is the first to move the weights: a warm-up of w gives it peak / w.
     """
+    schedule = choose(SCHEDULES, cfg.schedule, "optim.schedule")
     step, total = step.astype(jnp.float32), total_steps.astype(jnp.float32)
     warmup = jnp.minimum(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    start = jnp.maximum(total * (1 - cfg.decay_frac), cfg.warmup_steps) if cfg.schedule == "wsd" else cfg.warmup_steps
+    start = jnp.maximum(total * (1 - cfg.decay_frac), cfg.warmup_steps) if schedule.late else cfg.warmup_steps
     progress = jnp.clip((step - start) / jnp.maximum(total - start, 1), 0, 1)
-    return cfg.peak_lr * warmup * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * DECAYS[cfg.schedule](progress))
+    return cfg.peak_lr * warmup * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * schedule.remaining(progress))
+
+
+class Rule(NamedTuple):
+    """How gradients become directions.
+
+    Attributes:
+        make: (config, factor on eps, metadata) -> the transformation, which sees the weights of one group.
+        entrywise: whether rate and decay follow the model's size by the roles' exponents, as Adam's do. A rule whose
+            updates have one spectral norm in every size keeps its own.
+    """
+
+    make: Callable[[OptimConfig, float, Metadata], optax.GradientTransformation]
+    entrywise: bool = True
+
+
+def make_adam(cfg: OptimConfig, eps_factor: float, metadata: Metadata) -> optax.GradientTransformation:
+    """Return Adam (Kingma and Ba 2014, arXiv 1412.6980)."""
+    return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps * eps_factor)
+
+
+def make_muon(cfg: OptimConfig, eps_factor: float, metadata: Metadata) -> optax.GradientTransformation:
+    """Return Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum, made nearly orthogonal."""
+    return scale_by_muon(cfg.momentum, metadata)
+
+
+RULES: dict[str, Rule] = {"adam": Rule(make_adam), "muon": Rule(make_muon, entrywise=False)}
+# optim.name -> the rule, of RULES, for the weights of a role.
+OPTIMIZERS: dict[str, Callable[[Role], str]] = {
+    "adamw": lambda role: "adam",
+    "muon": lambda role: "muon" if role.hidden else "adam",
+}
+
+
+class Group(NamedTuple):
+    """The weights that one transformation updates: they share a rule and a factor on eps."""
+
+    rule: str
+    eps_factor: float
+
+    @property
+    def name(self) -> str:
+        """The group's key in the optimizer's state, in memory and on disk."""
+        return self.rule if self.eps_factor == 1 else f"{self.rule}, eps x {self.eps_factor:g}"
+
+
+class Treatment(NamedTuple):
+    """What the optimizer does with a weight: its group, and factors on rate and decay."""
+
+    group: Group
+    lr: float
+    decay: float
 
 
 def first_match(table: dict[str, Any], path: str, default: Any = None) -> Any:
-    """The value of the first pattern that is found in the path."""
+    """Return the value of the first pattern that is found in the path."""
     return next((value for pattern, value in table.items() if re.search(pattern, path)), default)
 
 
-def make_optimizer(cfg: OptimConfig, metadata: dict[tuple[str, ...], dict[str, Any]]) -> optax.GradientTransformation:
-    """Gradients to the direction that is subtracted, times the learning rate, from the weights.
+def treat(cfg: OptimConfig, path: Path, weight: dict[str, Any]) -> Treatment:
+    """Return the treatment of a weight, which follows from its role, the model's size and `optim.lr_scales`.
+
+    Raises:
+        UserError: `optim.name` is unknown.
+    """
+    role, factors = role_named(weight["role"]), weight["factors"]
+    rule = choose(OPTIMIZERS, cfg.name, "optim.name")(role)
+    lr, decay, eps = (factors["lr"], factors["decay"], factors["eps"]) if RULES[rule].entrywise else (1.0, 1.0, 1.0)
+    lr *= first_match(cfg.lr_scales, "/".join(path), 1.0)
+    return Treatment(Group(rule, eps), lr, cfg.weight_decay * decay if role.decays else 0.0)
+
+
+def is_frozen(cfg: OptimConfig, weight: dict[str, Any]) -> bool:
+    """Return whether the weight's role is among `optim.freeze`: it has no gradient and no moments.
+
+    Raises:
+        UserError: a role of `optim.freeze` is unknown.
+    """
+    for role in cfg.freeze:
+        choose(ROLES, role, "optim.freeze")
+    return weight["role"] in cfg.freeze
+
+
+def make_optimizer(cfg: OptimConfig, metadata: Metadata) -> optax.GradientTransformation:
+    """Return gradients to the direction that is subtracted, times the learning rate, from the weights.
 
     Args:
-        metadata: of each weight by its path, as `transformer.abstract_model` gives it.
+        metadata: of each weight that is trained, by its path.
+
+    Raises:
+        UserError: `optim.name` is unknown.
     """
-    treatments = {path: first_match(TREATMENTS[cfg.name], "/".join(path)) for path in metadata}
+    treatments = {path: treat(cfg, path, weight) for path, weight in metadata.items()}
+    # Checkpoints of every optimizer have a group "muon", without arrays where it is not used.
+    groups = {Group("muon", 1.0), *(treatment.group for treatment in treatments.values())}
+    rules = {group.name: RULES[group.rule].make(cfg, group.eps_factor, metadata) for group in sorted(groups)}
 
-    def by_path(of: Callable[[tuple[str, ...]], Any]) -> Callable[[Any], Any]:
-        """A tree like the weights', each leaf what its path says."""
-        return lambda tree: jax.tree.map_with_path(lambda keys, _: of(tuple(k.key for k in keys)), tree)
-
-    factors = {path: meta["factors"][treatments[path].optimizer] for path, meta in metadata.items()}
-    rules = {"muon": scale_by_muon(cfg.momentum, by_path(lambda path: metadata[path]))}
-    labels = {path: treatment.optimizer for path, treatment in treatments.items()}
-    for path in (path for path, label in labels.items() if label == "adam"):
-        eps = factors[path]["eps"]
-        labels[path] = "adam" if eps == 1 else f"adam, eps x {eps:g}"
-        rules[labels[path]] = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps * eps)
-    decays = by_path(lambda path: cfg.weight_decay * factors[path]["decay"] if treatments[path].decay else 0.0)
-    rates = by_path(lambda path: first_match(cfg.lr_scales, "/".join(path), 1.0) * factors[path]["lr"])
+    def group_names(params):
+        return map_by_path(lambda path, _: treatments[path].group.name, params)
 
     def decay_and_scale(updates, params):
-        trees = (updates, params, decays(updates), rates(updates))
-        return jax.tree.map(lambda u, w, decay, rate: (u + decay * w if decay else u) * rate, *trees)
+        def direction(path, update, weight):
+            treatment = treatments[path]
+            update = update + treatment.decay * weight if treatment.decay else update
+            return update * treatment.lr
+
+        return map_by_path(direction, updates, params)
 
     return optax.chain(
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
-        with_moments_in(cfg.moments_dtype, optax.partition(rules, by_path(lambda path: labels[path]))),
+        with_moments_in(cfg.moments_dtype, optax.partition(rules, group_names)),
         optax.stateless(decay_and_scale),
+    )
+
+
+def map_by_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Map f(path, leaf, ...) over nested dicts; a path is the tuple of a leaf's names."""
+    return jax.tree.map_with_path(lambda keys, *leaves: f(tuple(k.key for k in keys), *leaves), tree, *rest)
+
+
+def abstract_opt_state(optimizer: optax.GradientTransformation, weights: Any, replicated: Sharding) -> Any:
+    """Return the optimizer's state as ShapeDtypeStructs: each moment lies as its weight does.
+
+    Args:
+        weights: a tree of ShapeDtypeStructs with shardings.
+        replicated: the sharding of what belongs to no weight, such as a count, or has another shape than its weight.
+    """
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def moment(leaf, weight):
+        if is_masked(leaf):  # the weight of another group
+            return leaf
+        return placed(leaf, weight.sharding if leaf.shape == weight.shape else replicated)
+
+    def is_masked(node):
+        return isinstance(node, optax.MaskedNode)
+
+    return optax.tree.map_params(
+        optimizer,
+        moment,
+        jax.eval_shape(optimizer.init, weights),
+        weights,
+        transform_non_params=lambda leaf: placed(leaf, replicated),
+        is_leaf=is_masked,
     )
 
 
@@ -110,12 +218,12 @@ class MuonState(NamedTuple):
     momentum: optax.Updates
 
 
-def scale_by_muon(decay: float, metadata_of: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum, made nearly orthogonal.
+def scale_by_muon(decay: float, metadata: Metadata) -> optax.GradientTransformation:
+    """Return Muon's transformation.
 
     Args:
         decay: of the momentum, used the Nesterov way.
-        metadata_of: tree of weights -> tree of their metadata, for reading a weight as a matrix.
+        metadata: for reading a weight as a stack of matrices.
     """
 
     def init(params):
@@ -125,17 +233,16 @@ def scale_by_muon(decay: float, metadata_of: Callable[[Any], Any]) -> optax.Grad
         del params
         momentum = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, momentum, updates)
-        metadata = metadata_of(updates)
-        return jax.tree.map(lambda m, meta: _orthogonal_update(m, meta), nesterov, metadata), MuonState(momentum)
+        return map_by_path(lambda path, x: _orthogonal_update(x, metadata[path]), nesterov), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonal_update(x: jax.Array, meta: dict[str, Any]) -> jax.Array:
-    """`orthogonalize`, on a weight that is a stack of matrices, scaled by sqrt(max(1, outputs / inputs))."""
-    layers = 1 if "layers" in meta["axes"] else 0
-    split = layers + meta["n_in"]
-    shape = (*x.shape[:layers], math.prod(x.shape[layers:split]), math.prod(x.shape[split:]))
+def _orthogonal_update(x: jax.Array, weight: dict[str, Any]) -> jax.Array:
+    """Orthogonalize a weight that is a stack of matrices, scaled by sqrt(max(1, outputs / inputs))."""
+    stack = weight["n_stacked"]
+    split = stack + weight["n_in"]
+    shape = (*x.shape[:stack], math.prod(x.shape[stack:split]), math.prod(x.shape[split:]))
     matrix = orthogonalize(x.reshape(shape))
     return (matrix * max(1.0, shape[-1] / shape[-2]) ** 0.5).reshape(x.shape)
 

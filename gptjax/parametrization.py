@@ -1,4 +1,7 @@
-"""How first values, rates and multipliers follow a model's size, so that what suits a small one suits a large one.
+"""Roles: how a weight is treated, and how first values, rates and multipliers follow the model's size.
+
+A weight's role is stated where the weight is declared (`nn/layers.py:param`). Optimizer, decay, freezing and the
+rules below follow from it.
 
 A model of `model.base_width` and `model.base_layers` is the standard one, bit for bit. One m times as wide and l
 times as deep departs from it by the powers of m and l below. muP follows the width alone: for it l is 1.
@@ -8,30 +11,40 @@ Sources: Yang et al. 2022 (arXiv 2203.03466), table 8, in which input and output
 condition 1, for Muon: its updates have the spectral norm that suits every width.
 """
 
-import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig
+from gptjax.errors import nearest
 
 Exponents = tuple[float, float]  # of m and of l
 
 
-class Rule(NamedTuple):
-    """What multiplies learning rate, decay (which acts times the rate) and Adam's eps."""
+class Role(NamedTuple):
+    """How the weights of a role are treated.
 
-    lr: Exponents = (0, 0)
-    decay: Exponents = (0, 0)
-    eps: Exponents = (0, 0)
+    Attributes:
+        decays: whether weight decay applies.
+        hidden: a matrix from features to features inside the network, such as Muon orthogonalizes.
+        lr: exponent of m in the learning rate of an entrywise optimizer (Adam).
+        decay: exponent of m in the weight decay, which acts times the rate.
+        eps: exponent of m in Adam's eps; in a stack of layers eps is also divided by l.
+    """
+
+    decays: bool
+    hidden: bool = False
+    lr: float = 0
+    decay: float = 0
+    eps: float = -1
 
 
-# Optimizer -> pattern of a weight's path -> rule; the first match counts.
-RULES: dict[str, dict[str, Rule]] = {
-    "adam": {
-        r"^blocks/.*(norm/|bias|conv)": Rule(eps=(-1, -1)),
-        r"^blocks/": Rule(lr=(-1, 0), decay=(1, 0), eps=(-1, -1)),
-        r"^(embed|positions|final_norm/.*|head)$": Rule(eps=(-1, 0)),
-    },
-    "muon": {r".*": Rule()},
+ROLES: dict[str, Role] = {
+    "matrix": Role(decays=True, hidden=True, lr=-1, decay=1),
+    "embed": Role(decays=True),
+    "head": Role(decays=True),
+    "position": Role(decays=False),
+    "norm": Role(decays=False),
+    "bias": Role(decays=False),
+    "conv": Role(decays=False),
 }
 # Kind of weight -> what multiplies the standard deviation of its first value.
 INIT_STDS = {"embed": (0, 0), "position": (0, 0), "matrix": (-0.5, 0), "residual": (-0.5, 0), "head": (0, 0)}
@@ -39,24 +52,41 @@ INIT_STDS = {"embed": (0, 0), "position": (0, 0), "matrix": (-0.5, 0), "residual
 MULTIPLIERS = {"output": (-1, 0), "residual": (0, -1)}
 
 
+def role_named(name: str) -> Role:
+    """Return the role of this name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name not in ROLES:
+        raise ValueError(f"role {name!r} is not in parametrization.ROLES{nearest(name, ROLES)}")
+    return ROLES[name]
+
+
 def growth(cfg: ModelConfig) -> tuple[float, float]:
-    """m and l; 1 for what the parametrization does not follow."""
+    """Return m and l; 1 for what the parametrization does not follow."""
     wide, deep = cfg.parametrization != "standard", cfg.parametrization == "completep"
     return cfg.d_model / cfg.base_width if wide else 1.0, cfg.n_layers / cfg.base_layers if deep else 1.0
 
 
 def factor(cfg: ModelConfig, exponents: Exponents) -> float:
-    """A power of m times one of l."""
+    """Return a power of m times one of l."""
     return growth(cfg)[0] ** exponents[0] * growth(cfg)[1] ** exponents[1]
 
 
-def treatment_factors(cfg: ModelConfig, path: str) -> dict[str, dict[str, float]]:
-    """Optimizer -> what multiplies a weight's `lr`, `decay` and `eps` under it."""
-    rules = {name: next(r for p, r in table.items() if re.search(p, path)) for name, table in RULES.items()}
-    return {name: {k: factor(cfg, e) for k, e in rule._asdict().items()} for name, rule in rules.items()}
+def size_factors(cfg: ModelConfig, weight: dict[str, Any]) -> dict[str, float]:
+    """Return what multiplies a weight's `lr`, `decay` and `eps` under an entrywise optimizer.
+
+    Args:
+        weight: its `role` and `axes`, of its metadata (`transformer.abstract_model`).
+    """
+    role = role_named(weight["role"])
+    depth = -1 if "layers" in weight["axes"] else 0
+    exponents = {"lr": (role.lr, 0), "decay": (role.decay, 0), "eps": (role.eps, depth)}
+    return {name: factor(cfg, powers) for name, powers in exponents.items()}
 
 
 def attention_multiplier(cfg: ModelConfig) -> float:
-    """Of the queries: scores fall with the head's width, not with its root (Yang et al. 2022, definition 4.1)."""
+    """Return the queries' factor: scores fall with the head's width, not its root (Yang et al. 2022, def. 4.1)."""
     wide = cfg.parametrization != "standard" and cfg.base_head_dim is not None
     return (cfg.base_head_dim / cfg.d_head) ** 0.5 if wide else 1.0

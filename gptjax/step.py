@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from gptjax import cpu
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.backends import for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, bind, init_params
-from gptjax.optim import learning_rate, make_optimizer
+from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
 from gptjax.sharding import check_divides, sharding
 
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
@@ -29,7 +31,7 @@ class TrainState(NamedTuple):
         step: steps taken, int32 scalar.
         total_steps: where the schedule ends, int32 scalar.
         params: float32 weights.
-        opt_state: the optimizer's moments.
+        opt_state: the optimizer's moments, of the weights that are trained.
         ema: moving average of the weights; None without one.
     """
 
@@ -46,7 +48,8 @@ class Trainable(NamedTuple):
     Attributes:
         cfg: with what was left open chosen for the mesh.
         graphdef: the model's structure.
-        optimizer: gradients to directions.
+        optimizer: gradients to directions, of the weights that are trained.
+        frozen: paths of the weights that `optim.freeze` keeps out of gradients and moments.
         state: abstract TrainState, every leaf with its sharding.
         batch_sharding: of a batch's arrays.
     """
@@ -55,6 +58,7 @@ class Trainable(NamedTuple):
     mesh: Mesh
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
+    frozen: frozenset[tuple[str, ...]]
     state: TrainState
     batch_sharding: jax.sharding.NamedSharding
 
@@ -80,28 +84,33 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
 
     cfg = replace(cfg, model=for_mesh(cfg.model, mesh))
     graphdef, params, metadata = abstract_model(cfg.model)
-    optimizer = make_optimizer(cfg.optim, metadata)
+    frozen = frozenset(path for path, weight in metadata.items() if is_frozen(cfg.optim, weight))
+    if len(frozen) == len(metadata):
+        raise UserError(f"optim.freeze {list(cfg.optim.freeze)} leaves no weight to train; take a role out of it")
+    optimizer = make_optimizer(cfg.optim, {path: w for path, w in metadata.items() if path not in frozen})
 
-    def sharded(keys, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[_names(keys)]["axes"]))
+    def sharded(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[path]["axes"]))
 
-    weights = jax.tree.map_with_path(sharded, params)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding(mesh, ()))
-    of_path = {_names(keys): leaf for keys, leaf in jax.tree.leaves_with_path(weights)}
-
-    def like_its_weight(keys, leaf):
-        # Found by name: a moment lies under its weight's path, whatever the optimizer wraps around it.
-        weight = next((w for path, w in of_path.items() if _names(keys)[-len(path) :] == path), scalar)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding)
-
-    moments = jax.tree.map_with_path(like_its_weight, jax.eval_shape(optimizer.init, params))
+    weights = map_by_path(sharded, params)
+    replicated = sharding(mesh, ())
+    moments = abstract_opt_state(optimizer, split_frozen(weights, frozen)[0], replicated)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = TrainState(scalar, scalar, weights, moments, weights if cfg.optim.ema_decay else None)
-    return Trainable(cfg, mesh, graphdef, optimizer, state, sharding(mesh, ("batch", "length")))
+    return Trainable(cfg, mesh, graphdef, optimizer, frozen, state, sharding(mesh, ("batch", "length")))
 
 
-def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
-    """The dictionary keys on the path to a leaf; attributes and indices of the optimizer's tuples left out."""
-    return tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+def split_frozen(params: Params, frozen: frozenset[tuple[str, ...]]) -> tuple[Params, Params]:
+    """Split the weights into those that are trained and those at the paths of `frozen`, two nested dicts."""
+    parts: tuple[Params, Params] = ({}, {})
+    for path, leaf in flatten_dict(params).items():
+        parts[path in frozen][path] = leaf
+    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+
+
+def join_frozen(trained: Params, frozen: Params) -> Params:
+    """Return the weights that `split_frozen` split."""
+    return unflatten_dict({**flatten_dict(trained), **flatten_dict(frozen)})
 
 
 def shardings_of(abstract: Any) -> Any:
@@ -116,7 +125,8 @@ def init_state(t: Trainable) -> TrainState:
         params = init_params(t.cfg.model, jax.random.key(t.cfg.seed))
         ema = jax.tree.map(jnp.copy, params) if t.cfg.optim.ema_decay else None
         total = jnp.asarray(t.cfg.train.total_steps, jnp.int32)
-        return TrainState(jnp.zeros((), jnp.int32), total, params, t.optimizer.init(params), ema)
+        moments = t.optimizer.init(split_frozen(params, t.frozen)[0])
+        return TrainState(jnp.zeros((), jnp.int32), total, params, moments, ema)
 
     return jax.block_until_ready(_on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(t.state)))())
 
@@ -150,47 +160,57 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
     `skipped`: 1 where loss or gradient was not finite, and weights and moments therefore stayed as they were.
     """
     cfg, M = t.cfg, t.cfg.train.microbatches
-    gradient = jax.value_and_grad(make_loss(t), has_aux=True)
+    loss_of = make_loss(t)
 
-    def accumulate(params: Params, batch: Batch, key: jax.Array | None):
+    def loss(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None):
+        return loss_of(join_frozen(trained, frozen), batch, key)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def accumulate(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None):
         """Sums over the microbatches: cross-entropy, token weights, and the gradient of the objective."""
         if M == 1:
-            (_, sums), grads = gradient(params, batch, key)
+            (_, sums), grads = gradient(trained, frozen, batch, key)
             return sums, grads
 
         def body(carry, inputs):
             index, part = inputs
             sub = None if key is None else jax.random.fold_in(key, index)
-            (_, sums), grads = gradient(params, part, sub)
+            (_, sums), grads = gradient(trained, frozen, part, sub)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
         # Every M-th row to a microbatch, so that a device finds its rows of each at home.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, M, *x.shape[1:]), 1, 0), batch)
-        zeros = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), jnp.zeros(())), params))
+        zeros = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), jnp.zeros(())), trained))
         return jax.lax.scan(body, zeros, (jnp.arange(M), parts))[0]
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if cfg.model.dropout else None
-        (cross_entropy, weight), grads = accumulate(state.params, batch, key)
+        trained, frozen = split_frozen(state.params, t.frozen)
+        (cross_entropy, weight), grads = accumulate(trained, frozen, batch, key)
         loss, grads = cross_entropy / weight, jax.tree.map(lambda g: g / weight, grads)
         grad_norm = optax.tree.norm(grads)
 
         lr = learning_rate(cfg.optim, state.step, state.total_steps)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def update(grads, params, opt_state, ema):
-            directions, opt_state = t.optimizer.update(grads, opt_state, params)
-            params = jax.tree.map(lambda p, d: p - lr * d, params, directions)
+        def update(grads, trained, opt_state, ema):
+            directions, opt_state = t.optimizer.update(grads, opt_state, trained)
+            trained = jax.tree.map(lambda p, d: p - lr * d, trained, directions)
             if ema is not None:
                 # A young average forgets faster, so that the first weights do not linger in it.
                 decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-            return params, opt_state, ema
+                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
+            return trained, opt_state, ema
 
+        ema, still = (None, None) if state.ema is None else split_frozen(state.ema, t.frozen)
         # A branch and not a choice of results: the moments are then changed in place, where a CPU copied them first.
-        kept = jax.lax.cond(good, update, lambda _, *old: old, grads, state.params, state.opt_state, state.ema)
+        kept = jax.lax.cond(good, update, lambda _, *old: old, grads, trained, state.opt_state, ema)
+        trained, opt_state, ema = kept
+        params = join_frozen(trained, frozen)
+        ema = None if ema is None else join_frozen(ema, still)
         metrics = {"train/loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": 1.0 - good}
-        return TrainState(state.step + 1, state.total_steps, *kept), metrics
+        return TrainState(state.step + 1, state.total_steps, params, opt_state, ema), metrics
 
     compiled = jax.jit(
         train_step,

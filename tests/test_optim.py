@@ -8,8 +8,9 @@ import pytest
 from conftest import GPT2_LIKE, MODERN, make_config
 
 from gptjax.config import OptimConfig
+from gptjax.errors import UserError
 from gptjax.nn.transformer import abstract_model, init_params
-from gptjax.optim import learning_rate, make_optimizer, orthogonalize
+from gptjax.optim import learning_rate, make_optimizer, orthogonalize, scale_by_muon
 
 
 def setup(optim: dict, model: dict = GPT2_LIKE):
@@ -147,3 +148,22 @@ def test_warmup_rises_in_equal_steps_and_then_decays():
     found = np.array([learning_rate(cfg, jnp.asarray(s), jnp.asarray(50)) for s in range(50)])
     np.testing.assert_allclose(found[:10], np.arange(1, 11) / 10, rtol=1e-5)
     np.testing.assert_allclose(found[10:], [optax.cosine_decay_schedule(1.0, 40)(s) for s in range(40)], atol=1e-5)
+
+
+def test_an_unknown_optimizer_or_schedule_is_refused_by_its_nearest_name():
+    with pytest.raises(UserError, match=r"optim.name 'adamv' is not one of adamw, muon; did you mean 'adamw'\?"):
+        setup({"name": "adamv"})
+    with pytest.raises(UserError, match=r"optim.schedule 'cosin' .*did you mean 'cosine'\?"):
+        learning_rate(OptimConfig(schedule="cosin"), jnp.asarray(0), jnp.asarray(1))
+
+
+def test_muon_reads_a_stack_of_experts_as_matrices_of_their_own():
+    """[L, E, D, F] is L x E matrices of D inputs, as the declaration says."""
+    rng = np.random.default_rng(0)
+    metadata = {("experts",): {"n_stacked": 2, "n_in": 1}}
+    grad = rng.normal(size=(2, 3, 8, 16)).astype(np.float32)
+    rule = scale_by_muon(0.0, metadata)
+    found, _ = rule.update({"experts": grad}, rule.init({"experts": grad}))
+    for layer, expert in np.ndindex(2, 3):
+        expected = newton_schulz(grad[layer, expert].astype(np.float64)) * 2**0.5
+        np.testing.assert_allclose(found["experts"][layer, expert], expected, atol=2e-4)

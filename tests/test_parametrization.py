@@ -54,9 +54,8 @@ def test_treatment_follows_the_papers_tables(name):
     metadata = abstract_model(make_config({**MUP, "parametrization": name}).model)[2]
     found = {"/".join(path): meta["factors"] for path, meta in metadata.items()}
     for path, expected in PAPER[name].items():
-        np.testing.assert_allclose([found[path]["adam"][k] for k in ("lr", "decay", "eps")], expected, err_msg=path)
-        assert set(found[path]["muon"].values()) == {1.0}
-    assert all(set(f["adam"].values()) == {1.0} for f in treatments("standard").values())
+        np.testing.assert_allclose([found[path][k] for k in ("lr", "decay", "eps")], expected, err_msg=path)
+    assert all(set(f.values()) == {1.0} for f in treatments("standard").values())
 
 
 def treatments(name: str) -> dict[str, dict]:
@@ -232,8 +231,7 @@ def test_coordinates_are_flat_under_mup_and_not_under_standard(check):
 
 
 def test_the_coordinate_check_sees_a_wrong_exponent(check, monkeypatch):
-    wrong = {r"^blocks/": parametrization.Rule(lr=(-0.5, 0))}
-    monkeypatch.setitem(parametrization.RULES, "adam", {**parametrization.RULES["adam"], **wrong})
+    monkeypatch.setitem(parametrization.ROLES, "matrix", parametrization.ROLES["matrix"]._replace(lr=-0.5))
     assert not check("mup")["flat"]
 
 

@@ -176,3 +176,39 @@ def test_loss_chunks_share_the_logits_among_the_devices_of_the_context_axis():
     sequences, vocab = 8 // 2, cfg.model.padded_vocab
     assert f"f32[{sequences},{32 // 4 // 4},{vocab}]" in program
     assert f"f32[{sequences},{32 // 4},{vocab}]" not in program
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_roles_stay_and_have_no_moments(optimizer):
+    """Eight devices, two microbatches and an average, so that every tree of weights is split and joined."""
+    optim = {"name": optimizer, "freeze": ["embed", "position", "matrix", "head"], "ema_decay": 0.9}
+    cfg = make_config(GPT2_LIKE, optim=optim, train={"batch_sequences": 16, "microbatches": 2})
+    t = trainable_on(cfg, 8, fsdp=4, data=2)
+    frozen = {"/".join(path) for path in t.frozen}
+    assert {"embed", "positions", "blocks/mlp/up", "blocks/attention/out"} <= frozen
+    assert not any("norm" in path or "bias" in path for path in frozen)
+    sizes = {leaf.shape for leaf in jax.tree.leaves(t.state.opt_state)}
+    assert sizes.isdisjoint({t.state.params["embed"].shape, t.state.params["blocks"]["mlp"]["up"].shape})
+    state, step = init_state(t), make_train_step(t)
+    before = jax.tree.map(np.array, state.params)
+    for number in range(2):
+        state, metrics = step(state, some_batch(t, number, B=16))
+    assert metrics["skipped"] == 0
+    for keys, leaf in jax.tree.leaves_with_path(state.params):
+        path = "/".join(key.key for key in keys)
+        same = np.array_equal(leaf, _leaf(before, keys))
+        assert same == (path in frozen), path
+        assert np.array_equal(_leaf(state.ema, keys), _leaf(before, keys)) == same, path
+
+
+def _leaf(tree, keys):
+    for key in keys:
+        tree = tree[key.key]
+    return tree
+
+
+def test_a_role_to_freeze_must_be_known_and_leave_something_to_train():
+    with pytest.raises(UserError, match=r"optim.freeze 'matrx' .*did you mean 'matrix'"):
+        trainable_on(make_config(GPT2_LIKE, optim={"freeze": ["matrx"]}))
+    with pytest.raises(UserError, match=r"leaves no weight to train"):
+        trainable_on(make_config(GPT2_LIKE, optim={"freeze": ["embed", "position", "matrix", "norm", "bias"]}))

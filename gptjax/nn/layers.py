@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import ModelConfig, RopeScaling
 from gptjax.nn.attention import KVCache, by_head
 from gptjax.nn.products import heads_of, plus, product
-from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth
+from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth, role_named
 from gptjax.sharding import constrain
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
@@ -55,16 +55,52 @@ class Cache(NamedTuple):
         return self._replace(kv=kv)
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, n_in: int = 1) -> nnx.Param:
-    """A float32 weight, normal(0, std).
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    role: str,
+    std: float = 0.0,
+    *,
+    fill: float = 0.0,
+    n_in: int = 1,
+    n_stacked: int = 0,
+) -> nnx.Param:
+    """Declare a float32 weight.
 
     Args:
         axes: a logical axis (`sharding.RULES`) for each dimension.
-        n_in: how many leading dimensions are the input, when the weight is read as a matrix (Muon does).
+        role: one of `parametrization.ROLES`; optimizer, decay and freezing follow from it.
+        std: standard deviation of its first value, which is normal.
+        fill: its first value where `std` is 0.
+        n_in: how many dimensions are the input, when the weight is read as a matrix (Muon does).
+        n_stacked: how many dimensions before those count separate matrices, as an axis of experts does.
+
+    Raises:
+        ValueError: the role is unknown.
     """
     assert len(shape) == len(axes)
-    value = std * standard_normal(rngs.params(), shape) if std else jnp.zeros(shape, jnp.float32)
-    return nnx.Param(value, axes=axes, n_in=n_in)
+    role_named(role)
+    value = std * standard_normal(rngs.params(), shape) if std else jnp.full(shape, fill, jnp.float32)
+    return nnx.Param(value, axes=axes, role=role, n_in=n_in, n_stacked=n_stacked)
+
+
+def param_if(
+    wanted: bool, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], role: str
+) -> nnx.Param | None:
+    """Declare a weight whose first value is 0; return None where it is not wanted."""
+    return param(rngs, shape, axes, role) if wanted else None
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], n_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Make n modules as one, whose weights have a leading axis "layers", which counts separate matrices."""
+    keys = jax.random.split(rngs.params(), n_layers)
+    stacked = nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+    for _, weight in nnx.iter_graph(stacked):
+        if isinstance(weight, nnx.Param):
+            declared = weight.get_metadata()
+            weight.set_metadata(axes=("layers", *declared["axes"]), n_stacked=declared["n_stacked"] + 1)
+    return stacked
 
 
 def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -80,11 +116,6 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _normal_quantiles() -> np.ndarray:
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / 2**16) for i in range(2**16)])
     return (quantiles / quantiles.std()).astype(np.float32)
-
-
-def zeros(rngs: nnx.Rngs, wanted: bool, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
-    """A weight that is no matrix (a bias, a filter), zero at first; None where it is not wanted."""
-    return param(rngs, shape, axes, std=0.0, n_in=0) if wanted else None
 
 
 def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
@@ -149,10 +180,9 @@ class Norm(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, width: int, rngs: nnx.Rngs, kind: str | None = None):
         self.kind, self.eps, self.dtype = kind or cfg.norm, cfg.norm_eps, cfg.dtype
-        ones = jnp.ones((width,), jnp.float32)
-        self.scale = nnx.Param(ones, axes=("norm",), n_in=0) if cfg.norm_weights else None
+        self.scale = param(rngs, (width,), ("norm",), "norm", fill=1.0) if cfg.norm_weights else None
         shifted = cfg.norm_weights and cfg.bias and self.kind == "layernorm"
-        self.bias = zeros(rngs, shifted, (width,), ("norm",))
+        self.bias = param_if(shifted, rngs, (width,), ("norm",), "bias")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -171,15 +201,17 @@ class Attention(nnx.Module):
         D, H, G, K = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head
         std = init_std(cfg, "matrix", D)
         self.dtype, self.query_multiplier = cfg.dtype, attention_multiplier(cfg)
-        self.query = param(rngs, (D, H, K), ("embed", "heads", "head_dim"), std)
-        self.key = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
-        self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std)
-        self.out = param(rngs, (H, K, D), ("heads", "head_dim", "embed"), init_std(cfg, "residual", H * K), n_in=2)
+        self.query = param(rngs, (D, H, K), ("embed", "heads", "head_dim"), "matrix", std)
+        self.key = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), "matrix", std)
+        self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), "matrix", std)
+        self.out = param(
+            rngs, (H, K, D), ("heads", "head_dim", "embed"), "matrix", init_std(cfg, "residual", H * K), n_in=2
+        )
         qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-        self.query_bias = zeros(rngs, qkv_bias, (H, K), ("heads", "head_dim"))
-        self.key_bias = zeros(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
-        self.value_bias = zeros(rngs, qkv_bias, (G, K), ("kv_heads", "head_dim"))
-        self.out_bias = zeros(rngs, cfg.bias, (D,), ("norm",))
+        self.query_bias = param_if(qkv_bias, rngs, (H, K), ("heads", "head_dim"), "bias")
+        self.key_bias = param_if(qkv_bias, rngs, (G, K), ("kv_heads", "head_dim"), "bias")
+        self.value_bias = param_if(qkv_bias, rngs, (G, K), ("kv_heads", "head_dim"), "bias")
+        self.out_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
         self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
         self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
 
@@ -222,12 +254,12 @@ class MLP(nnx.Module):
         D, F = cfg.d_model, cfg.mlp_width
         std = init_std(cfg, "matrix", D)
         self.kind, self.dtype = cfg.mlp, cfg.dtype
-        self.up = param(rngs, (D, F), ("embed", "mlp"), std)
-        self.gate = param(rngs, (D, F), ("embed", "mlp"), std) if cfg.mlp == "swiglu" else None
-        self.down = param(rngs, (F, D), ("mlp", "embed"), init_std(cfg, "residual", F))
-        self.up_bias = zeros(rngs, cfg.bias, (F,), ("mlp",))
-        self.gate_bias = zeros(rngs, cfg.bias and cfg.mlp == "swiglu", (F,), ("mlp",))
-        self.down_bias = zeros(rngs, cfg.bias, (D,), ("norm",))
+        self.up = param(rngs, (D, F), ("embed", "mlp"), "matrix", std)
+        self.gate = param(rngs, (D, F), ("embed", "mlp"), "matrix", std) if cfg.mlp == "swiglu" else None
+        self.down = param(rngs, (F, D), ("mlp", "embed"), "matrix", init_std(cfg, "residual", F))
+        self.up_bias = param_if(cfg.bias, rngs, (F,), ("mlp",), "bias")
+        self.gate_bias = param_if(cfg.bias and cfg.mlp == "swiglu", rngs, (F,), ("mlp",), "bias")
+        self.down_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
@@ -250,8 +282,8 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
         self.mlp = MLP(cfg, rngs)
         W = cfg.conv_width or 0
-        self.attention_conv = zeros(rngs, W > 0, (W, cfg.d_model), ("position", "norm"))
-        self.mlp_conv = zeros(rngs, W > 0, (W, cfg.d_model), ("position", "norm"))
+        self.attention_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
+        self.mlp_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache]:
         """x [B, T, D] -> the same shape, and the cache of these positions, or the given one with them in it."""

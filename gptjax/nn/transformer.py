@@ -16,9 +16,20 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import ModelConfig
 from gptjax.nn.attention import make_cached
 from gptjax.nn.backends import ATTENTIONS, is_apart, make_convolution, scans_layers
-from gptjax.nn.layers import STREAM, Block, Cache, Context, Norm, dropout, init_std, param, rotary_angles
+from gptjax.nn.layers import (
+    STREAM,
+    Block,
+    Cache,
+    Context,
+    Norm,
+    dropout,
+    init_std,
+    param,
+    rotary_angles,
+    stack_layers,
+)
 from gptjax.nn.products import plus
-from gptjax.parametrization import MULTIPLIERS, factor, treatment_factors
+from gptjax.parametrization import MULTIPLIERS, factor, size_factors
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
@@ -43,15 +54,14 @@ class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         V, D = cfg.padded_vocab, cfg.d_model
         self.cfg = cfg
-        self.embed = param(rngs, (V, D), ("vocab", "embed"), init_std(cfg, "embed"), n_in=0)
+        self.embed = param(rngs, (V, D), ("vocab", "embed"), "embed", init_std(cfg, "embed"))
         learned, T = cfg.positions == "learned", cfg.context_length
         std = init_std(cfg, "position")
-        self.positions = param(rngs, (T, D), ("position", "embed"), std, n_in=0) if learned else None
-        keys = jax.random.split(rngs.params(), cfg.n_layers)
-        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)))(keys)
+        self.positions = param(rngs, (T, D), ("position", "embed"), "position", std) if learned else None
+        self.blocks = stack_layers(lambda rngs: Block(cfg, rngs), cfg.n_layers, rngs)
         self.final_norm = Norm(cfg, D, rngs)
         untied = not cfg.tie_embeddings
-        self.head = param(rngs, (D, V), ("embed", "vocab"), init_std(cfg, "head", D)) if untied else None
+        self.head = param(rngs, (D, V), ("embed", "vocab"), "head", init_std(cfg, "head", D)) if untied else None
 
     def __call__(
         self,
@@ -135,17 +145,14 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
     Returns:
         graphdef: static, hashable.
         params: nested dict of ShapeDtypeStruct; blocks carry a leading axis L.
-        metadata: by path; `axes` names every dimension ("layers" first in blocks), `n_in` counts those that
-            are a matrix's input (0: not a matrix; the layers' axis is not counted); `factors` are what
-            the parametrization makes of its treatment, by optimizer.
+        metadata: by path; `axes`, `role`, `n_in` and `n_stacked` as `param` was given them (the axis "layers" is
+            the first in blocks); `factors` are what the model's size makes of rate, decay and eps.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0))), nnx.Param)
     metadata = {}
     for path, variable in nnx.to_flat_state(state):
-        given = variable.get_metadata()
-        stacked = ("layers",) if path[0] == "blocks" else ()  # nnx.vmap added the axis, not its name
-        factors = treatment_factors(cfg, "/".join(path))
-        metadata[path] = {"axes": stacked + given["axes"], "n_in": given["n_in"], "factors": factors}
+        weight = {name: variable.get_metadata()[name] for name in ("axes", "role", "n_in", "n_stacked")}
+        metadata[path] = {**weight, "factors": size_factors(cfg, weight)}
     return graphdef, nnx.to_pure_dict(state), metadata
 
 
