@@ -1,12 +1,13 @@
 """gptjax: the GPT trainer for JAX."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gptjax.generate import LanguageModel
 
 
-def load(path: str) -> "LanguageModel":
+def load(path: str | os.PathLike[str]) -> "LanguageModel":
     """A model, ready to be asked: `.generate(...)`, `.logits(ids)`, `.tokenizer`, `.config`.
 
     Args:

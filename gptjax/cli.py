@@ -11,8 +11,11 @@ from typing import Any, Literal
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gptjax.configfile import load_config
-from gptjax.errors import UserError, nearest, report_user_errors
+from gptjax.commandline import read_standard_input, split_words
+from gptjax.configfile import CONFIG_OPTIONS, load_config
+from gptjax.console import continue_without_output, report_user_errors, writes_unicode
+from gptjax.errors import UserError, nearest
+from gptjax.paths import UserPath, shell, user_path
 from gptjax.process import prepare_process
 
 
@@ -20,6 +23,7 @@ from gptjax.process import prepare_process
 def train(args: list[str]) -> int:
     """train a model, or go on with what its directory holds"""
     cfg = load_config(args)
+    continue_without_output()
     prepare_process(cfg.mesh.cpu_devices, cfg.distributed)
     from gptjax.trainer import train
 
@@ -27,9 +31,9 @@ def train(args: list[str]) -> int:
 
 
 def sample_from(
-    model: str,
+    model: UserPath,
     prompt: str | None = None,
-    prompt_file: str | None = None,
+    prompt_file: UserPath | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 500,
     temperature: float = 0.8,
@@ -62,6 +66,7 @@ def sample_from(
     from gptjax.generate import Sampling
 
     lm = load(model)
+    ascii_only = not writes_unicode()
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
     longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
@@ -78,7 +83,7 @@ def sample_from(
     for number, done in enumerate(lm.complete(repeated, max_new_tokens, how, seed)):
         if format == "jsonl":
             row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
-            print(json.dumps(row | ({"logprobs": done.logprobs} if logprobs else {}), ensure_ascii=False))
+            print(json.dumps(row | ({"logprobs": done.logprobs} if logprobs else {}), ensure_ascii=ascii_only))
             continue
         print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
         if logprobs:
@@ -91,15 +96,15 @@ def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
         raise UserError("give --prompt or --prompt_file, not both")
     if prompt_file is not None:
         try:
-            lines = Path(prompt_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(prompt_file).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
         except OSError as error:
             raise UserError(f"cannot read --prompt_file {prompt_file!r}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UserError(f"--prompt_file {prompt_file!r} is not UTF-8") from None
-        if not lines:
+        if lines == [""]:
             raise UserError(f"--prompt_file {prompt_file!r} is empty; write one prompt a line")
         return lines
-    return [sys.stdin.read()] if prompt == "-" else [prompt or ""]
+    return [read_standard_input()] if prompt == "-" else [prompt or ""]
 
 
 @report_user_errors
@@ -108,38 +113,72 @@ def sample(args: list[str]) -> int:
     return _call(sample_from, "sample.py", args)
 
 
-def _call(function: Callable[..., None], name: str, args: list[str], **fixed: Any) -> int:
-    """Call a function with a command line that its signature and docstring describe, but for what is `fixed`.
+def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
+    """Call a function with a command line that its signature and docstring describe.
+
+    A parameter `flags` is given the options of the command line that are keys of a config, as train.py takes them.
 
     Raises:
         UserError: arguments that it does not take.
     """
-    parser = ArgumentParser(
-        prog=name, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False, allow_abbrev=False
-    )
-    options = [p for p in inspect.signature(function).parameters.values() if p.name not in fixed]
-    lists = [p.name for p in options if p.annotation == list[str]]
-    for name in lists:  # as many as are given; what else has no default is then an option
-        described = next(p for p in docstring_parser.parse(function.__doc__ or "").params if p.arg_name == name)
-        parser.add_argument(name, nargs="+", type=str, help=described.description)
-    parser.add_function_arguments(function, as_group=False, as_positional=not lists, skip={*lists, *fixed})
-    known = ["--help", *(f"--{p.name}" for p in options)]
-    for argument in args:
-        option = argument.partition("=")[0]
-        if option.startswith("--") and option not in known:
-            raise UserError(f"unknown option {option}{nearest(option, known)}; {name} --help lists them")
-    flags = {f"--{p.name}" for p in options if p.annotation is bool}
-    pairs = zip(args, [*args[1:], None], strict=False)  # without arguments the second is longer
-    words = [f"{arg}=true" if arg in flags and after not in ("true", "false") else arg for arg, after in pairs]
+    every = inspect.signature(function).parameters
+    parameters = [p for p in every.values() if p.name != "flags"]
+    parser, positionals = _make_parser(function, parameters, name)
+    own = {p.name: p.annotation is bool for p in parameters if p.name not in positionals}
+    line = split_words(args, {**(CONFIG_OPTIONS if "flags" in every else {}), **own}, name)
+    if line is None:
+        parser.print_help()
+        return 0
+    words = line._replace(options=[option for option in line.options if option[0] in own]).words
     try:
-        values = parser.instantiate(parser.parse_args(words))
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
-    function(**vars(values), **fixed)
+        values = vars(parser.instantiate(parser.parse_args(words)))
+    except (ArgumentError, RecursionError) as error:
+        raise UserError(f"{' '.join(str(error).split())}; {name} --help says more") from None
+    for parameter in parameters:
+        value = values[parameter.name]
+        if parameter.annotation == list[UserPath]:
+            values[parameter.name] = [user_path(path) for path in value]
+        elif parameter.annotation in (UserPath, UserPath | None) and value is not None:
+            values[parameter.name] = user_path(value)
+    if "flags" in every:
+        values["flags"] = [f"--{option}={value}" for option, value in line.options if option not in own]
+    function(**values)
     return 0
 
 
-def from_hf(model: str, *, out: str) -> None:
+def _make_parser(
+    function: Callable[..., None], parameters: list[inspect.Parameter], program: str
+) -> tuple[ArgumentParser, list[str]]:
+    """The parser of a function's parameters, and the names of those that stand alone.
+
+    A text is taken as it is typed: `null` and `~` are texts. Parameters without a default stand alone, unless one of
+    them takes a list, which then does so by itself.
+    """
+    described = docstring_parser.parse(function.__doc__ or "")
+    about = {parameter.arg_name: parameter.description for parameter in described.params}
+    parser = ArgumentParser(
+        prog=program, description=described.short_description, exit_on_error=False, allow_abbrev=False
+    )
+    lists = [p.name for p in parameters if p.annotation in (list[str], list[UserPath])]
+    alone = lists or [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
+    for parameter in parameters:
+        name, kind = parameter.name, parameter.annotation
+        text = kind in (str, str | None, UserPath, UserPath | None) or name in lists
+        options: dict[str, Any] = {"type": str if text else kind, "help": about.get(name)}
+        if name in lists:
+            parser.add_argument(name, nargs="+", **options)
+        elif name in alone:
+            parser.add_argument(name, **options)
+        elif kind == list[str] | None:
+            parser.add_argument(f"--{name}", action="append", type=str, help=about.get(name))
+        elif parameter.default is parameter.empty:
+            parser.add_argument(f"--{name}", required=True, **options)
+        else:
+            parser.add_argument(f"--{name}", default=parameter.default, **options)
+    return parser, alone
+
+
+def from_hf(model: UserPath, *, out: UserPath) -> None:
     """Write a Hugging Face model, or a GGUF file, as a run that sample.py and train.py --init_from read.
 
     Args:
@@ -150,10 +189,11 @@ def from_hf(model: str, *, out: str) -> None:
     from gptjax.convert import import_model
 
     import_model(model, out)
-    print(f"python sample.py {out} --prompt '...'    samples; train.py {out}/config.yaml --workdir NEW trains on")
+    training = shell("train.py", f"{out}/config.yaml", "--workdir", "NEW")
+    print(f"{shell('python', 'sample.py', out)} --prompt '...'    samples; {training} trains on")
 
 
-def to_hf(run: str, *, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+def to_hf(run: UserPath, *, out: UserPath, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
     """Write a run's model as a Hugging Face directory, with its tokenizer and a model card.
 
     Args:
@@ -221,19 +261,18 @@ def bench(args: list[str]) -> int:
 @report_user_errors
 def plan(args: list[str]) -> int:
     """say whether a run fits on chips that are not here, what bounds it, and what it costs"""
-    from gptjax.apps.plan.commands import plan, words_of
+    from gptjax.apps.plan.commands import plan
 
-    return _call(plan, "gptjax plan", words_of(args))
+    return _call(plan, "gptjax plan", args)
 
 
 @report_user_errors
 def launch(args: list[str]) -> int:
     """start a run on a cluster: Slurm, Kubernetes (GKE) or TPU VMs"""
-    from gptjax.apps.launch.commands import VERBS, split_flags
+    from gptjax.apps.launch.commands import VERBS
 
     name = _choose("gptjax launch", _about(VERBS), args)
-    own, training = split_flags(args[1:])
-    return 0 if name is None else _call(VERBS[name], f"gptjax launch {name}", own, flags=training)
+    return 0 if name is None else _call(VERBS[name], f"gptjax launch {name}", args[1:])
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

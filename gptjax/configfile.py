@@ -1,8 +1,8 @@
 """Configs from YAML and the command line (through jsonargparse), and back to YAML."""
 
-import argparse
 import dataclasses
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,8 +12,10 @@ import yaml
 from etils import epath
 from jsonargparse import ArgumentError, ArgumentParser
 
+from gptjax.commandline import split_words
 from gptjax.config import Config, RopeScaling
 from gptjax.errors import UserError, nearest
+from gptjax.paths import user_path
 from gptjax.presets import PRESETS
 
 # What may differ between the runs that share a directory: it changes how a run is carried out, or how long,
@@ -26,6 +28,10 @@ FREE_ON_RESUME = (
 )
 
 
+# Keys that name a path: `~` is a home directory in them, and elsewhere YAML's null.
+PATHS = ("workdir", "init_from", "data.path", "data.tokenizer", "data.cache_dir")
+
+
 def load_config(args: list[str]) -> Config:
     """The config from a command line: `CONFIG.yaml --model.n_layers 6 ...`.
 
@@ -33,23 +39,48 @@ def load_config(args: list[str]) -> Config:
         UserError: unreadable file, unknown key (the nearest is named), wrong type, values at odds.
     """
     parser = _parser()
-    if not args:
-        raise UserError("give a config file, such as configs/quickstart.yaml; --help lists every key")
-    if args[0] in ("-h", "--help"):
+    line = split_words(args, CONFIG_OPTIONS, "train.py")
+    if line is None:
         parser.print_help()
         raise SystemExit(0)
-    for argument in args[1:]:
-        if argument.startswith("--"):
-            _reject_unknown(argument[2:].partition("=")[0], {*_KEYS, "help"})
-    values = read_yaml(args[0])
-    values["workdir"] = values.get("workdir") or os.path.join("runs", Path(args[0]).stem)
+    if len(line.positionals) != 1:
+        found = f"not {' and '.join(map(repr, line.positionals))}" if line.positionals else "and there is none"
+        raise UserError(f"give one config file, such as configs/quickstart.yaml, {found}; --help lists every key")
+    options = [(key, user_path(value) if key in PATHS else value) for key, value in line.options]
+    file = user_path(line.positionals[0])
+    values = _where_it_lies(read_yaml(file), file)
     # A preset of the command line must be there before the values that override it.
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model.preset", dest="preset", nargs="?")
-    preset = peek.parse_known_args(args[1:])[0].preset
-    if preset is not None:
-        values["model"] = {**(values.get("model") or {}), "preset": preset}
-    return _parse(parser, lambda: parser.parse_args(args, namespace=parser.parse_object(_fill(values))))
+    presets = [value for key, value in options if key == "model.preset"]
+    if presets:
+        values["model"] = {**(values.get("model") or {}), "preset": presets[-1]}
+    words = line._replace(options=options, positionals=["-"]).words
+    config = _parse(parser, lambda: parser.parse_args(words, namespace=parser.parse_object(_fill(values))))
+    if config.workdir:
+        return config
+    return dataclasses.replace(config, workdir=os.path.join("runs", Path(file).stem))
+
+
+def _where_it_lies(values: dict[str, Any], file: str) -> dict[str, Any]:
+    """The values of a run's own config.yaml, with the paths inside the run's directory as they are now.
+
+    The directory may have been moved or copied since the file was written.
+    """
+    folder, written = os.path.dirname(file) or ".", values.get("workdir")
+    if not isinstance(written, str) or not written or not (epath.Path(folder) / "checkpoints").exists():
+        return values
+    if os.path.abspath(user_path(written)) == os.path.abspath(folder):
+        return values
+    print(f"note: {file} was written in {written}; its run is taken to be {folder}", file=sys.stderr)
+
+    def moved(value: Any) -> Any:
+        inside = isinstance(value, str) and f"{value}/".startswith(f"{written.rstrip('/')}/")
+        return folder + value[len(written.rstrip("/")) :] if inside else value
+
+    values = {key: moved(value) if key in PATHS else value for key, value in values.items()}
+    data = values.get("data")
+    if isinstance(data, dict):
+        values["data"] = {key: moved(value) if f"data.{key}" in PATHS else value for key, value in data.items()}
+    return values
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -68,18 +99,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(epath.Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} nests too deep to be a config") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines")
     return values
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without keys that are there twice, of which the last would win."""
+    """YAML without keys that are there twice, of which the last would win; merged ones (`<<`) yield to given ones."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
+        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in given]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
@@ -122,7 +156,21 @@ def _parse(parser: ArgumentParser, read: Callable[[], Any]) -> Config:
         values = parser.instantiate(read())
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    except RecursionError:
+        raise UserError("a value of the config nests too deep, or holds itself") from None
+    return _with_user_paths(Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)}))
+
+
+def _with_user_paths(config: Config) -> Config:
+    """The config with its paths as the operating system takes them."""
+    top = {key: user_path(getattr(config, key)) for key in ("workdir", "init_from") if getattr(config, key)}
+    data = {
+        key: user_path(getattr(config.data, key))
+        for key in ("path", "tokenizer", "cache_dir")
+        if getattr(config.data, key)
+    }
+    mixture = tuple(dataclasses.replace(source, path=user_path(source.path)) for source in config.data.mixture)
+    return dataclasses.replace(config, **top, data=dataclasses.replace(config.data, **data, mixture=mixture))
 
 
 def _fill(values: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +199,13 @@ _SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.
 _KEYS = [f.name for f in dataclasses.fields(Config)]
 _KEYS += [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
 _KEYS += [f"model.rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)]
+# The options of train.py, each with whether it is a flag.
+CONFIG_OPTIONS = dict.fromkeys(_KEYS, False) | {
+    f"{name}.{field}": True
+    for name, cls in _SECTIONS.items()
+    for field, kind in typing.get_type_hints(cls).items()
+    if kind is bool
+}
 _MAY_BE_NULL = {
     f"{name}.{field}"
     for name, cls in _SECTIONS.items()

@@ -1,11 +1,8 @@
 """Errors of the user's input, each one line, and the exit codes of every command."""
 
 import difflib
-import signal
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -25,23 +22,6 @@ class Diverged(UserError):
     def __init__(self, first: int, last: int):
         self.first, self.last = first, last
         super().__init__(f"no gradient was finite from step {first} to {last}; lower optim.peak_lr")
-
-
-def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a `UserError` that leaves a command's main function into one line on stderr and exit code 2."""
-
-    @wraps(main)
-    def wrapper(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
-
-    return wrapper
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -11,8 +11,9 @@ import yaml
 from conftest import ROOT
 
 import gptjax.cpu
+from gptjax import cli
 from gptjax.apps.launch.clusters import TPUS, XLA_FLAGS, check_mesh, parse_slice
-from gptjax.apps.launch.commands import VERBS, split_flags
+from gptjax.apps.launch.commands import VERBS
 from gptjax.config import DistributedConfig
 from gptjax.configfile import load_config
 from gptjax.data.batches import Batches
@@ -35,23 +36,18 @@ def test_a_job_has_the_whole_config_and_its_overrides(tmp_path):
     assert cfg == load_config([str(ROOT / "configs/llama_1b.yaml"), "--train.total_steps=7"])
 
 
-def test_flags_with_a_dot_and_those_of_a_run_belong_to_training():
-    args = [
-        "c.yaml",
-        "--nodes",
-        "2",
-        "--train.total_steps",
-        "7",
-        "--workdir=w",
-        "--spot",
-        "--seed",
-        "1",
-        "--time",
-        "5",
-    ]
-    own, training = split_flags(args)
-    assert own == ["c.yaml", "--nodes", "2", "--spot", "--time", "5"]
-    assert training == ["--train.total_steps", "7", "--workdir=w", "--seed", "1"]
+def test_options_of_a_config_belong_to_training(monkeypatch):
+    called = {}
+
+    def slurm(config: str, flags: list[str], *, nodes: int = 1, spot: bool = False, time: str | None = None) -> None:
+        """Launch."""
+        called.update(locals())
+
+    monkeypatch.setitem(VERBS, "slurm", slurm)
+    args = ["--nodes", "2", "--train.total_steps", "-7", "--workdir=w", "--spot", "c.yaml", "--seed", "1", "--time=5"]
+    assert cli.launch(["slurm", *args]) == 0
+    assert called["flags"] == ["--train.total_steps=-7", "--workdir=w", "--seed=1"]
+    assert (called["config"], called["nodes"], called["spot"], called["time"]) == ("c.yaml", 2, True, "5")
 
 
 def test_a_batch_script_asks_for_what_was_said_and_requeues_on_75(tmp_path):

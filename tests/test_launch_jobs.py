@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, TINY_RUN
 from pods import metadata_server, pods
 
-from gptjax.apps.launch.commands import VERBS, split_flags
+from gptjax.apps.launch.commands import VERBS
 from gptjax.apps.launch.container import CONFIG_FOLDER
 from gptjax.cli import launch
 from gptjax.errors import UserError
@@ -145,10 +145,25 @@ def test_the_helps_own_example_of_sbatchs_options_works(tmp_path, capsys):
     assert '--sbatch "--comment=\'no end": No closing quotation' in capsys.readouterr().err
 
 
-def test_options_that_come_several_times_are_one_list():
-    own, training = split_flags(["c.yaml", "--env", "A=--b", "--seed", "7", "--env=B=2", "--secret", "s"])
-    assert own == ["c.yaml", '--env=["A=--b", "B=2"]', '--secret=["s"]']
-    assert training == ["--seed", "7"]
+def test_options_that_come_several_times_are_one_list(monkeypatch):
+    called = {}
+
+    def gke(
+        config: str,
+        flags: list[str],
+        *,
+        env: list[str] | None = None,
+        secret: list[str] | None = None,
+        zone: str = "",
+    ) -> None:
+        """Launch."""
+        called.update(locals())
+
+    monkeypatch.setitem(VERBS, "gke", gke)
+    launch(["gke", "c.yaml", "--env", "A=--b", "--seed", "7", "--env=B=2", "--secret", "s"])
+    assert (called["env"], called["secret"], called["flags"]) == (["A=--b", "B=2"], ["s"], ["--seed=7"])
+    launch(["gke", "c.yaml"])
+    assert called["env"] is None
 
 
 SCONTROL = 'case "$2" in hostnames) echo n1;; node) echo "NodeAddr=fd00::7 x";; *) exit 0;; esac'

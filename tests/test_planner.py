@@ -13,10 +13,9 @@ import yaml
 from conftest import ROOT, run_script, trainable_on
 
 from gptjax import cli
-from gptjax.apps.plan import calibration, planning
+from gptjax.apps.plan import calibration, commands, planning
 from gptjax.apps.plan.analytic import abstract_trainable, estimate, executed_flops_per_token, padded_bytes
 from gptjax.apps.plan.chips import CHIPS, parse_topology
-from gptjax.apps.plan.commands import words_of
 from gptjax.apps.plan.hlo import Program
 from gptjax.apps.plan.report import report
 from gptjax.apps.plan.worker import read_out_of_memory
@@ -268,7 +267,7 @@ def test_the_verdict_is_the_exit_code(remat, attention, code):
         ),
         (["--topology", "v5e:4x4", "--out", "x.yaml"], "add --search"),
         (["--topology", "v5e:4x4", "--serch"], "unknown option --serch"),
-        (["--topology", "v5e:4x4", "--model.remt", "full"], "did you mean 'model.remat'"),
+        (["--topology", "v5e:4x4", "--model.remt", "full"], "did you mean '--model.remat'"),
         (["--topology", "v5e:4x4", "--data.tokenizer", "char", "--model.vocab_size", "null"], "--model.vocab_size"),
     ],
 )
@@ -279,10 +278,18 @@ def test_mistakes_are_one_line(words, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
-def test_overrides_may_stand_anywhere():
-    args = ["--topology", "v5e:4x4", "--model.remat", "full", "c.yaml", "--json", "--mesh.fsdp=4"]
-    assert words_of(args) == ["c.yaml", "model.remat=full", "mesh.fsdp=4", "--topology", "v5e:4x4", "--json"]
-    assert words_of(["--analytic", "true", "c.yaml"]) == ["c.yaml", "--analytic", "true"]  # as --help writes it
+def test_overrides_may_stand_anywhere(monkeypatch):
+    called = {}
+
+    def plan(config: str, flags: list[str], *, topology: str, analytic: bool = False, json: bool = False) -> None:
+        """Plan."""
+        called.update(locals())
+
+    monkeypatch.setattr(commands, "plan", plan)
+    args = ["--topology", "v5e:4x4", "--analytic", "true", "--model.remat", "full", "c.yaml", "--json"]
+    assert cli.plan([*args, "--mesh.fsdp=4"]) == 0
+    assert called["flags"] == ["--model.remat=full", "--mesh.fsdp=4"]
+    assert [called[name] for name in ("config", "topology", "analytic", "json")] == ["c.yaml", "v5e:4x4", True, True]
 
 
 # Ceilings and calibration against published MFU (MaxText's table; causal attention at half, as they count).

@@ -13,6 +13,8 @@ PACKAGE = ROOT / "gptjax"
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
     ["errors", "files", "presets"],
+    ["paths", "console"],
+    ["commandline"],
     ["checks", "cpu", "environment"],
     ["config"],
     ["parametrization", "checksums", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],

@@ -25,6 +25,7 @@ from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.safetensors import write_safetensors
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
+from gptjax.paths import user_path
 from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe, printable_bytes
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
@@ -46,6 +47,7 @@ def import_model(path_or_id: str, out: str) -> None:
             files["generation_config.json"] = json.dumps(ends) + "\n"  # read again with the tokenizer beside it
         data = {"tokenizer": os.path.join(out, "tokenizer.json")} if files else {}
         # The config is one to train on with: it starts from these weights and speaks in these ids.
+        out = user_path(out)
         values = {"model": dataclasses.asdict(model.config), "data": data, "init_from": out, "workdir": out}
         config = config_to_yaml(config_from_dict(values))
         for name, text in {**files, "config.yaml": config}.items():
@@ -157,7 +159,7 @@ def new_folder(out: str) -> Iterator[Path]:
     Raises:
         UserError: `out` is there already and not empty, or cannot be written.
     """
-    path = Path(out).expanduser()
+    path = Path(user_path(out))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--out {out!r} is there already and not empty; give a new folder")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"

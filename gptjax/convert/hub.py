@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from gptjax.errors import UserError
+from gptjax.paths import user_path
 
 # What a download brings: weights, config and tokenizer, and never a pickle.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
@@ -19,7 +20,7 @@ def find_model(path_or_id: str) -> Path:
     Raises:
         UserError: it is neither here nor in the cache, and cannot be downloaded.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(user_path(path_or_id))
     if path.exists() or not _is_id(path_or_id):
         return path
     return _cached(path_or_id) or _download(path_or_id)

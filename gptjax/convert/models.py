@@ -3,6 +3,7 @@ shardings that the caller names."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.backends import unstack
 from gptjax.nn.transformer import Params, abstract_model
+from gptjax.paths import user_path
 from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
 
 
@@ -46,12 +48,13 @@ class Model(NamedTuple):
     read: Callable[[Params], Params]
 
 
-def open_model(path_or_id: str) -> Model:
+def open_model(path_or_id: str | os.PathLike[str]) -> Model:
     """The model of a run's directory, a Hugging Face directory or id, or a GGUF file.
 
     Raises:
         UserError: there is no model, or one that is damaged or cannot be run here.
     """
+    path_or_id = user_path(path_or_id)
     if "://" in path_or_id:  # a run in a bucket
         return _open_run(path_or_id)
     path = find_model(path_or_id)
@@ -71,7 +74,7 @@ def open_model(path_or_id: str) -> Model:
     )
 
 
-def load(path_or_id: str) -> LanguageModel:
+def load(path_or_id: str | os.PathLike[str]) -> LanguageModel:
     """The model, on the first device, ready to be asked. Raises UserError as `open_model`."""
     model = open_model(path_or_id)
     return LanguageModel(model.config, unstack(model.read(on_first_device(model.config))), model.tokenizer)

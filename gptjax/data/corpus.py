@@ -19,6 +19,7 @@ from gptjax.data.reading import Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.data.sources import pieces_of, source_files
 from gptjax.errors import UserError
+from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 FORMAT = 2  # of the cache; raise it when the same sources come to give other tokens
@@ -121,7 +122,7 @@ def load_corpus(cfg: DataConfig) -> Corpus:
 
 def _load_source(cfg: DataConfig, path: str, name: str) -> Source:
     if "://" not in path and is_prepared(path):
-        return _prepared(cfg, Path(path).expanduser(), name)
+        return _prepared(cfg, Path(user_path(path)), name)
     return _tokenized(cfg, path, name)
 
 
@@ -131,7 +132,7 @@ def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
     tokenizer = load_tokenizer(folder, manifest)
     made_with = manifest["tokenizer"]["name"]
     if cfg.tokenizer not in (None, made_with):
-        wanted = make_tokenizer(cfg.tokenizer, []) if Path(cfg.tokenizer).expanduser().exists() else None
+        wanted = make_tokenizer(cfg.tokenizer, []) if Path(user_path(cfg.tokenizer)).exists() else None
         if wanted is None or wanted.to_dict() != tokenizer.to_dict():
             raise UserError(
                 f"data.tokenizer {cfg.tokenizer} is not what {folder} was prepared with: {made_with}; leave it out, "
@@ -156,7 +157,7 @@ def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
     named = cfg.tokenizer or "char"
     tokenizer = None if named == "char" else make_tokenizer(named, [])  # char: whatever the text contains
     fingerprint = _fingerprint(cfg, path, files, named if tokenizer is None else tokenizer.to_dict())
-    folder = Path(cfg.cache_dir).expanduser() / fingerprint
+    folder = Path(user_path(cfg.cache_dir)) / fingerprint
     if not _is_whole(folder):
         tokenizer = tokenizer or make_tokenizer(named, (text for text, _ in _texts(cfg, files)))
         _tokenize(cfg, path, files, folder, tokenizer)

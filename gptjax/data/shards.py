@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
 
 FORMAT = 1  # of the manifest; raise it when older data is read wrongly
@@ -122,7 +123,7 @@ def _between(ends: np.ndarray, index: int) -> tuple[int, int]:
 
 def is_prepared(path: str | Path) -> bool:
     """Whether a path is a folder that `gptjax data prepare` finished; raises UserError where it only began."""
-    folder = Path(path).expanduser()
+    folder = Path(user_path(path))
     if (folder / MANIFEST).is_file():
         return True
     if (folder / WORK / "plan.json").exists():

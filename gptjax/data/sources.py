@@ -18,6 +18,7 @@ from etils import epath
 
 from gptjax.data.reading import Piece, Reading, import_pyarrow, readable, require_column
 from gptjax.errors import UserError
+from gptjax.paths import user_path
 
 UNIT_BYTES = 2**24  # of a source: the work that is lost when a process is killed
 TEXT_BYTES = 2**22  # of a text file: a longer one is tokenized in parts
@@ -38,7 +39,6 @@ DOWNLOADS = {
         "public domain",
     ),
 }
-BUCKETS = ("gs://", "s3://")
 DOWNLOAD_DIR = "~/.cache/gptjax/downloads"
 
 
@@ -58,9 +58,7 @@ def source_files(source: str) -> list[tuple[str, str]]:
         return [(str(f), "play") for f in sorted((Path(package.origin).parent / "plays").rglob("*.md"))]
     if source in DOWNLOADS:
         return [(str(fetch(source)), "text")]
-    if "://" in source and not source.startswith(BUCKETS):
-        raise UserError(f"data.path {source!r} is not an address of {', '.join(BUCKETS)}; fetch it to a file first")
-    path = epath.Path(source) if "://" in source else epath.Path(source).expanduser()
+    path = epath.Path(user_path(source))
     with readable(source):
         if not path.exists():
             raise UserError(
@@ -80,7 +78,7 @@ def fetch(name: str) -> Path:
         UserError: it cannot be fetched, or is not what was published.
     """
     entry = DOWNLOADS[name]
-    path = Path(DOWNLOAD_DIR).expanduser() / f"{name}.txt"
+    path = Path(user_path(DOWNLOAD_DIR)) / f"{name}.txt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError, nearest
+from gptjax.paths import user_path
 from gptjax.tokenizers.bpe import GPT2_SPLIT, byte_level_bpe, printable_bytes
 from gptjax.tokenizers.huggingface import HuggingFaceTokenizer, read_huggingface_tokenizer
 from gptjax.tokenizers.openai import TIKTOKEN_FILES, TiktokenTokenizer, published_tokenizer
@@ -68,7 +69,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
     if name in TIKTOKEN_FILES:
         return published_tokenizer(name)
-    path = Path(name).expanduser()
+    path = Path(user_path(name))
     if path.exists():
         return read_huggingface_tokenizer(path)
     known = ("byte", "char", *TIKTOKEN_FILES)

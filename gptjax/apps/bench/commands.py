@@ -14,6 +14,7 @@ from gptjax.apps.bench.pairs import Side, compare, machine, machine_line, show
 from gptjax.apps.bench.worker import STRETCH
 from gptjax.configfile import config_from_dict, load_config
 from gptjax.errors import UserError
+from gptjax.paths import UserPath
 
 Size = Literal["tiny", "baby", "gpt2"]
 # (batch, context, steps a turn) of training, so that a turn takes about a second on two cores.
@@ -78,7 +79,7 @@ def sample(
     _report(title, job, peer, pairs, batch * drawn * completions, json)
 
 
-def data(tokenizer: str = "byte", path: str = "shakespeare", pairs: int = 5, json: bool = False) -> None:
+def data(tokenizer: str = "byte", path: UserPath = "shakespeare", pairs: int = 5, json: bool = False) -> None:
     """Megabytes of text a second to ids, and batches delivered beside batches that training consumes.
 
     Args:
@@ -128,7 +129,7 @@ def _delivered(batches: Any, count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def startup(config: str, pairs: int = 3, json: bool = False) -> None:
+def startup(config: UserPath, pairs: int = 3, json: bool = False) -> None:
     """Seconds from the command to the end of the first step: cold, and with the compilation cache.
 
     Args:
@@ -151,7 +152,7 @@ def startup(config: str, pairs: int = 3, json: bool = False) -> None:
     _print(found | {"all": {"cold_s": cold, "cached_s": warm}}, text, json)
 
 
-def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> None:
+def loop(config: UserPath, steps: int = 500, pairs: int = 3, json: bool = False) -> None:
     """What the loop costs beyond its steps: seconds of a run over those of as many steps alone, in turn with it.
 
     Args:
@@ -179,7 +180,9 @@ def loop(config: str, steps: int = 500, pairs: int = 3, json: bool = False) -> N
     _print({"machine": machine(), **median, "all": turns}, text, json)
 
 
-def reach(config: str, text: str, peer: Literal["nanoGPT"] | None = None, pairs: int = 1, json: bool = False) -> None:
+def reach(
+    config: UserPath, text: UserPath, peer: Literal["nanoGPT"] | None = None, pairs: int = 1, json: bool = False
+) -> None:
     """Tokens and seconds to a loss: a run of ours beside nanoGPT's recipe in PyTorch, on the same text.
 
     Args:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptjax.data.shards import Split, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.errors import UserError
+from gptjax.paths import UserPath, user_path
 from gptjax.tokenizers import Tokenizer
 
 SAMPLED_TOKENS = 2**26  # of a split, spread evenly: enough for shares of a percent, seconds to read
@@ -20,7 +21,7 @@ NOTABLE = 0.02  # the share from which a warning is worth its line
 
 
 def inspect(
-    folder: str,
+    folder: UserPath,
     split: str = "train",
     windows: int = 2,
     context_length: int = 128,
@@ -43,7 +44,7 @@ def inspect(
     """
     if not is_prepared(folder):
         raise UserError(f"{folder!r} is not a folder that gptjax data prepare finished; give its --out")
-    path = Path(folder).expanduser()
+    path = Path(user_path(folder))
     manifest = load_manifest(path)
     if split not in manifest["splits"]:
         raise UserError(f"--split {split!r} is not known; there are: {', '.join(manifest['splits'])}")

@@ -37,6 +37,7 @@ from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, l
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, pieces_of, source_files, units_of
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
+from gptjax.paths import UserPath, user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 BATCH_CHARS = 2**20  # of documents that are encoded together
@@ -62,9 +63,9 @@ class Options(NamedTuple):
 
 
 def prepare(
-    sources: list[str],
-    out: str,
-    tokenizer: str = "gpt2",
+    sources: list[UserPath],
+    out: UserPath,
+    tokenizer: UserPath = "gpt2",
     text_field: str = "text",
     separator: str | None = None,
     val_frac: float = 0.005,
@@ -137,7 +138,7 @@ def prepare_data(
         raise UserError(f"val_frac {options.val_frac} must lie between 0 and 1")
     if options.pack_length is not None and options.pack_length < 2:
         raise UserError(f"pack_length {options.pack_length} must be at least 2")
-    folder = Path(out).expanduser()
+    folder = Path(user_path(out))
     with _writing_to(folder), _locked(folder):
         plan = make_plan(sources, tokenizer, options)
         if (folder / MANIFEST).exists():

@@ -1,7 +1,6 @@
 """`gptjax data train-tokenizer`: a byte-level BPE from text."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import tokenizers
 
@@ -9,12 +8,13 @@ from gptjax.data.reading import Reading, documents
 from gptjax.data.sources import pieces_of, source_files
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
+from gptjax.paths import UserPath, shell, writing
 from gptjax.tokenizers import GPT2_SPLIT, HuggingFaceTokenizer
 
 
 def train_tokenizer(
-    sources: list[str],
-    out: str,
+    sources: list[UserPath],
+    out: UserPath,
     vocab_size: int = 32768,
     text_field: str = "text",
     separator: str | None = None,
@@ -42,13 +42,10 @@ def train_tokenizer(
                 yield document.text
 
     tokenizer = learn(texts(), vocab_size)
-    path = Path(out).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out) as path:
         write_atomically(path, tokenizer.files["tokenizer.json"])
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
-    print(f"{out} has {tokenizer.vocab_size:,} tokens; gptjax data prepare ... --tokenizer {out} uses it")
+    using = shell("--tokenizer", out)
+    print(f"{out} has {tokenizer.vocab_size:,} tokens; gptjax data prepare ... {using} uses it")
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:

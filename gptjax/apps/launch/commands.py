@@ -1,6 +1,6 @@
 """The verbs of `gptjax launch`. Each writes a folder: the run's whole config, and the job that trains from it."""
 
-import json
+import os
 import re
 import shlex
 import sys
@@ -19,45 +19,13 @@ from gptjax.config import Config
 from gptjax.configfile import config_to_yaml, load_config
 from gptjax.environment import ProgramError, run_program
 from gptjax.errors import UserError
+from gptjax.paths import UserPath, writing
 
-TRAINING = ("seed", "workdir", "init_from", "profile")  # keys of a config that have no dot
-LISTS = ("env", "secret", "volume")  # options that may be given several times
-TEXTS = ("sbatch", "setup")  # options whose value may begin with --
 SBATCH_TIMEOUT_S = 120
 
 
-def split_flags(args: list[str]) -> tuple[list[str], list[str]]:
-    """Return the launcher's own arguments, and those of train.py: `--a.b VALUE` and the keys in TRAINING.
-
-    What follows an option in LISTS or TEXTS is its value, whatever it begins with. Those in LISTS may come several
-    times, and become one JSON list.
-    """
-    own: list[str] = []
-    training: list[str] = []
-    lists: dict[str, list[str]] = {}
-    target, rest = own, list(args)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            target.append(argument)
-            target = own
-            continue
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if name in (*LISTS, *TEXTS) and (equals or rest):
-            value = value if equals else rest.pop(0)
-            if name in LISTS:
-                lists.setdefault(name, []).append(value)
-            else:
-                own.append(f"--{name}={value}")
-            continue
-        chosen = training if "." in name or name in TRAINING else own
-        chosen.append(argument)
-        target = own if equals else chosen
-    return own + [f"--{name}={json.dumps(values)}" for name, values in lists.items()], training
-
-
 def slurm(
-    config: str,
+    config: UserPath,
     flags: list[str],
     *,
     nodes: int = 1,
@@ -70,7 +38,7 @@ def slurm(
     setup: str | None = None,
     env: list[str] | None = None,
     grace_s: int = 120,
-    out: str | None = None,
+    out: UserPath | None = None,
     dry_run: bool = False,
 ) -> None:
     """Write a batch job for Slurm, and submit it. It requeues itself until the run is done.
@@ -81,15 +49,15 @@ def slurm(
         nodes: how many.
         gpus_per_node: 0 for a cluster of CPUs.
         tasks_per_node: processes on a node: 1, which holds all of its GPUs, or one for each GPU.
-        time: limit of one attempt, such as 24:00:00; null means the partition's.
-        partition: where to run; null means Slurm's default.
+        time: limit of one attempt, such as 24:00:00; without it the partition's.
+        partition: where to run; without it Slurm's default.
         account: who pays.
         sbatch: further options of sbatch, such as "--exclusive --constraint=h100".
         setup: shell lines before the tasks start, such as "module load cuda".
         env: NAME=VALUE, a variable of the tasks' environment; may be given several times. Variables of the shell
             that submits, secrets among them, are passed on by sbatch itself.
         grace_s: seconds before the time limit at which the tasks are told to save.
-        out: folder of the job's files and log; null means launch/ and the run's name.
+        out: folder of the job's files and log; without it launch/ and the run's name.
         dry_run: write the files, submit nothing.
     """
     cfg, name = read_run(config, flags)
@@ -118,7 +86,7 @@ def slurm(
 
 
 def gke(
-    config: str,
+    config: UserPath,
     flags: list[str],
     *,
     image: str,
@@ -135,7 +103,7 @@ def gke(
     env: list[str] | None = None,
     secret: list[str] | None = None,
     volume: list[str] | None = None,
-    out: str | None = None,
+    out: UserPath | None = None,
 ) -> None:
     """Write a JobSet for Google's Kubernetes, to be given to kubectl apply.
 
@@ -157,7 +125,7 @@ def gke(
         secret: a secret of Kubernetes, whose keys become variables of the environment (kubectl create secret generic
             wandb --from-literal=WANDB_API_KEY=...); may be given several times.
         volume: CLAIM:/PATH, a persistent volume's claim and where it is mounted; may be given several times.
-        out: folder of the job's files; null means launch/ and the run's name.
+        out: folder of the job's files; without it launch/ and the run's name.
     """
     if (topology is None) == (gpu is None):
         raise UserError("say what to run on: --topology v5e:16x16, or --gpu nvidia-h100-80gb with --nodes")
@@ -180,7 +148,7 @@ def gke(
 
 
 def tpu_vm(
-    config: str,
+    config: UserPath,
     flags: list[str],
     *,
     image: str,
@@ -191,7 +159,7 @@ def tpu_vm(
     env: list[str] | None = None,
     secret: list[str] | None = None,
     volume: list[str] | None = None,
-    out: str | None = None,
+    out: UserPath | None = None,
 ) -> None:
     """Write a script of gcloud commands that queues for TPU VMs and trains on them.
 
@@ -207,7 +175,7 @@ def tpu_vm(
         secret: NAME of a variable that the script's own environment has when it runs, such as WANDB_API_KEY; its
             value is in no file of the job. May be given several times.
         volume: DIRECTORY:/PATH, a directory of every host and where it is mounted; may be given several times.
-        out: folder of the job's files; null means launch/ and the run's name.
+        out: folder of the job's files; without it launch/ and the run's name.
     """
     cfg, name = read_run(config, flags)
     volumes = parse_volumes(volume)
@@ -233,11 +201,10 @@ def read_run(config: str, flags: list[str]) -> tuple[Config, str]:
 
 
 def make_folder(out: str | None, name: str, cfg: Config) -> Path:
-    """The folder of a job's files, with the run's whole config in it."""
-    folder = Path(out or f"launch/{name}").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config_to_yaml(cfg))
-    return folder
+    """The folder of a job's files, with the run's whole config in it; raises UserError where it cannot be written."""
+    with writing(os.path.abspath(os.path.join(out or f"launch/{name}", "config.yaml"))) as path:
+        path.write_text(config_to_yaml(cfg), encoding="utf-8")
+    return path.parent
 
 
 def _words(option: str, text: str) -> list[str]:

@@ -1,45 +1,25 @@
 """`gptjax plan`."""
 
 import json as json_format
-from pathlib import Path
 
 import yaml
 
 from gptjax.configfile import load_config, read_yaml
 from gptjax.errors import DOES_NOT_FIT, UserError
+from gptjax.paths import UserPath, writing
 from gptjax.process import prepare_process
-
-FLAGS = ("--search", "--analytic", "--json", "--help")
-
-
-def words_of(args: list[str]) -> list[str]:
-    """The command line with the config and its overrides (`--model.remat full`) first, as `model.remat=full`.
-
-    What follows are the options of `plan` itself.
-    """
-    words, overrides, options, rest = [], [], [], list(args)
-    while rest:
-        word = rest.pop(0)
-        follows = bool(rest) and not rest[0].startswith("--")
-        if not word.startswith("--"):
-            words.append(word)
-        elif "." in word.partition("=")[0]:
-            overrides.append(word[2:] if "=" in word or not rest else f"{word[2:]}={rest.pop(0)}")
-        else:
-            options.append(word)
-            if "=" not in word and follows and (word not in FLAGS or rest[0] in ("true", "false")):
-                options.append(rest.pop(0))
-    return words + overrides + options
 
 
 def plan(
-    config: list[str],
+    config: UserPath,
+    flags: list[str],
+    *,
     topology: str,
     num_slices: int = 1,
     tokens: float | None = None,
     price_per_chip_hour: float | None = None,
     search: bool = False,
-    out: str | None = None,
+    out: UserPath | None = None,
     analytic: bool = False,
     json: bool = False,
 ) -> None:
@@ -49,7 +29,8 @@ def plan(
     minute or two. Exit code 3: it does not fit.
 
     Args:
-        config: CONFIG.yaml, and overrides of its keys as for train.py (--model.remat full).
+        config: the run's file, as for train.py; flags such as --model.remat full change it.
+        flags: the flags that change it.
         topology: chips and shape, such as v5e:16x16, v5p:8x8x8, or h100:16x8 (16 hosts of 8; an estimate).
         num_slices: how many of it, joined by the data-centre network; mesh.data spans them.
         tokens: of the whole run, such as 300e9; adds days.
@@ -61,7 +42,7 @@ def plan(
     """
     if out is not None and not search:
         raise UserError("--out is where --search writes its config; add --search")
-    cfg = load_config([config[0], *(f"--{word}" for word in config[1:])])
+    cfg = load_config([*flags, "--", config])
     prepare_process()
     import jax
 
@@ -79,7 +60,7 @@ def plan(
     else:
         made = planning.make_plan(cfg, chips, analytic)
         made["suggestion"] = None if made["fits"] else planning.suggest(cfg, chips)
-    made["config"] = " ".join(config)
+    made["config"] = " ".join([config, *(flag.removeprefix("--") for flag in flags)])
     for speed in (made["ceiling"], made["expected"]):
         speed |= run_costs(speed["tokens_per_s"], chips.n_chips, tokens, price_per_chip_hour)
     print(json_format.dumps(made, allow_nan=False) if json else "\n".join(report(made)))
@@ -87,7 +68,7 @@ def plan(
         if not json:
             print(f"\nthe best of {made['candidates']} that fit by arithmetic: {flags(overrides)}")
         if out is not None:
-            write_config(out, config[0], overrides)
+            write_config(out, config, overrides)
     if not made["fits"]:
         raise SystemExit(DOES_NOT_FIT)
 
@@ -98,7 +79,5 @@ def write_config(out: str, config: str, overrides: dict[str, object]) -> None:
     for name, value in overrides.items():
         section, key = name.split(".")
         values[section] = {**(values.get(section) or {}), key: value}
-    try:
-        Path(out).write_text(yaml.safe_dump(values, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"cannot write --out {out}: {error.strerror}") from None
+    with writing(out) as path:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))

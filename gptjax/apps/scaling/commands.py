@@ -8,6 +8,7 @@ from typing import Any, Literal
 from gptjax.apps.scaling.coordinates import coord_check
 from gptjax.apps.scaling.laws.table import read_json
 from gptjax.errors import UserError, nearest
+from gptjax.paths import UserPath, shell
 from gptjax.process import prepare_process
 
 
@@ -30,7 +31,7 @@ def _load(directory: str) -> tuple[Any, list[Any]]:
     return study, make_rungs(study)
 
 
-def plan(study: str, probe: bool = False, json: bool = False) -> None:
+def plan(study: UserPath, probe: bool = False, json: bool = False) -> None:
     """Show a study's rungs, what they cost, and what is wrong with them; train nothing.
 
     Args:
@@ -53,7 +54,7 @@ def plan(study: str, probe: bool = False, json: bool = False) -> None:
     _say(describe_plan(read, rungs, seconds), json)
 
 
-def _write_plan(study: str, rungs: list[Any]) -> None:
+def _write_plan(study: UserPath, rungs: list[Any]) -> None:
     """plan.json, from which the verbs that fit learn what is held out."""
     from gptjax.apps.scaling.ladder import plan_rows
 
@@ -61,7 +62,7 @@ def _write_plan(study: str, rungs: list[Any]) -> None:
 
 
 def run(
-    study: str, rung: str | None = None, emit: Literal["slurm", "gke"] | None = None, no_forecast: bool = False
+    study: UserPath, rung: str | None = None, emit: Literal["slurm", "gke"] | None = None, no_forecast: bool = False
 ) -> None:
     """Carry out the rungs that have no result yet, the longest last; a killed study goes on.
 
@@ -99,11 +100,12 @@ def run(
     if code:
         raise SystemExit(code)
     for r in unforecast:
-        print(f"held out until it is forecast: {r.id} {r.name}; gptjax scaling forecast {study}, then run again")
-    print(f"gptjax scaling fit --study {study}    fits the law")
+        command = shell("gptjax", "scaling", "forecast", study)
+        print(f"held out until it is forecast: {r.id} {r.name}; {command}, then run again")
+    print(f"{shell('gptjax', 'scaling', 'fit', '--study', study)}    fits the law")
 
 
-def status(study: str, json: bool = False) -> None:
+def status(study: UserPath, json: bool = False) -> None:
     """Show how far each rung is.
 
     Args:
@@ -122,7 +124,7 @@ def status(study: str, json: bool = False) -> None:
     _say(({"rungs": states, "flops_share": share}, [*lines, f"{share:.1%} of the study's FLOPs are spent"]), json)
 
 
-def collect(study: str) -> None:
+def collect(study: UserPath) -> None:
     """Check the finished rungs and write them to the study's table.csv.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from gptjax.errors import UserError
+from gptjax.paths import UserPath, shell, writing
 
 
 def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
@@ -28,8 +29,8 @@ def _plain(values: Any) -> Any:
 
 
 def fit(
-    study: str | None = None,
-    table: str | None = None,
+    study: UserPath | None = None,
+    table: UserPath | None = None,
     law: Literal["chinchilla", "overtraining", "repetition", "batch", "rate"] = "chinchilla",
     params: str = "params",
     loss: str = "loss",
@@ -73,11 +74,11 @@ def fit(
 
 
 def recommend(
-    study: str,
+    study: UserPath,
     flops: float | None = None,
     usd: float | None = None,
     hours: float | None = None,
-    out: str | None = None,
+    out: UserPath | None = None,
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -100,12 +101,13 @@ def recommend(
     fitted.refuse_far(budget, force)
     (values, lines), config = forecast.recommend(study, fitted, budget)
     if out is not None:
-        Path(out).write_text(config)
-        lines.append(f"gptjax train {out}    trains it")
+        with writing(out) as path:
+            path.write_text(config)
+        lines.append(f"{shell('gptjax', 'train', out)}    trains it")
     _say((values, lines), json)
 
 
-def forecast(study: str, force: bool = False, json: bool = False) -> None:
+def forecast(study: UserPath, force: bool = False, json: bool = False) -> None:
     """Write down what the law says of every held-out rung, before it runs.
 
     Args:
@@ -129,7 +131,7 @@ def forecast(study: str, force: bool = False, json: bool = False) -> None:
     _say(({"forecasts": made}, lines), json)
 
 
-def audit(study: str, json: bool = False) -> None:
+def audit(study: UserPath, json: bool = False) -> None:
     """Score every forecast of a study against the run that followed, and write audit.json.
 
     Args:
@@ -143,7 +145,7 @@ def audit(study: str, json: bool = False) -> None:
     _say(({"audit": scores}, lines), json)
 
 
-def doctor(study: str, json: bool = False) -> None:
+def doctor(study: UserPath, json: bool = False) -> None:
     """Say why a study's law should not be trusted.
 
     Args:
@@ -155,7 +157,7 @@ def doctor(study: str, json: bool = False) -> None:
     _say(diagnose(_source(study, None)), json)
 
 
-def compare(a: str, b: str, flops: float | None = None, resamples: int = 400, json: bool = False) -> None:
+def compare(a: UserPath, b: UserPath, flops: float | None = None, resamples: int = 400, json: bool = False) -> None:
     """Say how much less compute recipe B needs than recipe A, or what it would take to know.
 
     Args:
@@ -176,7 +178,7 @@ def compare(a: str, b: str, flops: float | None = None, resamples: int = 400, js
     _say(compare(one, other, flops or min(float(f.table.flops.max()) for f in (one, other))), json)
 
 
-def plot(study: str, format: Literal["png", "svg"] = "png") -> None:
+def plot(study: UserPath, format: Literal["png", "svg"] = "png") -> None:
     """Draw a study: loss against compute, valleys, residuals, and learning rates where they were swept.
 
     Args:
@@ -189,7 +191,7 @@ def plot(study: str, format: Literal["png", "svg"] = "png") -> None:
         print(made)
 
 
-def report(study: str) -> None:
+def report(study: UserPath) -> None:
     """Write report.html: a study's pictures, law, sensitivity, diagnosis and audit in one file.
 
     Args:
@@ -213,7 +215,7 @@ def report(study: str) -> None:
     print(made)
 
 
-def _draw(study: str, path: Path, kind: str) -> list[Path]:
+def _draw(study: UserPath, path: Path, kind: str) -> list[Path]:
     try:
         from gptjax.apps.scaling.predict.plots import draw
     except ImportError:
@@ -250,7 +252,7 @@ def _source(study: str | None, table: str | None) -> Path:
     return path
 
 
-def _refuse_other_study(study: str, path: Path) -> None:
+def _refuse_other_study(study: UserPath, path: Path) -> None:
     """Raise UserError where the table has runs that the study, as last planned, does not."""
     from gptjax.apps.scaling.laws.table import read_json, read_rows
 

@@ -1,0 +1,70 @@
+"""Paths as users give them, and the files and folders that a command is asked to write."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from gptjax.errors import UserError
+
+BUCKETS = ("gs://", "s3://")
+
+# The type of a command's parameter that names a path; `cli.py` passes its values through `user_path`.
+UserPath = Annotated[str, "path"]
+
+
+def user_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as the operating system, or the bucket's library, takes it.
+
+    `~` and `~name` become a home directory; any other relative path stays relative to the current directory, and has
+    `./` before it where it begins with a dash. A name that is no path, such as `gpt2`, is returned as it is.
+
+    Raises:
+        UserError: no path at all, a name that is not UTF-8, or an address that is not of BUCKETS.
+    """
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise UserError(f"{path!r} is not a path; give a str or a pathlib.Path") from None
+    if not isinstance(text, str) or "\0" in text or not is_text(text):
+        raise UserError(f"the path {text!r} is not UTF-8 text; rename the file or folder")
+    text = re.sub(r"^(gs|s3):/(?!/)", r"\1://", text)  # pathlib makes one slash of two
+    if re.match(r"[A-Za-z][\w+.-]*://", text) and not text.startswith(BUCKETS):
+        raise UserError(f"{text!r} is not an address of {', '.join(BUCKETS)}; fetch it to a file first")
+    text = os.path.expanduser(text)
+    return f"./{text}" if text.startswith("-") else text  # which commands would take for an option
+
+
+def is_text(text: str) -> bool:
+    """Return whether a string has a UTF-8 form, which bytes that the system could not decode lack."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shell(*words: Any) -> str:
+    """Return words as a command line that a POSIX shell splits into the same words."""
+    return shlex.join(map(str, words))
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], option: str = "--out") -> Iterator[Path]:
+    """Give the local path to write to, in a folder that exists; turn what the system says of it into a UserError.
+
+    Args:
+        option: where the user named the path, for the message.
+    """
+    text = user_path(path)
+    if "://" in text:
+        raise UserError(f"{option} {text} is in a bucket; give a path of this machine")
+    try:
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        yield Path(text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {option} {text!r}: {reason}; give another {option}") from None
