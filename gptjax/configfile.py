@@ -125,13 +125,24 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def differing_keys(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+# Where the data and the tokenizer lie; a checkpoint knows by its hashes whether they are the same.
+PLACES = ("data.path", "data.tokenizer")
+
+
+def differing_keys(a: Config, b: Config, hashed: bool = False) -> dict[str, tuple[Any, Any]]:
     """The keys, but for FREE_ON_RESUME, in which two configs differ, each with both values.
 
     The mixture is free where `b` asks for it.
+
+    Args:
+        hashed: whether a checkpoint's hashes are compared, too, so that data may lie elsewhere.
     """
     left, right = (_flatten(_plain(dataclasses.asdict(c))) for c in (a, b))
     free = (*FREE_ON_RESUME, *(("data.mixture",) if b.data.change_mixture else ()))
+    if hashed:
+        free = (*free, *PLACES)
+        for values in (left, right):
+            values["data.mixture"] = [{**part, "path": None} for part in values["data.mixture"]]
     return {
         key: (left.get(key), right.get(key))
         for key in sorted({*left, *right})

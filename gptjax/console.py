@@ -14,7 +14,6 @@ from typing import Any, TextIO
 from gptjax.errors import USER_ERROR, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")  # as libraries in C++ say it
 LONGEST_LINE = 2000  # characters of a message
 LONGEST_REASON = 300  # characters of an error's message that are printed
@@ -138,8 +137,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         if full or (isinstance(one, OSError) and one.errno in DISK_FULL):
             at = f"to {where}" if where else "a file"
             return 2, f"error: cannot write {at}: {full or reason}; make room and run the same command again"
-        if isinstance(one, OSError) and one.errno in DENIED and where:
-            return 2, f"error: cannot use {where}: {reason}; give another path, or the permission"
+        if isinstance(one, OSError) and where is not None:
+            return 2, f"error: cannot use {where}: {reason}; mend that, or give another path"
     first = causes(error)[-1]
     where = _write_trace(error)
     frames = traceback.extract_tb(first.__traceback__)[-FRAMES:]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             row["step"] + 0  # a number
             rows.append(row)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is damaged; mend or remove that line") from None
     return rows
@@ -85,7 +86,11 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UserError("log.trackers tensorboard needs: pip install 'gptjax[tensorboard]'") from None
-        self.writer = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step)
+        # A reader drops what came at this step or later; the values of the restored step itself stay.
+        purged = step + 1 if step else 0
+        where = os.path.join(workdir, "tensorboard")
+        # A resume within the same second opens a file of its own, which is read after the one before.
+        self.writer = SummaryWriter(where, purge_step=purged, filename_suffix=f".after-{step:012}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -142,11 +147,13 @@ def plot_loss(workdir: str) -> None:
         points = [(row["tokens"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=f"{name} (last {points[-1][1]:.4f})", **style)
-    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=Path(workdir).name)
+    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)")
+    axes.set_title(Path(workdir).name, parse_math=False)  # a name may hold dollars
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     picture = io.BytesIO()
-    figure.savefig(picture)
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
+        figure.tight_layout()
+        figure.savefig(picture)
     plt.close(figure)
     write_atomically(epath.Path(workdir) / "loss.png", picture.getvalue())

@@ -2,12 +2,15 @@
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import yaml
 from tqdm import tqdm
 
 from gptjax.configfile import config_to_yaml
+from gptjax.console import LONGEST_REASON, one_line
 from gptjax.data.corpus import Corpus
 from gptjax.hosts import is_writer
 from gptjax.metrics import make_trackers, plot_loss
@@ -32,6 +35,8 @@ class Report:
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
             + (f", going on after step {start_step}" if start_step else "")
         )
+        for note in corpus.notes:
+            self.say(f"note: {note}")
         self.bar = tqdm(total=total, initial=start_step, unit="step", disable=not (self.terminal and self.speaks))
         self.began_at, self.start_step = time.perf_counter(), start_step
         self.val_loss: float | None = None
@@ -61,6 +66,19 @@ class Report:
         """Let go of bar and trackers; draw the loss."""
         self.bar.close()
         for tracker in self.trackers:
-            tracker.close()
+            attempt(f"closing {type(tracker).__name__}", tracker.close)
         if self.speaks:
-            plot_loss(self.cfg.workdir)
+            attempt("drawing loss.png", lambda: plot_loss(self.cfg.workdir))
+
+
+def attempt(what: str, call: Callable[[], Any]) -> None:
+    """Call what a finished run can do without; where it fails, say so, and let the run end as it did.
+
+    Args:
+        what: what the call does, for the message.
+    """
+    try:
+        call()
+    except Exception as error:  # whatever the run's directory holds, or a tracker's server says
+        reason = f"{type(error).__name__}: {one_line(str(error), LONGEST_REASON)}"
+        print(f"note: {what} failed ({reason}); the run is done and its checkpoints are whole", file=sys.stderr)

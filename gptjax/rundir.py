@@ -34,7 +34,7 @@ def check_workdir(cfg: Config) -> None:
             raise UserError(f"{path}: {error}; give another --workdir") from None
     else:
         return
-    if keys := differing_keys(earlier, cfg):
+    if keys := differing_keys(earlier, cfg, hashed=saved is not None):
         listed = ", ".join("{} ({} there, {} here)".format(key, *map(json.dumps, both)) for key, both in keys.items())
         hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
         raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")

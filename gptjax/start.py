@@ -43,7 +43,7 @@ def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
         meta = checkpoints.meta(step)
         if not same_ids(tokenizer_from_dict(meta["tokenizer"]), corpus.tokenizer):
             raise UserError("the corpus has another tokenizer than this run began with; give another --workdir")
-        if meta["corpus"] != corpus.fingerprint and not t.cfg.data.change_mixture:
+        if not corpus.is_that_of(meta["corpus"]) and not t.cfg.data.change_mixture:
             raise UserError("the corpus is not the one this run began with; give another --workdir")
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
         return rest._replace(**{"params" if t.state.ema is None else "ema": weights})

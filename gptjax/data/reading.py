@@ -1,8 +1,9 @@
-"""Pieces of source files to documents: text, JSON lines, Parquet and Arrow, plain or compressed.
+"""Pieces of source files to documents: text, JSON, CSV, Parquet and Arrow, plain or compressed.
 
 To add a format: a reader, and a line in `FORMATS`.
 """
 
+import csv
 import importlib
 import json
 import re
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
 
 LONGEST_BYTES = 2**28  # of a line or a compressed text, so that memory stays bounded
@@ -110,25 +112,73 @@ def _jsonl_documents(piece: Piece, how: Reading, complain: Callable[[str], None]
         if not record.strip():
             continue
         try:
-            row = json.loads(record)
-            text = row[how.text_field]
-            text.encode()  # JSON can name half a character, which no text has
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield Document(_text_in(json.loads(record), how))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             if first is None:
                 first = 1 + _lines_before(piece)
             complain(f"{piece.file}, line {first + local} {_what_is_wrong(record, error, how)}")
-        else:
-            yield Document(text)
+
+
+def _json_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    """Read a file that is one JSON array, of objects or of texts."""
+    data = b"".join(_at_most(LONGEST_BYTES, _bytes_of(piece), piece.file))
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        complain(f"{piece.file} {_what_is_wrong(data, error, how)}")
+        return
+    for number, row in enumerate(rows, 1):
+        try:
+            yield Document(row if isinstance(row, str) else _text_in(row, how))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            complain(f"{piece.file}, row {number} {_what_is_wrong(b'', error, how)}")
+
+
+def _text_in(row: Any, how: Reading) -> str:
+    text = row[how.text_field]
+    text.encode()  # JSON can name half a character, which no text has
+    return text
 
 
 def _what_is_wrong(record: bytes, error: Exception, how: Reading) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8: byte {record[error.start]:#04x} at offset {error.start}"
     if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON: {error.msg} at column {error.colno}"
+        whole = " (of an object over several lines, make one line: jq -c .)" if record.strip() in (b"{", b"[") else ""
+        return f"is not JSON: {error.msg} at column {error.colno}{whole}"
     if isinstance(error, UnicodeEncodeError):
         return f"names half a character ({error.object[error.start : error.end]!a}) in the field {how.text_field!r}"
+    if isinstance(error, RecursionError):
+        return "is not read: it nests too deep"
+    if isinstance(error, ValueError):  # a number of thousands of digits
+        return f"is not read: {error}"
     return f"has no text in the field {how.text_field!r}; name the field with text_field"
+
+
+def _csv_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
+    """Read a table with a line of column names, separated by commas, or by tabs in a .tsv file."""
+    delimiter = "\t" if piece.format.startswith("tsv") else ","
+    csv.field_size_limit(LONGEST_BYTES)
+    rows = csv.reader(_lines(piece), delimiter=delimiter, strict=True)
+    try:
+        names = next(rows, [])
+        require_column(piece.file, names, how)
+        column = names.index(how.text_field)
+        for row in rows:
+            if len(row) > column:
+                yield Document(row[column])
+            elif row:
+                complain(f"{piece.file}, line {rows.line_num} has no column {how.text_field!r}")
+    except csv.Error as error:
+        raise UserError(f"{piece.file}, line {rows.line_num} is no row of a table: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{piece.file} is not UTF-8: {error.reason} near line {rows.line_num + 1}") from None
+
+
+def _lines(piece: Piece) -> Iterator[str]:
+    """A file's lines with their ends, as `csv` wants them."""
+    for offset, record in _records(piece, b"\n"):
+        yield record.decode("utf-8-sig" if offset == 0 else "utf-8") + "\n"
 
 
 def _lines_before(piece: Piece) -> int:
@@ -152,9 +202,16 @@ def _parquet_documents(piece: Piece, how: Reading, complain: Callable[[str], Non
 def _arrow_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
     ipc = import_pyarrow("ipc")
     with epath.Path(piece.file).open("rb") as stream:
-        reader = ipc.open_stream(stream)  # the form in which `datasets` saves
-        require_column(piece.file, reader.schema.names, how)
-        yield from _column(piece.file, reader, 0, how, complain)
+        if stream.read(6) == b"ARROW1":  # the form with an index at its end
+            stream.seek(0)
+            file = ipc.open_file(stream)
+            names, batches = file.schema.names, (file.get_batch(i) for i in range(file.num_record_batches))
+        else:  # the form in which `datasets` saves
+            stream.seek(0)
+            batches = ipc.open_stream(stream)
+            names = batches.schema.names
+        require_column(piece.file, names, how)
+        yield from _column(piece.file, batches, 0, how, complain)
 
 
 def _column(file: str, batches: Any, row: int, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
@@ -162,6 +219,10 @@ def _column(file: str, batches: Any, row: int, how: Reading, complain: Callable[
         for value in batch.column(how.text_field):
             row += 1
             text = value.as_py()
+            if isinstance(text, bytes):  # of a writer that does not mark its texts as such
+                text = _decode(text, f"{file}, row {row}", complain, 0)
+                if text is None:
+                    continue
             if isinstance(text, str):
                 yield Document(text)
             else:
@@ -179,6 +240,9 @@ FORMATS: dict[str, Callable[[Piece, Reading, Callable[[str], None]], Iterator[Do
     "text": _text_documents,
     "play": _play_documents,
     "jsonl": _jsonl_documents,
+    "json": _json_documents,
+    "csv": _csv_documents,
+    "tsv": _csv_documents,
     "parquet": _parquet_documents,
     "arrow": _arrow_documents,
 }
@@ -216,7 +280,7 @@ def _size(file: str) -> int:
 
 def _decode(data: bytes, file: str, complain: Callable[[str], None], offset: int) -> str | None:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
         complain(f"{file} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start}")
         return None
@@ -232,7 +296,7 @@ def _bytes_of(piece: Piece, stop: int | None = None) -> Iterator[bytes]:
     with epath.Path(piece.file).open("rb") as stream:
         stream.seek(piece.start)
         if packed:
-            yield from _decompressed(iter(lambda: stream.read(CHUNK_BYTES), b""), DECOMPRESSORS[packed])
+            yield from decompressed(iter(lambda: stream.read(CHUNK_BYTES), b""), DECOMPRESSORS[packed])
             return
         left = _size(piece.file) if stop is None else stop - piece.start
         while left > 0 and (data := stream.read(min(left, 16 * CHUNK_BYTES))):
@@ -249,29 +313,6 @@ def _at_most(limit: int, chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
                 "separates its documents"
             )
         yield data
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(".zst files need the package zstandard: pip install 'gptjax[data]'") from None
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-DECOMPRESSORS: dict[str, Callable[[], Any]] = {"gz": lambda: zlib.decompressobj(wbits=31), "zst": _zstandard}
-
-
-def _decompressed(chunks: Iterator[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
-    decompressor = None
-    for data in chunks:
-        while data:
-            decompressor = decompressor or new()
-            yield decompressor.decompress(data)
-            data = decompressor.unused_data if decompressor.eof else b""  # the next member, or frame
-            decompressor = None if decompressor.eof else decompressor
-    if decompressor is not None:
-        raise EOFError("it is compressed and ends in the middle; fetch it anew")
 
 
 def _records(piece: Piece, separator: bytes) -> Iterator[tuple[int, bytes]]:

