@@ -4,18 +4,17 @@ model that they were made from: its config.json, its tensors, its tokenizer.
 Source: github.com/ggml-org/llama.cpp, docs of the format and convert_hf_to_gguf.py (`LlamaModel`).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, pre_tokenizers
 
 from gptjax.config import RopeScaling
+from gptjax.convert.gguf_vocabulary import gguf_tokenizer
 from gptjax.errors import UserError
 from gptjax.nn.layers import rotary_angles
-from gptjax.tokenizers import HuggingFaceTokenizer, NoTokenizer, Tokenizer, byte_level_bpe
+from gptjax.tokenizers import Tokenizer
 
 # Our config.json's key, by GGUF's (after `llama.`).
 KEYS = {
@@ -43,29 +42,7 @@ TENSORS = {
     "ffn_up": "model.layers.{}.mlp.up_proj",
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
-# How a text is cut into words before the merges, by `tokenizer.ggml.pre`. (llama.cpp, src/llama-vocab.cpp.)
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-def _pattern(digits: str) -> list[Any]:
-    """Llama 3's pattern, and with one digit at a time Qwen2's."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return [pre_tokenizers.Split(Regex(pattern), "isolated"), _BYTES]
-
-
-SPLITS: dict[str, list[Any]] = {
-    "gpt-2": [_GPT2],
-    "default": [_GPT2],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), _GPT2],
-    "llama-bpe": _pattern(r"\p{N}{1,3}"),
-    "qwen2": _pattern(r"\p{N}"),
-}
 ROPE_FACTORS = "rope_freqs.weight"
-CONTROL, USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type`: no text, and text that is never cut
 
 
 class GGUFTensors:
@@ -147,7 +124,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Tokenizer]:
     config["vocab_size"] = tensors.shapes.get("model.embed_tokens.weight", (0,))[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors.shapes
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    return config, tensors, _tokenizer(path, fields)
+    return config, tensors, gguf_tokenizer(path, fields)
 
 
 def _rope_scaling(path: Path, config: Mapping[str, Any], fields: Mapping[str, Any], factors: np.ndarray) -> dict:
@@ -166,30 +143,3 @@ def _rope_scaling(path: Path, config: Mapping[str, Any], fields: Mapping[str, An
     if len(factors) != len(plain) or not np.allclose(plain / stretched, factors, rtol=1e-3):
         raise UserError(f"{str(path)!r}: its {ROPE_FACTORS} is not Llama 3.1's scaling, and cannot be run here")
     return scaling
-
-
-def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
-    kind = fields.get("tokenizer.ggml.model")
-    if kind is None:
-        return NoTokenizer()
-    pre = fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in SPLITS:
-        raise UserError(
-            f"{str(path)!r}: its tokenizer is {kind!r} with {pre!r}; of GGUF files, only 'gpt2' with one of "
-            f"{', '.join(SPLITS)} can be read, so give the Hugging Face directory"
-        )
-    tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", [])
-    special = [t for t, type in zip(tokens, types, strict=False) if type == CONTROL]
-    whole = [t for t, type in zip(tokens, types, strict=False) if type == USER_DEFINED]
-    named = {
-        f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"tokenizer.ggml.{theirs}_token_id" in fields
-    }
-    vocab = {token: i for i, token in enumerate(tokens)}
-    first = named.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token") else None
-    text = byte_level_bpe(vocab, fields.get("tokenizer.ggml.merges", []), SPLITS[pre], special, whole, first)
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
-    if "tokenizer.chat_template" in fields:
-        facts["chat_template"] = fields["tokenizer.chat_template"]
-    return HuggingFaceTokenizer({"tokenizer.json": text, "tokenizer_config.json": json.dumps(facts, indent=2)})

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptjax.errors import UserError, nearest
 from gptjax.paths import user_path
-from gptjax.tokenizers.bpe import GPT2_SPLIT, byte_level_bpe, printable_bytes
+from gptjax.tokenizers.bpe import GPT2_SPLIT, bpe_model, byte_level_bpe, printable_bytes
 from gptjax.tokenizers.huggingface import HuggingFaceTokenizer, read_huggingface_tokenizer
 from gptjax.tokenizers.openai import TIKTOKEN_FILES, TiktokenTokenizer, published_tokenizer
 from gptjax.tokenizers.plain import ByteTokenizer, CharTokenizer, NoTokenizer, Tokenizer
@@ -24,6 +24,7 @@ __all__ = [
     "NoTokenizer",
     "TiktokenTokenizer",
     "Tokenizer",
+    "bpe_model",
     "byte_level_bpe",
     "make_tokenizer",
     "printable_bytes",

@@ -1,13 +1,39 @@
-"""Byte-level BPE (Radford et al. 2019, section 2.2) as a tokenizer.json."""
+"""Byte-level BPE (Radford et al. 2019, section 2.2) by the library `tokenizers`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
+from tokenizers import Regex, pre_tokenizers
+from tokenizers.models import BPE
 
 from gptjax.errors import UserError
 
-GPT2_SPLIT = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+
+
+def cut_by_pattern(pattern: str, add_prefix_space: bool = False) -> list[Any]:
+    """Return pre-tokenizers that cut a text into words by a regular expression, and write them as bytes."""
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
+    return [pre_tokenizers.Split(Regex(pattern), "isolated"), as_bytes]
+
+
+def bpe_model(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], **options: Any) -> BPE:
+    """Return a BPE; `options` are the library's. Raises UserError for merges that do not fit the vocabulary."""
+    try:
+        return BPE(dict(vocab), list(merges), **options)
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"these merges do not fit this vocabulary: {error}") from None
+
+
+def read_merges(text: str) -> list[tuple[str, ...]]:
+    """Return the pairs of a merges.txt, the first to be merged first."""
+    return [tuple(line.split(" ")) for line in text.splitlines() if line and not line.startswith("#version")]
 
 
 def byte_level_bpe(
@@ -15,40 +41,27 @@ def byte_level_bpe(
     merges: Sequence[str],
     split: Sequence[Any],
     special: Sequence[str],
-    whole: Sequence[str] = (),
-    first: str | None = None,
 ) -> str:
-    """The tokenizer.json of a byte-level BPE (Radford et al. 2019, section 2.2).
+    """Return the tokenizer.json of a byte-level BPE.
 
     Args:
         vocab: id by token, bytes written as GPT-2's printable characters.
         merges: "left right", the first to be merged first.
         split: pre-tokenizers of the library `tokenizers`, which cut a text into words.
         special: tokens of the vocabulary that are no text; those which it lacks are left out.
-        whole: tokens of the vocabulary that are text and never cut.
-        first: the special token that goes before a prompt; None for none.
 
     Raises:
         UserError: merges of tokens that the vocabulary lacks.
     """
-    try:
-        pairs = [(left, right) for left, _, right in (line.partition(" ") for line in merges)]
-        made = tokenizers.Tokenizer(tokenizers.models.BPE(dict(vocab), pairs))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"these merges do not fit this vocabulary: {error}") from None
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(split))
+    made = tokenizers.Tokenizer(bpe_model(vocab, read_merges("\n".join(merges))))
+    made.pre_tokenizer = pre_tokenizers.Sequence(list(split))
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens([token for token in special if token in vocab])
-    made.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in whole])
-    if first is not None:
-        made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{first}:0 $A:0", special_tokens=[(first, vocab[first])]
-        )
     return made.to_str()
 
 
 def printable_bytes() -> list[str]:
-    """The character that GPT-2's byte-level vocabulary writes for each byte (Radford et al., encoder.py)."""
+    """Return the character that GPT-2's byte-level vocabulary writes for each byte (Radford et al., encoder.py)."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in kept]
     return [chr(byte) if byte in kept else chr(256 + moved.index(byte)) for byte in range(256)]

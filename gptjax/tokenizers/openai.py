@@ -31,6 +31,7 @@ class TiktokenTokenizer:
     """
 
     kind = "tiktoken"
+    chat_template = None
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
         self.special_tokens, self._spec = dict(special_tokens), (name, pattern, ranks)

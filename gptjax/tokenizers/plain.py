@@ -17,6 +17,7 @@ class Tokenizer(Protocol):
         eos_id: the id that ends a document; None where the tokenizer has none.
         eos_ids: the ids that end a generated text; `eos_id`, where there is one, comes first.
         special_tokens: ids by name of the tokens that are no text.
+        chat_template: Jinja text that lays out a conversation; None without one.
     """
 
     kind: str
@@ -24,6 +25,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     eos_ids: tuple[int, ...]
     special_tokens: dict[str, int]
+    chat_template: str | None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32 [n]. Raises UserError for text that has no ids."""
@@ -48,6 +50,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     eos_ids = (256,)
+    chat_template = None
     special_tokens: ClassVar[dict[str, int]] = {"<|endoftext|>": 256}
 
     def encode(self, text: str) -> np.ndarray:
@@ -72,6 +75,7 @@ class CharTokenizer:
     kind = "char"
     eos_id = None
     eos_ids = ()
+    chat_template = None
 
     def __init__(self, alphabet: str):
         self.special_tokens: dict[str, int] = {}
@@ -113,6 +117,7 @@ class NoTokenizer:
     vocab_size = 0
     eos_id = None
     eos_ids = ()
+    chat_template = None
     special_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str) -> np.ndarray:
