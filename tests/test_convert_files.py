@@ -184,7 +184,7 @@ def test_files_are_those_of_the_library(tmp_path):
     assert all(np.array_equal(theirs[name], tensors[name]) for name in tensors)
     (tmp_path / "theirs").mkdir()
     library.save_file({name: value.astype(np.float16) for name, value in tensors.items()}, tmp_path / "theirs" / NAME)
-    found = SafetensorsFolder(tmp_path / "theirs", "model.")
+    found = SafetensorsFolder(tmp_path / "theirs")
     assert read_header(tmp_path / "theirs" / NAME).keys() == tensors.keys()
     assert all(np.array_equal(found.read(name), tensors[name].astype(np.float16)) for name in tensors)
 

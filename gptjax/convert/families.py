@@ -7,12 +7,10 @@ Sources: the configuration_*.py and modeling_*.py of `transformers` for the same
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig
-from gptjax.configfile import config_from_dict
-from gptjax.errors import UserError, nearest
+from gptjax.errors import UserError
 
 
 class Tensor(NamedTuple):
@@ -39,11 +37,14 @@ class Family(NamedTuple):
         keys: (our field, their key, what a config.json without the key means).
         form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
         demands: their keys, with the values under which the model is the one that we run. The first is exported.
+        aliases: other names of their keys, which override them (`attribute_map` of their config class).
         window: their key for a sliding window (4096 without the key), and the key that must be true for it to
             count; None: has none.
         prefix: of the tensors' names, which a file of the bare model lacks.
         tensors: by our weight's path.
         ignored: endings of tensors that hold no weights.
+        biases: their keys that say whether some of the biases are there: the beginning of these weights' paths. Where
+            only some are, the others are read as zeros.
         preset: one of ours that the family can express.
     """
 
@@ -57,8 +58,13 @@ class Family(NamedTuple):
     tensors: dict[str, Tensor]
     ignored: tuple[str, ...]
     preset: str
+    aliases: dict[str, str]
+    biases: dict[str, str]
 
 
+# The names of one function in `transformers` (activations.py).
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+SILUS = ("silu", "swish")
 NOWHERE = {"logit_softcap": None, "conv_width": None}  # what no family has
 
 _GPT2 = Family(
@@ -85,7 +91,7 @@ _GPT2 = Family(
         "head_dim": "d_model / n_heads",
     },
     demands={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "activation_function": TANH_GELUS,
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
@@ -117,6 +123,13 @@ _GPT2 = Family(
     },
     ignored=(".attn.bias", ".attn.masked_bias"),  # the causal mask, in files of 2019
     preset="gpt2",
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    biases={},
 )
 
 _LLAMA = Family(
@@ -144,7 +157,7 @@ _LLAMA = Family(
         "qkv_bias": "bias",
         "d_model": "a multiple of n_heads",
     },
-    demands={"hidden_act": ("silu",)},
+    demands={"hidden_act": SILUS},
     window=None,
     prefix="model.",
     tensors={
@@ -172,6 +185,8 @@ _LLAMA = Family(
     },
     ignored=(".rotary_emb.inv_freq",),
     preset="smollm2-135m",
+    aliases={},
+    biases={"attention_bias": "blocks.attention.", "mlp_bias": "blocks.mlp."},
 )
 # The others are Llama's form with a change or two, so their tensors have Llama's names.
 _UNBIASED = tuple(key for key in _LLAMA.keys if key[0] != "bias")
@@ -189,12 +204,19 @@ FAMILIES: dict[str, Family] = {
     "arcee": _LLAMA._replace(
         title="Arcee",
         architecture="ArceeForCausalLM",
-        keys=_with_defaults(_LLAMA.keys, hidden_size=2560, intermediate_size=18432, rms_norm_eps=1e-5),
+        keys=_with_defaults(
+            _LLAMA.keys,
+            hidden_size=2560,
+            intermediate_size=18432,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+        ),
         form={**_LLAMA.form, "mlp": "relu2"},
         demands={"hidden_act": ("relu2",)},
     ),
     "mistral": _LLAMA._replace(
         title="Mistral",
+        biases={},
         architecture="MistralForCausalLM",
         keys=_with_defaults(
             _UNBIASED, num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072
@@ -204,19 +226,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": _LLAMA._replace(
         title="Qwen2",
+        biases={},
         architecture="Qwen2ForCausalLM",
         keys=_with_defaults(
-            tuple(key for key in _UNBIASED if key[0] != "head_dim"),
+            _UNBIASED,
             num_key_value_heads=32,
             intermediate_size=22016,
             max_position_embeddings=32768,
             vocab_size=151936,
         ),
-        form={**_ANY_HEADS, "bias": False, "qkv_bias": True, "head_dim": "d_model / n_heads"},
+        form={**_ANY_HEADS, "bias": False, "qkv_bias": True},
         window=("sliding_window", "use_sliding_window"),
     ),
     "qwen3": _LLAMA._replace(
         title="Qwen3",
+        biases={},
         architecture="Qwen3ForCausalLM",
         keys=_with_defaults(
             _UNBIASED,
@@ -227,7 +251,7 @@ FAMILIES: dict[str, Family] = {
             head_dim=128,
         ),
         form={**_ANY_HEADS, "bias": False, "qk_norm": True},
-        demands={"hidden_act": ("silu",), "attention_bias": (False,)},
+        demands={"hidden_act": SILUS, "attention_bias": (False,)},
         window=("sliding_window", "use_sliding_window"),
     ),
 }
@@ -243,78 +267,6 @@ ROPE_TYPES: dict[str, dict[str, str]] = {
         "original_context": "original_max_position_embeddings",
     },
 }
-
-
-SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "context_length", "vocab_size")
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that a config.json names; raises UserError for one that is not known."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(f"{key} ({f.title})" for key, f in FAMILIES.items())
-        raise UserError(
-            f"config.json: model_type {kind!r} is not known{nearest(str(kind), FAMILIES)}; known: {known}"
-        )
-    return FAMILIES[kind]
-
-
-def import_config(config: Mapping[str, Any]) -> ModelConfig:
-    """Our config of the model that a config.json describes.
-
-    Raises:
-        UserError: a family that is not known, or a variant of one that this project cannot run.
-    """
-    family = family_of(config)
-    for key, allowed in family.demands.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise UserError(f"config.json: {key} {config[key]!r} cannot be run here, only {allowed[0]!r}")
-    model: dict[str, Any] = {}
-    for ours, theirs, default in family.keys:
-        value = config.get(theirs, default)
-        is_size = type(value) is int and value >= 1
-        if ours in SIZES and not is_size and not (value is None and default is None):
-            raise UserError(f"config.json: {theirs} {value!r} must be a number of at least 1")
-        if model.setdefault(ours, value) != value:
-            raise UserError(
-                f"config.json: {theirs} {value!r} cannot be run here, only {model[ours]!r} as in the rest"
-            )
-    form = {"positions", "norm", "mlp", "qk_norm"} & family.form.keys()
-    model = {"bias": family.form["bias"], **model} if isinstance(family.form.get("bias"), bool) else model
-    model |= {field: family.form[field] for field in form}
-    if family.form["qkv_bias"] is True and model["bias"] is False:
-        model["qkv_bias"] = True
-    if model["positions"] == "rope":
-        model |= _import_rope(config)
-    if family.window is not None:
-        key, switch = family.window
-        window = config.get(key, 4096)
-        if window and (switch is None or config.get(switch, False)):
-            # Within its window, attention with one is attention without.
-            model["context_length"] = min(model["context_length"], window)
-    try:
-        return config_from_dict({"model": model}).model
-    except UserError as error:
-        raise UserError(f"config.json: {error}") from None
-
-
-def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 keeps it all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")
-    turned = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if turned != 1.0:
-        raise UserError(f"config.json: partial_rotary_factor {turned} cannot be run here, only 1.0")
-    missing = [theirs for theirs in ROPE_TYPES[kind].values() if theirs not in given]
-    if missing:
-        raise UserError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
-    scaling = {ours: given[theirs] for ours, theirs in ROPE_TYPES[kind].items()}
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling} if scaling else None}
 
 
 def _facts(cfg: ModelConfig) -> dict[str, Any]:

@@ -5,11 +5,14 @@ import os
 import re
 from pathlib import Path
 
+from gptjax.convert.safetensors import has_weights
 from gptjax.errors import UserError
 from gptjax.paths import user_path
 
-# What a download brings: weights, config and tokenizer, and never a pickle.
+# What a download brings: weights, config and tokenizer, and never a pickle; and of these what it leaves: what lies in
+# folders, and the weights once more in the form of their maker.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+LEFT_OUT = ["*/*", "consolidated*"]
 # Ids that moved: the cache may have them under either name.
 MOVED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
@@ -45,8 +48,8 @@ def _cached(name: str) -> Path | None:
         commits = [main.read_text().strip()] if main.exists() else []
         newest = sorted((folder / "snapshots").glob("*"), key=lambda f: f.stat().st_mtime, reverse=True)
         for snapshot in (*(folder / "snapshots" / commit for commit in commits), *newest):
-            # A snapshot may hold no more than what someone once asked for, such as the tokenizer.
-            if (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors")):
+            # A snapshot may hold no more than what someone once asked for, such as the tokenizer, or some shards.
+            if (snapshot / "config.json").exists() and has_weights(snapshot):
                 return snapshot
     return None
 
@@ -59,9 +62,15 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=LEFT_OUT))
     except Exception as error:  # of the network, of the hub, of the disk: many kinds
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{here}, and cannot be downloaded ({type(error).__name__}: {reason}); try again, {instead}"
         ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name!r} has no safetensors on the hub, so its weights are pickles or GGUF files; give a .gguf file of "
+            "it, or in Python: AutoModelForCausalLM.from_pretrained(ID).save_pretrained(NEW_DIR)"
+        )
+    return folder

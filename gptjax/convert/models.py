@@ -13,11 +13,14 @@ import jax
 from gptjax.checkpoint import Checkpoints, read_newest
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict
-from gptjax.convert.families import FAMILIES, family_of, import_config
+from gptjax.convert.configs import family_of, import_config
+from gptjax.convert.families import FAMILIES
+from gptjax.convert.foreign import model_inside, no_model
 from gptjax.convert.gguf import read_gguf
 from gptjax.convert.hub import find_model
+from gptjax.convert.matching import match_tensors
 from gptjax.convert.safetensors import SafetensorsFolder
-from gptjax.convert.weights import Layout, Source, check_tensors, read_params
+from gptjax.convert.weights import Layout, Source, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.backends import unstack
@@ -61,16 +64,23 @@ def open_model(path_or_id: str | os.PathLike[str]) -> Model:
     if path.is_file():
         if path.suffix == ".gguf":
             return _open_tensors(path, *read_gguf(path))
-        raise UserError(f"{path_or_id!r} is a file; give the directory of a model or run, or a .gguf file")
+        raise UserError(
+            f"{path_or_id!r} is a file; give the directory of a model or run, here {str(path.parent)!r}, or a .gguf "
+            "file"
+        )
     if (path / "config.json").exists():
         return _open_huggingface(path)
     if (path / "checkpoints").is_dir():
         return _open_run(path_or_id)
+    if path.is_dir() and (reason := no_model(path)):
+        raise UserError(reason)
     inside = sorted(f.name for f in path.glob("*"))[:3] if path.is_dir() else []
     here = f"holds {', '.join(inside)}, but " if inside else "is empty: " if path.is_dir() else "does not exist: "
+    within = model_inside(path)
+    such = f", such as {str(within)!r}" if within else ""
     raise UserError(
         f"{path_or_id!r} {here}no checkpoint of a run, and no config.json of a Hugging Face model; train first, or "
-        "give the directory of one"
+        f"give the directory of one{such}"
     )
 
 
@@ -106,7 +116,8 @@ def _open_run(workdir: str) -> Model:
 
 def _open_huggingface(folder: Path) -> Model:
     config = read_json(folder / "config.json")
-    source = SafetensorsFolder(folder, family_of(config).prefix)
+    family_of(config)  # what the model is comes before what its files are
+    source = SafetensorsFolder(folder, config.get("transformers_weights"))
     carried = ("tokenizer.json", "vocab.json", "tokenizer.model")
     has_tokenizer = any((folder / name).exists() for name in carried)
     tokenizer = read_huggingface_tokenizer(folder) if has_tokenizer else NoTokenizer()
@@ -116,11 +127,12 @@ def _open_huggingface(folder: Path) -> Model:
 def _open_tensors(path: Path, config: dict[str, Any], source: Source, tokenizer: Tokenizer) -> Model:
     """A model from a config.json's values, tensors under its family's names, and a tokenizer."""
     try:
-        model = import_config(config)
-        layout = Layout(FAMILIES[config["model_type"]], model)
-        check_tensors(layout, source.shapes)
+        imported = import_config(config)
+        layout = Layout(FAMILIES[config["model_type"]], imported.model, imported.absent)
+        layout = match_tensors(layout, source, config)
     except UserError as error:
         raise UserError(f"{str(path)!r}: {error}") from None
+    model = layout.cfg
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{str(path)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model only "

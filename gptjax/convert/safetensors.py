@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.convert.foreign import no_weights
 from gptjax.errors import UserError
 
 DTYPES = {
@@ -22,9 +23,16 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-# Bytes a value, of types that may lie in a file but hold no weights: masks, counters, quantized values.
-OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
-SIZES = {**{name: dtype.itemsize for name, dtype in DTYPES.items()}, **OTHER_SIZES, "U64": 8, "I64": 8}
+# Bits a value, of types that may lie in a file but hold no weights as they are: masks, counters, quantized values.
+OTHER_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16"), 16),
+    **dict.fromkeys(("U32", "I32"), 32),
+    **dict.fromkeys(("U64", "I64", "C64"), 64),
+}
+BITS = {**{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}, **OTHER_BITS}
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them
 
@@ -41,58 +49,83 @@ class Entry(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder: model.safetensors, or the shards that its index names. Values are mapped, not read.
+    """The tensors of a folder. Values are mapped, not read.
+
+    The files are those that `transformers` prefers: the one that config.json names as `transformers_weights`, else
+    model.safetensors, else the shards that model.safetensors.index.json names. As there, an index counts only for
+    the files that it names: all of their tensors are read, and of two of one name the last file's.
 
     Args:
-        prefix: that of the family's names. Where no name has it, as in files of a bare model (GPT-2's first ones),
-            all are given it.
+        named: the `transformers_weights` of config.json.
 
     Attributes:
         shapes: by name.
+        unreadable: the dtypes, by name, of tensors whose values are no plain floats.
 
     Raises:
         UserError: no such file, a pickle instead, a shard that is missing, a damaged or dishonest file.
     """
 
-    def __init__(self, folder: Path, prefix: str):
-        if (folder / INDEX).exists():
-            self._entries = _read_sharded(folder)
-        elif (folder / NAME).exists():
-            self._entries = read_header(folder / NAME)
-        else:
-            raise UserError(_nothing_here(folder))
-        if not any(name.startswith(prefix) for name in self._entries):
-            self._entries = {prefix + name: entry for name, entry in self._entries.items()}
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+    def __init__(self, folder: Path, named: str | None = None):
+        file = _weights_file(folder, named)
+        self._entries = _read_sharded(file) if file.suffix == ".json" else read_header(file)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        return {name: entry.dtype for name, entry in self._entries.items() if entry.dtype not in DTYPES}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors, by their names so far, other names."""
+        self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """The values as they are in the file, in its shape and dtype; a view of the mapped file."""
+        """Return the values as they are in the file, in its shape and dtype; a view of the mapped file."""
         entry = self._entries[name]
-        if entry.dtype not in DTYPES:
-            raise UserError(
-                f"{entry.file}: {name} is {entry.dtype}; only {', '.join(DTYPES)} can be read, so convert it first"
-            )
         return np.memmap(entry.file, DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
 
 
-def _nothing_here(folder: Path) -> str:
-    pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{str(folder / pickles[0])!r} is a pickle, which can run any program when it is loaded; get the "
-            f"model's safetensors, or in Python: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
-    return f"{str(folder)!r} holds no {NAME}; copy the whole model"
+def _weights_file(folder: Path, named: str | None) -> Path:
+    """Return the file of weights, or the index of its shards, that `transformers` reads."""
+    if named is not None:
+        inside = isinstance(named, str) and Path(named).name == named
+        if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(
+                f"config.json: transformers_weights {named!r} is no .safetensors file or index of this folder; "
+                "name one, or remove the key"
+            )
+        if not (folder / named).is_file():
+            raise UserError(f"config.json: transformers_weights {named!r} is not there; copy it, or remove the key")
+        return folder / named
+    for name in (NAME, INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(no_weights(folder))
 
 
-def _read_sharded(folder: Path) -> dict[str, Entry]:
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds a whole file of weights, or every shard that its index names."""
+    if not (folder / INDEX).is_file():
+        return any(folder.glob("*.safetensors"))
     try:
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = {*json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True  # damaged: what is wrong with it is said when it is read
+    return (folder / NAME).is_file() or all((folder / str(file)).exists() for file in files)
+
+
+def _read_sharded(index: Path) -> dict[str, Entry]:
+    folder = index.parent
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(names.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map; copy it anew") from None
+        raise UserError(f"{index} is damaged: it has no weight_map; copy it again") from None
     if outside := [file for file in files if Path(file).name != file]:
-        raise UserError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of its own folder")
+        raise UserError(f"{index} names {outside[0]!r}, which is not a file of its own folder")
     if missing := [file for file in files if not (folder / file).exists()]:
         raise UserError(
             f"{len(missing)} of {len(files)} shards are missing from {str(folder)!r}: {', '.join(missing[:3])}; "
@@ -100,11 +133,11 @@ def _read_sharded(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for file in files:
-        header = read_header(folder / file)
-        promised = {name for name, where in names.items() if where == file}
-        if lost := sorted(promised ^ header.keys()):
-            raise UserError(f"{folder / file} and {INDEX} disagree about {', '.join(lost[:3])}; copy both anew")
-        entries |= header
+        entries |= read_header(folder / file)
+    if lost := sorted(names.keys() - entries.keys()):
+        raise UserError(
+            f"{index} and its shards disagree about {', '.join(lost[:3])}, which no shard holds; copy all again"
+        )
     return entries
 
 
@@ -120,34 +153,36 @@ def read_header(file: Path) -> dict[str, Entry]:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise UserError(
                 f"{file} claims a header of {length} bytes and has {size} in all; it is cut short or no safetensors "
-                "file: copy it anew"
+                "file: copy it again"
             )
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             found = {name: _entry(file, 8 + length, claim) for name, claim in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file} has a header that is not one of safetensors; copy it anew") from None
+            raise UserError(f"{file} has a header that is not one of safetensors; copy it again") from None
     end = 8 + length
     for name, entry in sorted(found.items(), key=lambda item: (item[1].offset, _bytes(item[1]))):
         if entry.offset != end:
-            raise UserError(f"{file}: {name} is said to begin at byte {entry.offset} instead of {end}; copy it anew")
+            raise UserError(f"{file}: {name} is said to begin at byte {entry.offset} instead of {end}; copy it again")
         end += _bytes(entry)
     if end != size:
-        raise UserError(f"{file} should be {end} bytes and is {size}; it is cut short or damaged: copy it anew")
+        raise UserError(f"{file} should be {end} bytes and is {size}; it is cut short or damaged: copy it again")
     return found
 
 
 def _entry(file: Path, base: int, claim: Mapping[str, Any]) -> Entry:
     begin, end = claim["data_offsets"]
     entry = Entry(file, claim["dtype"], tuple(claim["shape"]), base + begin)
+    if entry.dtype not in BITS:
+        raise UserError(f"{file}: a tensor has dtype {entry.dtype}, which is not known; known: {', '.join(BITS)}")
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *entry.shape)) or end - begin != _bytes(entry):
         raise ValueError
     return entry
 
 
 def _bytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * SIZES[entry.dtype]
+    return -(-math.prod(entry.shape) * BITS[entry.dtype] // 8)
 
 
 def write_safetensors(

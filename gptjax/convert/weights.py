@@ -10,7 +10,6 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.convert.families import Family, Tensor
-from gptjax.errors import UserError
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.optim import first_match
 from gptjax.parametrization import MULTIPLIERS, attention_multiplier, factor
@@ -34,10 +33,19 @@ Path = tuple[str, ...]
 class Source(Protocol):
     """Tensors somewhere on disk, under the names of the family."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The tensors' shapes, by name."""
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """The dtypes, by name, of tensors that hold no plain floats."""
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors, by their names so far, other names."""
 
     def read(self, name: str) -> np.ndarray:
-        """The values, of any float type."""
+        """Return the values, of any float type."""
 
 
 class Held(NamedTuple):
@@ -53,23 +61,29 @@ class Layout:
 
     Args:
         cfg: of the model as it lies on disk; its vocabulary is not padded there.
+        absent: beginnings of the paths of weights that are not on disk, and are zeros.
 
     Attributes:
+        family, cfg, absent: as given.
         tensors: by name, those of the layers in the order of the layers.
     """
 
-    def __init__(self, family: Family, cfg: ModelConfig):
-        self.family, self.cfg = family, cfg
+    def __init__(self, family: Family, cfg: ModelConfig, absent: tuple[str, ...] = ()):
+        self.family, self.cfg, self.absent = family, cfg, absent
         _, params, metadata = abstract_model(cfg)
         self.sizes = {"V": cfg.vocab_size, "D": cfg.d_model, "H": cfg.n_heads, "G": cfg.kv_heads, "K": cfg.d_head}
         self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "P": PARTS}
         self.axes = {path: meta["axes"][path[0] == "blocks" :] for path, meta in metadata.items()}
         self.widths = {path: leaf_at(params, path).shape[-1] for path in metadata}
-        self.tensors = self._tensors(metadata)
+        self.tensors = self._tensors(path for path in metadata if not self.is_absent(path))
 
     def place(self, path: Path) -> Tensor:
         """Where a weight lies."""
         return self.family.tensors[".".join(path)]
+
+    def is_absent(self, path: Path) -> bool:
+        """Whether a weight is a bias that is not on disk."""
+        return path[-1].endswith("bias") and ".".join(path).startswith(self.absent)
 
     def _tensors(self, paths: Iterable[Path]) -> dict[str, Held]:
         parts: dict[str, list[Path]] = {}
@@ -103,25 +117,6 @@ def leaf_at(tree: Any, path: Path) -> Any:
     return tree
 
 
-def check_tensors(layout: Layout, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError where tensors are missing, are there and should not be, or have another shape."""
-    wanted = {name: held.shape for name, held in layout.tensors.items()}
-    ignored = layout.family.ignored
-    if layout.cfg.tie_embeddings:
-        ignored = (*ignored, layout.family.tensors["head"].name)  # a copy of the embedding, or nothing
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted and not name.endswith(ignored)]
-    wrong = [
-        f"{name} {found[name]} instead of {wanted[name]}"
-        for name in wanted
-        if found.get(name, wanted[name]) != wanted[name]
-    ]
-    for names, what in ((missing, "lacks"), (wrong, "has of the wrong shape"), (extra, "has, and should not,")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"the model {what} {', '.join(names[:3])}{more}; is its config.json another model's?")
-
-
 def read_params(layout: Layout, source: Source, abstract: Params) -> Params:
     """The weights, each device holding its shards alone.
 
@@ -151,7 +146,8 @@ def _read_weight(layout: Layout, source: Source, path: Path, leaf: jax.ShapeDtyp
         bounds: _aligned_zeros([stop - start for start, stop in bounds], leaf.dtype)
         for bounds in set(of_device.values())
     }
-    for layer in range(leaf.shape[0] if stacked else 1):
+    layers = 0 if layout.is_absent(path) else leaf.shape[0] if stacked else 1
+    for layer in range(layers):
         view = layout.view(path, source.read(layout.place(path).name.format(layer)))
         for bounds, buffer in buffers.items():
             target = buffer[layer] if stacked else buffer

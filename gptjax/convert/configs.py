@@ -1,0 +1,223 @@
+"""A config.json of Hugging Face to our config: every key of it is used, known to change nothing, or refused by name.
+
+Source: the configuration_*.py of `transformers` 5.24, and its configuration_utils.py, modeling_rope_utils.py and
+masking_utils.py for the keys of all families.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gptjax.config import ModelConfig
+from gptjax.configfile import config_from_dict
+from gptjax.convert.families import FAMILIES, ROPE_TYPES, Family
+from gptjax.convert.foreign import another_head, unknown_family
+from gptjax.errors import UserError
+
+SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "context_length", "vocab_size")
+DERIVED_WHERE_NULL = ("num_key_value_heads", "head_dim", "n_inner")  # as their classes compute it
+DEFAULT_WINDOW, DEFAULT_FULL_LAYERS = 4096, 28  # `sliding_window` and `max_window_layers`, where there are none
+
+# Keys that any family may have, with the values under which they change nothing.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "per_layer_config": (None,),
+    "pruned_heads": (None, {}),
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "partial_rotary_factor": (1, None),
+}
+# Keys that say how a model is trained, saved or asked, not what it computes; and what they may begin with.
+_IRRELEVANT = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path architectures
+    attention_dropout attn_implementation attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id experts_implementation
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    id2label initializer_range is_decoder is_llama_config label2id length_penalty mask_token_id max_length
+    min_length model_type n_ctx name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id use_bfloat16 use_cache use_return_dict
+"""
+IRRELEVANT = frozenset(_IRRELEVANT.split())
+IRRELEVANT_BEGINNINGS = ("summary_", "unsloth_")
+READ_ELSEWHERE = ("compression_config", "quantization_config", "transformers_weights")  # foreign.py, safetensors.py
+# Parts of the names of keys by which other families change what is computed.
+MECHANISMS = (
+    r"softcap|multiplier|logit_scale|logits_scaling|scale_emb|scale_depth|dim_model_base|expert|router|clip_qkv|alibi"
+    r"|parallel_(residual|attn)|qk_(layer)?norm|no_rope|nope_|lora_rank|mamba|ssm_|chunk_size|bidirectional"
+)
+
+
+class Imported(NamedTuple):
+    """What a config.json describes.
+
+    Attributes:
+        model: our config of it.
+        absent: beginnings of the paths of biases that its files do not hold: they are zeros.
+    """
+
+    model: ModelConfig
+    absent: tuple[str, ...]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family that a config.json names; raises UserError for one that is not known."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(unknown_family(config, {key: (f.title, f.architecture) for key, f in FAMILIES.items()}))
+    if reason := another_head(config):
+        raise UserError(reason)
+    return FAMILIES[kind]
+
+
+def import_config(config: Mapping[str, Any]) -> Imported:
+    """Return our config of the model that a config.json describes.
+
+    Raises:
+        UserError: a family that is not known, or a variant of one that this project cannot run.
+    """
+    family = family_of(config)
+    config = {**config, **{theirs: config[alias] for alias, theirs in family.aliases.items() if alias in config}}
+    _check_keys(family, config)
+    model: dict[str, Any] = {}
+    for ours, theirs, default in family.keys:
+        if ours != "bias":
+            model[ours] = _value(ours, theirs, config.get(theirs, default), default)
+    form = {"positions", "norm", "mlp", "qk_norm"} & family.form.keys()
+    model |= {field: family.form[field] for field in form}
+    model["bias"], absent = _import_biases(family, config)
+    if family.form["qkv_bias"] is True and not model["bias"]:
+        model["qkv_bias"] = True
+    if model["positions"] == "rope":
+        model |= _import_rope(config)
+    if (window := _window(family, config, model["n_layers"])) is not None:
+        # Within its window, attention with one is attention without.
+        model["context_length"] = min(model["context_length"], window)
+    try:
+        return Imported(config_from_dict({"model": model}).model, absent)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from None
+
+
+def _value(ours: str, theirs: str, value: Any, default: Any) -> Any:
+    if value is None and (default is None or theirs in DERIVED_WHERE_NULL):
+        return None
+    if ours in SIZES and not (type(value) is int and value >= 1):
+        raise UserError(f"config.json: {theirs} {value!r} must be a number of at least 1")
+    return value
+
+
+def _import_biases(family: Family, config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Return whether the model has biases, and the beginnings of the paths of those that are not in its files."""
+    if not family.biases:
+        return family.form["bias"], ()
+    there = {key: config.get(key, False) for key in family.biases}
+    for key, value in there.items():
+        if not isinstance(value, bool):
+            raise UserError(f"config.json: {key} {value!r} must be true or false")
+    some = any(there.values())
+    return some, tuple(family.biases[key] for key, value in there.items() if some and not value)
+
+
+def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
+    """Refuse keys by which the model is one that cannot be run here, and note those that nobody knows."""
+    neutral = {**NEUTRAL_VALUES, **family.demands}
+    for key, allowed in neutral.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"config.json: {key} {config[key]!r} cannot be run here, only {allowed[0]!r}")
+    used = {theirs for _, theirs, _ in family.keys} | neutral.keys() | family.aliases.keys() | IRRELEVANT
+    used |= {*READ_ELSEWHERE, "layer_types"}
+    if family.form["positions"] == "rope":
+        used |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+    if family.window is not None:
+        used |= {*family.window, "max_window_layers"}
+    unknown = [key for key in config if key not in used and not key.startswith(IRRELEVANT_BEGINNINGS)]
+    for key in unknown:
+        if re.search(MECHANISMS, key) and _has_effect(config[key]):
+            raise UserError(
+                f"config.json: {key} {config[key]!r} is no part of {family.title}, and cannot be run here; remove it "
+                "if the weights were trained without it (transformers ignores it)"
+            )
+    if unknown:
+        names = ", ".join(sorted(unknown)[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        print(f"note: config.json: {names}: no part of {family.title}; ignored, as by transformers", file=sys.stderr)
+
+
+def _has_effect(value: Any) -> bool:
+    """Return whether a mechanism's value turns it on: true, or a number that is no factor of 1."""
+    return value is True or (value is not False and value not in (None, 0, 1, [], {}))
+
+
+def _window(family: Family, config: Mapping[str, Any], n_layers: int) -> int | None:
+    """Return over how many tokens attention reaches where a layer has a sliding window; None where none has."""
+    key, switch = family.window or (None, None)
+    kinds = config.get("layer_types")
+    sliding = "sliding_attention"
+    if kinds is not None:
+        allowed = {"full_attention", sliding} if switch else {"full_attention"}
+        if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= allowed:
+            raise UserError(
+                f"config.json: layer_types must be {n_layers} of {' or '.join(sorted(allowed))}, to be run here"
+            )
+    if key is None:
+        return None
+    window = config.get(key, DEFAULT_WINDOW)
+    if switch is not None and not config.get(switch, False):
+        if kinds is not None and sliding in kinds:
+            raise UserError(f"config.json: layer_types has {sliding}, but {switch} is false; make them agree")
+        return None
+    if window is None:
+        return None
+    if type(window) is not int or window < 1:
+        raise UserError(f"config.json: {key} {window!r} must be a number of at least 1, or null")
+    if switch is None:
+        return window
+    full = config.get("max_window_layers", DEFAULT_FULL_LAYERS)
+    if type(full) is not int:
+        raise UserError(f"config.json: max_window_layers {full!r} must be a number")
+    return window if (sliding in kinds if kinds is not None else full < n_layers) else None
+
+
+def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our keys of rotary positions. transformers 5 keeps theirs in `rope_parameters`, 4 in `rope_theta` and
+    `rope_scaling`; where both are there, 5 takes `rope_scaling`."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "dynamic":  # it changes positions beyond max_position_embeddings alone, which are not run here
+        kind, given = "default", {key: value for key, value in given.items() if key != "factor"}
+        print(
+            "note: config.json: rope_type 'dynamic': run up to max_position_embeddings, where it is the default",
+            file=sys.stderr,
+        )
+    if kind not in ROPE_TYPES:
+        raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")
+    names = ROPE_TYPES[kind]
+    used = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names.values()}
+    if strange := given.keys() - used:
+        key = min(strange)
+        raise UserError(
+            f"config.json: {key} {given[key]!r} is no part of the rope_type {kind!r} here; remove it if the weights "
+            "were trained without it"
+        )
+    turned = given.get("partial_rotary_factor")
+    if turned not in (None, 1):
+        raise UserError(f"config.json: partial_rotary_factor {turned} cannot be run here, only 1.0")
+    if "original_context" in names:
+        theirs = names["original_context"]
+        longest = given.get(theirs, config.get("max_position_embeddings"))
+        given = {**given, theirs: config.get(theirs, longest)}
+    missing = [theirs for theirs in names.values() if given.get(theirs) is None]
+    if missing:
+        raise UserError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
+    scaling = {ours: given[theirs] for ours, theirs in names.items()}
+    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling} if scaling else None}

@@ -1,0 +1,150 @@
+"""The tensors that a file holds against those that its config.json promises: names without their prefix, a head that
+is the embedding or is not, and what is missing, too many or of another shape.
+
+Source: `transformers` 5.24, modeling_utils.py (`tie_weights`) and core_model_loading.py (`rename_source_key`).
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gptjax.convert.families import Family
+from gptjax.convert.foreign import foreign_tensors, quantization, wrapping
+from gptjax.convert.weights import Layout, Source
+from gptjax.errors import UserError
+
+# Heads beside the one for the next token, which change nothing in it: GPT-2's for choices, and values of TRL.
+OTHER_HEADS = ("multiple_choice_head.", "v_head.", "value_head.")
+
+
+def match_tensors(layout: Layout, source: Source, config: Mapping[str, Any]) -> Layout:
+    """Give the source's tensors the names of the family, and return the layout with the head that the source has.
+
+    Raises:
+        UserError: tensors are missing, are there and should not be, have another shape, or hold no plain floats.
+    """
+    if reason := quantization(config, source.shapes, source.unreadable.values()):
+        raise UserError(reason)
+    _match_names(layout, source)
+    layout = _match_head(layout, source)
+    _check_tensors(layout, source)
+    return layout
+
+
+def _match_names(layout: Layout, source: Source) -> None:
+    """Add the prefix of the family's names, or remove it, where the name that results is one that the model has."""
+    prefix, head = layout.family.prefix, layout.family.tensors["head"].name
+    wanted = {*layout.tensors, head}
+
+    def known(name: str) -> bool:
+        return name in wanted or name.endswith(layout.family.ignored)
+
+    names = {}
+    for name in source.shapes:
+        if name.startswith(prefix) and name.removeprefix(prefix) in wanted:
+            names[name] = name.removeprefix(prefix)
+        elif name not in wanted and not name.startswith(prefix) and known(prefix + name):
+            names[name] = prefix + name
+    if twice := [name for name in names if names[name] in source.shapes]:
+        raise UserError(
+            f"the model has both {twice[0]} and {names[twice[0]]}, which are one weight; save the model again"
+        )
+    source.rename(names)
+
+
+def _match_head(layout: Layout, source: Source) -> Layout:
+    """Return the layout of a model whose head is its own where the file has another than the embedding.
+
+    As `transformers` ties them: both in the file and different, they are two; the head alone is the embedding, too.
+    """
+    embed, head = (layout.family.tensors[name].name for name in ("embed", "head"))
+    shapes = source.shapes
+    if not layout.cfg.tie_embeddings or head not in shapes:
+        return layout
+    if embed not in shapes:
+        source.rename({head: embed})
+        return layout
+    if {embed, head} & source.unreadable.keys() or shapes[embed] != shapes[head]:
+        raise UserError(
+            f"the model has {head} {shapes[head]} and {embed} {shapes[embed]}, but config.json says "
+            "tie_word_embeddings; set it to false if the head is its own, or remove the tensor"
+        )
+    if np.array_equal(np.asarray(source.read(embed), np.float32), np.asarray(source.read(head), np.float32)):
+        return layout
+    untied = dataclasses.replace(layout.cfg, tie_embeddings=False)
+    return Layout(layout.family, untied, layout.absent)
+
+
+def _check_tensors(layout: Layout, source: Source) -> None:
+    wanted = {name: held.shape for name, held in layout.tensors.items()}
+    found, family = source.shapes, layout.family
+    ignored = family.ignored
+    if layout.cfg.tie_embeddings:
+        ignored = (*ignored, family.tensors["head"].name)  # a copy of the embedding
+    extra = [name for name in found if name not in wanted and not name.endswith(ignored)]
+    if heads := [name for name in extra if name.startswith(OTHER_HEADS)]:
+        print(f"note: {', '.join(heads)}: heads of another task; ignored", file=sys.stderr)
+        extra = [name for name in extra if name not in heads]
+    missing = [name for name in wanted if name not in found]
+    if reason := foreign_tensors(extra):
+        raise UserError(reason)
+    if missing:
+        raise UserError(_about_missing(layout, missing, found))
+    if wrong := [name for name in wanted if found[name] != wanted[name]]:
+        raise UserError(_about_shapes(family, wrong, found, wanted))
+    if extra:
+        raise UserError(_about_extra(layout, extra))
+    if other := [name for name in wanted if name in source.unreadable]:
+        kind = source.unreadable[other[0]]
+        raise UserError(f"{other[0]} is {kind}, which cannot be read; save the model as float32, float16 or bfloat16")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _about_missing(layout: Layout, missing: list[str], found: Mapping[str, Any]) -> str:
+    if missing == [layout.family.tensors["head"].name]:
+        return (
+            f"the model lacks {missing[0]}: it is a base model without a head, or its embedding is its head; give "
+            "one saved as ...ForCausalLM, or set tie_word_embeddings to true in config.json"
+        )
+    if prefix := wrapping(found, missing):
+        return (
+            f"the names of the model's tensors begin with {prefix!r}, as those of a wrapped module; unwrap it before "
+            "it is saved, or rename its tensors without that"
+        )
+    return (
+        f"the model lacks {_listed(missing)}; its config.json is another model's, or a file is incomplete: copy all "
+        "again"
+    )
+
+
+def _about_extra(layout: Layout, extra: list[str]) -> str:
+    """Say which keys of config.json are at odds with tensors that should not be there."""
+    pattern = re.escape(layout.family.tensors["blocks.mlp.down"].name).replace(r"\{\}", r"(\d+)")
+    layers = {int(found[1]) for name in extra if (found := re.fullmatch(pattern, name))}
+    if layers:
+        key = next(theirs for ours, theirs, _ in layout.family.keys if ours == "n_layers")
+        stated = f"config.json says {key} {layout.cfg.n_layers}"
+        return f"the model has, and should not, {_listed(extra)}, since {stated}; correct the key"
+    return (
+        f"the model has, and should not, {_listed(extra)}, which no {layout.family.title} of its config.json has; "
+        "give the config.json that was saved with it"
+    )
+
+
+def _about_shapes(family: Family, wrong: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Say which tensors have another shape, and the keys of config.json that speak of the first one's shape."""
+    told = [f"{name} {found[name]} instead of {wanted[name]}" for name in wrong]
+    first = re.sub(r"\.\d+\.", ".{}.", wrong[0])
+    dims = next(tensor.dims for tensor in family.tensors.values() if tensor.name == first)
+    of_letter = {"V": "vocab_size", "D": "d_model", "N": "d_model", "F": "d_mlp", "T": "context_length"}
+    of_letter |= {"H": "n_heads", "G": "n_kv_heads", "K": "head_dim"}
+    fields = {of_letter[letter] for letter in dims if letter in of_letter}
+    keys = ", ".join(theirs for ours, theirs, _ in family.keys if ours in fields)
+    return f"the model has of the wrong shape {_listed(told)}; is {keys} in config.json another model's?"

@@ -1,0 +1,275 @@
+"""Random models in every way that `transformers` saves them, loaded here: equal logits, or a refusal by name.
+
+`python tests/weight_trials.py [TRIALS]` prints, for every family, how many were tried, equal and refused, and why; a
+trial's only seed is its number. tests/test_convert_trials.py asserts the same of a few, and of all with `-m slow`.
+"""
+
+import collections
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+
+import gptjax
+from gptjax.errors import UserError
+
+VOCAB = 61
+IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
+TOLERANCE = 1e-4
+ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee")
+FAMILIES = ("gpt2", *ROPE_FAMILIES)
+ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Keys that may be null, by what their classes take in this version.
+NULLS = {family: ["num_key_value_heads", "head_dim", "sliding_window"] for family in ("llama", "arcee")}
+NULLS |= {"gpt2": ["n_inner"], "mistral": ["head_dim", "sliding_window"]}
+NULLS |= {family: ["num_key_value_heads", "sliding_window"] for family in ("qwen2", "qwen3")}
+# Keys that no class reads, and keys that other families compute with.
+UNKNOWN = {"my_note": "a", "n_ctx": 64, "unsloth_version": "1", "logit_scale": 1.0, "use_mrope": False}
+UNKNOWN |= {
+    "final_logit_softcapping": None,
+    "rope_interleaved": False,
+    "is_llama_config": True,
+    "embedding_multiplier": 2.0,
+}
+
+
+class Outcome(NamedTuple):
+    """What a trial came to.
+
+    Attributes:
+        kind: equal, refused, both refused (transformers loads no such model either), or different.
+        reason: the key, tensor or file that the refusal names; of `different`, by how much.
+    """
+
+    kind: str
+    reason: str
+
+
+def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
+    """Return the keys of a small model."""
+    heads, groups, width = [(2, 1, 8), (4, 2, 8), (4, 4, 4), (2, 2, 16)][random.integers(4)]
+    layers, mlp = int(random.integers(1, 4)), int(random.choice([24, 48]))
+    tied = bool(random.random() < 0.5)
+    if family == "gpt2":
+        names = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu", "relu")
+        return {
+            "vocab_size": VOCAB,
+            "n_embd": heads * width,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_positions": 32,
+            "n_inner": [None, mlp][random.integers(2)],
+            "activation_function": str(random.choice(names, p=[0.5, 0.2, 0.06, 0.06, 0.06, 0.06, 0.06])),
+            "layer_norm_epsilon": float(random.choice([1e-5, 1e-6, 1e-12])),
+            "scale_attn_weights": bool(random.random() < 0.95),
+            "scale_attn_by_inverse_layer_idx": bool(random.random() < 0.05),
+            "reorder_and_upcast_attn": bool(random.random() < 0.2),
+            "tie_word_embeddings": tied,
+        }
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": heads * width,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": [groups, groups, None][random.integers(3)],
+        "head_dim": int(random.choice([width, 12])),
+        "max_position_embeddings": 32,
+        "rms_norm_eps": float(random.choice([1e-5, 1e-6])),
+        "hidden_act": "relu2"
+        if family == "arcee"
+        else str(random.choice(["silu", "swish", "gelu"], p=[0.8, 0.15, 0.05])),
+        "tie_word_embeddings": tied,
+        "rope_parameters": random_rope(random),
+    }
+    if family in ("llama", "arcee"):
+        config |= {key: bool(random.random() < 0.4) for key in ("attention_bias", "mlp_bias")}
+    if family == "qwen3":
+        config["attention_bias"] = bool(random.random() < 0.1)
+    if family == "mistral":
+        config["sliding_window"] = [None, 4096, 16, 6][random.integers(4)]
+    if family.startswith("qwen"):
+        config |= {
+            "use_sliding_window": bool(random.random() < 0.4),
+            "sliding_window": int(random.choice([4096, 16, 6])),
+        }
+        config["max_window_layers"] = int(random.integers(0, 4))
+    return config
+
+
+def random_rope(random: np.random.Generator) -> dict[str, Any]:
+    """Return `rope_parameters`, as transformers 5 saves them."""
+    theta = float(random.choice([100.0, 10000.0, 500000.0]))
+    kinds: list[dict[str, Any]] = [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {**LLAMA3, "original_max_position_embeddings": 8},
+        LLAMA3,
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ]
+    return {"rope_theta": theta, **kinds[random.choice(6, p=[0.5, 0.15, 0.15, 0.1, 0.05, 0.05])]}
+
+
+def save(family: str, config: dict[str, Any], random: np.random.Generator, folder: Path) -> None:
+    """Write a model of random weights, in one of the ways that files are found in the world."""
+    torch.manual_seed(int(random.integers(1 << 30)))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    dtype = [torch.float32, torch.float32, torch.bfloat16, torch.float16][random.integers(4)]
+    model = model.to(dtype)
+    way = random.choice(["plain", "shards", "save_model", "bare", "base", "both", "stale", "named", "pickle", "cut"])
+    if way == "base":
+        model = model.base_model
+    model.save_pretrained(folder, max_shard_size="10KB" if way == "shards" else "5GB")
+    weights = folder / "model.safetensors"
+    if way == "save_model":
+        safetensors.torch.save_model(model, str(weights))
+    if way == "pickle":
+        weights.unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    if way == "stale":
+        index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if way == "bare":
+        change_tensors(weights, lambda tensors: {strip(name): value for name, value in tensors.items()})
+    if way == "both":  # a head of its own, whatever config.json says
+        head = 0.1 * torch.randn(VOCAB, model.get_output_embeddings().weight.shape[1], dtype=dtype)
+        change_tensors(weights, lambda tensors: {**tensors, "lm_head.weight": head})
+    if way == "cut":  # a layer fewer or more than config.json says, or one tensor lost
+        change_tensors(weights, lambda tensors: {k: v for k, v in tensors.items() if "1.mlp" not in k or "down" in k})
+    if way == "named":
+        weights.rename(folder / "weights.safetensors")
+        safetensors.torch.save_file({"other": torch.zeros(2)}, weights)
+    rewrite_config(family, folder / "config.json", way, random)
+
+
+def strip(name: str) -> str:
+    """Return a tensor's name without the prefix of the base model."""
+    return re.sub(r"^(model|transformer)\.", "", name)
+
+
+def change_tensors(file: Path, change) -> None:
+    """Let `change` make other tensors of a file's."""
+    tensors = change(safetensors.torch.load_file(file))
+    safetensors.torch.save_file({k: v.clone() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def rewrite_config(family: str, file: Path, way: str, random: np.random.Generator) -> None:
+    """Write the keys as other versions and other people do."""
+    values = json.loads(file.read_text())
+    if way == "named":
+        values["transformers_weights"] = "weights.safetensors"
+    if "rope_parameters" in values and random.random() < 0.4:  # as transformers 4
+        rope = values.pop("rope_parameters")
+        values["rope_theta"] = rope.pop("rope_theta")
+        values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    elif "rope_parameters" in values and random.random() < 0.1:
+        values["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    if family == "gpt2" and random.random() < 0.3:
+        values |= {alias: values.pop(name) for name, alias in ALIASES.items()}
+    if random.random() < 0.3:
+        for key in ("initializer_range", "use_cache", "dtype", "num_key_value_heads", "head_dim", "layer_types"):
+            if random.random() < 0.3:
+                values.pop(key, None)
+    if random.random() < 0.1:
+        values[str(random.choice(NULLS[family]))] = None
+    for key, value in UNKNOWN.items():
+        if random.random() < 0.06:
+            values[key] = value
+    if random.random() < 0.03:
+        values["is_causal"] = False
+    if random.random() < 0.1:
+        values["tie_word_embeddings"] = not values.get("tie_word_embeddings", True)
+    file.write_text(json.dumps(values))
+
+
+def theirs(folder: Path) -> np.ndarray | None:
+    """Return the logits of transformers; None where it has no model, or one with random weights."""
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception:  # whatever transformers raises for a config or file that it does not take
+        return None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return None
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS)).logits.numpy()
+
+
+def compare(path: Path, expected: np.ndarray | None) -> Outcome:
+    """Load a model here and compare its logits."""
+    notes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(notes), jax.disable_jit():
+            ours = np.asarray(gptjax.load(str(path)).logits(IDS))
+    except UserError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1, message
+        return Outcome("both refused" if expected is None else "refused", reason(path, message))
+    if expected is None:
+        return Outcome("different", "loaded here, and not by transformers")
+    difference = np.abs(ours - expected).max()
+    return (
+        Outcome("equal", "")
+        if difference < TOLERANCE
+        else Outcome("different", f"{difference:.2g} {notes.getvalue()}")
+    )
+
+
+def reason(path: Path, message: str) -> str:
+    """Return what a refusal names, without the values of the trial."""
+    text = message.replace(repr(str(path)), "").replace(str(path), "DIR").removeprefix(": ")
+    text = re.sub(r"\.\d+\.", ".N.", re.sub(r"\([\d, ]+\)", "(..)", text))
+    return " ".join(text.split(";")[0].split()[:9])
+
+
+def trial(family: str, number: int) -> Outcome:
+    """Save a model of a family, and load it."""
+    random = np.random.default_rng([FAMILIES.index(family), number])
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            try:
+                save(family, random_config(family, random), random, Path(folder))
+                break
+            except Exception:  # the library has many errors for what it does not make
+                continue  # not a model that transformers makes
+        return compare(Path(folder), theirs(Path(folder)))
+
+
+def table(outcomes: dict[str, list[Outcome]]) -> str:
+    """Return counts by family, and the reasons of refusals, most common first."""
+    kinds = ("equal", "refused", "both refused", "different")
+    lines = [f"{'family':8} {'tried':>6} " + " ".join(f"{kind:>12}" for kind in kinds)]
+    for family, found in outcomes.items():
+        counts = collections.Counter(outcome.kind for outcome in found)
+        lines.append(f"{family:8} {len(found):6} " + " ".join(f"{counts[kind]:12}" for kind in kinds))
+    for kind in kinds[1:]:
+        reasons = collections.Counter(o.reason for found in outcomes.values() for o in found if o.kind == kind)
+        lines += [f"{kind}: {count:5}  {text}" for text, count in reasons.most_common()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    found = {family: [trial(family, i) for i in range(trials)] for family in FAMILIES}
+    print(table(found))
+    sys.exit(any(outcome.kind == "different" for outcomes in found.values() for outcome in outcomes))
