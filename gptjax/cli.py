@@ -60,6 +60,8 @@ def sample_from(
         format: text, or one JSON object a line with prompt, text and tokens.
         logprobs: with jsonl, also the natural log of each token's probability; with text, printed after it.
     """
+    if num_samples < 1 or not 0 <= seed < 2**32:
+        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} in [0, 2^32)")
     prompts = _prompts(prompt, prompt_file)
     prepare_process()
     from gptjax.convert import load

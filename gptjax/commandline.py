@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gptjax.errors import UserError, nearest
-from gptjax.paths import is_text
+from gptjax.paths import is_text, shell
 
 HELP = ("-h", "--help")
 
@@ -72,7 +72,8 @@ def _value_of(option: str, rest: list[str], options: Mapping[str, bool]) -> str:
     if not rest:
         raise UserError(f"{option} needs a value; give {option} VALUE")
     if rest[0] in HELP or (rest[0].startswith("--") and rest[0][2:].partition("=")[0] in options):
-        raise UserError(f"{option} needs a value; if {rest[0]} is meant to be it, write {option}={rest[0]}")
+        joined = shell(f"{option}={rest[0]}")
+        raise UserError(f"{option} needs a value; if {rest[0]} is meant to be it, write {joined}")
     return rest.pop(0)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -72,7 +73,8 @@ def guarded_output() -> Iterator[None]:
     if isinstance(sys.stdout, Output):  # of the command that called this one
         yield
         return
-    before = sys.stdout, sys.stderr
+    before, hook = (sys.stdout, sys.stderr), threading.excepthook
+    threading.excepthook = _note_failure_of_thread
     with open(os.devnull, "w") as nowhere:
         sys.stdout, sys.stderr = Output(before[0] or nowhere), Output(before[1] or nowhere, optional=True)
         try:
@@ -82,7 +84,13 @@ def guarded_output() -> Iterator[None]:
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:
-                sys.stdout, sys.stderr = before
+                (sys.stdout, sys.stderr), threading.excepthook = before, hook
+
+
+def _note_failure_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Say in one line what ended a thread; where that matters, it is also raised to whoever waits for the thread."""
+    reason = one_line(str(causes(failed.exc_value)[-1]) if failed.exc_value else "", LONGEST_REASON)
+    print(f"note: a thread ended by {failed.exc_type.__name__}: {reason}", file=sys.stderr)
 
 
 def continue_without_output() -> None:

@@ -32,7 +32,7 @@ def user_path(path: str | os.PathLike[str]) -> str:
     if not isinstance(text, str) or "\0" in text or not is_text(text):
         raise UserError(f"the path {text!r} is not UTF-8 text; rename the file or folder")
     text = re.sub(r"^(gs|s3):/(?!/)", r"\1://", text)  # pathlib makes one slash of two
-    if re.match(r"[A-Za-z][\w+.-]*://", text) and not text.startswith(BUCKETS):
+    if "://" in text and not text.startswith(BUCKETS):
         raise UserError(f"{text!r} is not an address of {', '.join(BUCKETS)}; fetch it to a file first")
     text = os.path.expanduser(text)
     return f"./{text}" if text.startswith("-") else text  # which commands would take for an option
@@ -52,9 +52,8 @@ def shell(*words: Any) -> str:
     return shlex.join(map(str, words))
 
 
-@contextmanager
-def writing(path: str | os.PathLike[str], option: str = "--out") -> Iterator[Path]:
-    """Give the local path to write to, in a folder that exists; turn what the system says of it into a UserError.
+def local_path(path: str | os.PathLike[str], option: str = "--out") -> Path:
+    """Return a path of this machine; raise UserError for one in a bucket.
 
     Args:
         option: where the user named the path, for the message.
@@ -62,9 +61,20 @@ def writing(path: str | os.PathLike[str], option: str = "--out") -> Iterator[Pat
     text = user_path(path)
     if "://" in text:
         raise UserError(f"{option} {text} is in a bucket; give a path of this machine")
+    return Path(text)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], option: str = "--out") -> Iterator[Path]:
+    """Give the local path to write to, in a folder that exists; turn what the system says of it into a UserError.
+
+    Args:
+        option: where the user named the path, for the message.
+    """
+    target = local_path(path, option)
     try:
-        Path(text).parent.mkdir(parents=True, exist_ok=True)
-        yield Path(text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield target
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {option} {text!r}: {reason}; give another {option}") from None
+        raise UserError(f"cannot write {option} {str(target)!r}: {reason}; give another {option}") from None

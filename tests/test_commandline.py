@@ -61,6 +61,8 @@ def test_a_prompt_that_is_an_option_needs_an_equals_sign(prompts, capsys):
         (["run\udcff"], "is not UTF-8"),
         (["run", "--num_samples", "two"], "num_samples"),
         (["run", "--top_k", "[" * 5000], "top_k"),
+        (["run", "--num_samples", "0"], "num_samples 0 must be at least 1"),
+        (["run", "--seed", str(10**30)], "must be at least 1, and seed 1000"),
         (["a", "b"], "Unrecognized arguments: b"),
         ([], "required"),
     ],

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,24 @@ def test_any_other_exception_is_its_first_cause_and_where_the_whole_trace_lies(t
     assert "what came of it" in trace and "x" * 10_000 in trace
 
 
+def test_a_thread_that_fails_is_one_line(capsys):
+    @report_user_errors
+    def main():
+        def fail():
+            raise ValueError("a reason\n" * 999)
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        return 7
+
+    assert main() == 7
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("note: a thread ended by ValueError: a reason") and said.count("\n") == 1 and len(said) < 400
+    )
+
+
 def test_an_endless_recursion_is_bounded(capsys):
     @report_user_errors
     def main():
@@ -232,11 +251,11 @@ sys.exit(train(sys.argv[2:]))
 def test_a_workdir_without_room_is_a_few_lines(tiny_run, tmp_path):
     """A limit on the size of files gives the same failed write as a full disk."""
     args = [*tiny_run, f"--workdir={tmp_path / 'run'}", "--train.total_steps=4"]
-    done = run_script("-c", LIMITED, *args)
+    done = run_script("-c", LIMITED, *args, JAX_ENABLE_COMPILATION_CACHE="false")
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "make room and run the same command again" in said[0]
-    assert len(done.stderr.splitlines()) <= 3, done.stderr
+    assert len(done.stderr.splitlines()) <= 5, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------

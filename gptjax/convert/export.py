@@ -25,7 +25,7 @@ from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.safetensors import write_safetensors
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
-from gptjax.paths import user_path
+from gptjax.paths import local_path, user_path
 from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe, printable_bytes
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
@@ -159,7 +159,7 @@ def new_folder(out: str) -> Iterator[Path]:
     Raises:
         UserError: `out` is there already and not empty, or cannot be written.
     """
-    path = Path(user_path(out))
+    path = local_path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--out {out!r} is there already and not empty; give a new folder")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"

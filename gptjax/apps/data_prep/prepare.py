@@ -39,7 +39,7 @@ from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, l
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, list_files, pieces_of, units_of
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
-from gptjax.paths import UserPath, user_path
+from gptjax.paths import UserPath, local_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 BATCH_CHARS = 2**20  # of documents that are encoded together
@@ -140,7 +140,7 @@ def prepare_data(
         raise UserError(f"val_frac {options.val_frac} must lie between 0 and 1")
     if options.pack_length is not None and options.pack_length < 2:
         raise UserError(f"pack_length {options.pack_length} must be at least 2")
-    folder = Path(user_path(out))
+    folder = local_path(out)
     with _writing_to(folder), _locked(folder):
         plan = make_plan(sources, tokenizer, options)
         if (folder / MANIFEST).exists():
@@ -222,7 +222,7 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
                 f"{work} holds unfinished work on other sources or options, or its sources have changed; remove it "
                 "to begin anew, or give another --out"
             )
-        print(f"{work} is begun anew: sources or options have changed", file=sys.stderr)
+        print(f"note: {work} is begun anew: sources or options have changed", file=sys.stderr)
         shutil.rmtree(work)
     work.mkdir()
     texts = (d.text for unit in plan["units"] for piece in unit for d in _readable_only(Piece(*piece), options))
@@ -396,7 +396,7 @@ class Progress:
         self.total, self.done, self.before = total_bytes, done_bytes, done_bytes
         self.began_at = self.said_at = time.perf_counter()
         if done_bytes:
-            print(f"going on after {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", file=sys.stderr)
+            print(f"note: going on after {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", file=sys.stderr)
 
     def add(self, count: int) -> None:
         self.done += count

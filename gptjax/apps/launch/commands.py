@@ -202,9 +202,9 @@ def read_run(config: str, flags: list[str]) -> tuple[Config, str]:
 
 def make_folder(out: str | None, name: str, cfg: Config) -> Path:
     """The folder of a job's files, with the run's whole config in it; raises UserError where it cannot be written."""
-    with writing(os.path.abspath(os.path.join(out or f"launch/{name}", "config.yaml"))) as path:
+    with writing(os.path.join(out or f"launch/{name}", "config.yaml")) as path:
         path.write_text(config_to_yaml(cfg), encoding="utf-8")
-    return path.parent
+    return path.parent.absolute()
 
 
 def _words(option: str, text: str) -> list[str]:

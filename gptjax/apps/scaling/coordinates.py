@@ -11,18 +11,19 @@ from typing import Any, Literal
 from gptjax.config import Config
 from gptjax.configfile import load_config
 from gptjax.errors import UserError
+from gptjax.paths import UserPath
 from gptjax.process import prepare_process
 
 TOLERANCE = 0.25  # of a slope; a wrong exponent makes it half a power of the width, or a whole one
 
 
 def coord_check(
-    config: str,
+    config: UserPath,
     widths: str = "64,128,256,512",
     steps: int = 6,
     parametrization: Literal["standard", "mup", "completep"] | None = None,
     json: bool = False,
-    out: str | None = None,
+    out: UserPath | None = None,
 ) -> None:
     """Measure how the change of the activations over a few steps grows with the width.
 
