@@ -140,14 +140,17 @@ class LanguageModel:
         self,
         prompt: str | Sequence[str],
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
+        temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int = 0,
         num_return_sequences: int = 1,
     ) -> list[str]:
-        """Continuations, each with its prompt before it: all of the first prompt, then all of the second."""
+        """Return continuations, each with its prompt before it: all of the first prompt, then all of the second.
+
+        Without a temperature every token is the likeliest, as in `transformers`.
+        """
         sampling = Sampling(temperature, top_k, top_p, min_p)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         repeated = [p for p in prompts for _ in range(num_return_sequences)]

@@ -181,6 +181,7 @@ def test_generate_is_the_door_of_transformers_users(lm):
     assert [t[:1] for t in texts] == ["A", "A", "D", "D"]
     assert [len(t) for t in texts] == [8, 8, 6, 6]
     assert lm.generate("ABC", max_new_tokens=0, temperature=0) == ["ABC"]
+    assert lm.generate("ABC", max_new_tokens=9) == lm.generate("ABC", max_new_tokens=9, temperature=0, seed=5)
 
 
 @pytest.mark.parametrize(
