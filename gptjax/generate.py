@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.nn.layers import Cache
 from gptjax.nn.transformer import Params, abstract_model, bind, logits
-from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers import TextDecoder, Tokenizer, text_after
 
 UNWRITTEN = np.iinfo(np.int32).max  # the position of a slot that is not yet written
 CHUNK = 32  # tokens between two looks from Python: for streaming, and to stop when all sequences have ended
@@ -168,7 +168,8 @@ class LanguageModel:
             ends = np.flatnonzero(np.isin(row, self.tokenizer.eos_ids))
             length = int(ends[0]) if len(ends) else len(row)
             ids = row[:length].tolist()
-            completions.append(Completion(prompt, ids, self._text_after(prompt, ids), row_logprobs[:length].tolist()))
+            text = text_after(self.tokenizer, self._prompt_ids(prompt), ids)
+            completions.append(Completion(prompt, ids, text, row_logprobs[:length].tolist()))
         return completions
 
     def stream(
@@ -203,21 +204,12 @@ class LanguageModel:
 
     def stream_text(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0) -> Iterator[str]:
         """One continuation of one prompt, piece by piece, for a person who watches."""
-        ids: list[int] = []
-        shown = 0
+        decoder = TextDecoder(self.tokenizer, self._prompt_ids(prompt))
         for tokens, _ in self.stream([prompt], max_new_tokens, sampling, seed):
-            ids += [i for i in tokens[0].tolist() if i not in self.tokenizer.eos_ids]
-            text = self._text_after(prompt, ids).rstrip("\ufffd")  # a character of which bytes are still to come
-            yield text[shown:]
-            shown = len(text)
-
-    def _text_after(self, prompt: str, ids: list[int]) -> str:
-        """The text of ids that follow a prompt.
-
-        Decoded alone it could lose a space: some tokenizers (Llama 2's) drop the one before a text's first word.
-        """
-        before = self._prompt_ids(prompt)
-        return self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
+            if piece := decoder.add(i for i in tokens[0].tolist() if i not in self.tokenizer.eos_ids):
+                yield piece
+        if rest := decoder.finish():
+            yield rest
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode_prompt(prompt).tolist()

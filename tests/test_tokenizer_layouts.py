@@ -13,6 +13,7 @@ from tokenizer_texts import texts
 
 from gptjax.errors import UserError
 from gptjax.tokenizers import make_tokenizer, read_huggingface_tokenizer, tokenizer_from_dict
+from gptjax.tokenizers.auto import files_beside
 
 transformers = pytest.importorskip("transformers", reason="pip install -e '.[peer]'")
 
@@ -183,3 +184,22 @@ def test_a_text_without_ids_is_refused_in_one_line(tmp_path):
     for call in (ours.encode, ours.encode_prompt, lambda text: ours.encode_batch([text])):
         with pytest.raises(UserError, match="no ids for a text that begins 'bcd'"):
             call("bcd")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("base", ["byte-level", "padded-pattern", "unigram"])
+def test_an_export_keeps_its_ids_in_transformers_or_says_that_it_cannot(base, kind, specs, tmp_path):
+    """A tokenizer whose files name no class, beside a model of another family than the one that it came with."""
+    write_layout(Layout(base, "json", None, "llama", "named"), specs[base], tmp_path / "it")
+    ours = read_huggingface_tokenizer(tmp_path / "it")
+    files, followed = files_beside(ours.files, kind)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, text in {**files, "config.json": json.dumps({"model_type": kind})}.items():
+        (out / name).write_text(text)
+    assert followed == (kind != "qwen2")
+    if followed:
+        assert difference(ours, transformers.AutoTokenizer.from_pretrained(out), texts(60)) is None
+    else:
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(out)
+        assert difference(ours, theirs, texts(60)) is None

@@ -27,6 +27,7 @@ from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
 from gptjax.paths import local_path, user_path
 from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe, printable_bytes
+from gptjax.tokenizers.auto import files_beside
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 END = "<|endoftext|>"  # the name that the byte tokenizer's end of a document is given
@@ -78,9 +79,23 @@ def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "fl
         write_safetensors(folder, shapes, DTYPES[dtype], lambda name: write_value(layout, params, name))
         for name, values in {"config.json": config, "generation_config.json": generation}.items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-        for name, text in tokenizer_files(model.tokenizer).items():
+        for name, text in _files_for(model.tokenizer, kind).items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(model_card(model, FAMILIES[kind].title, dtype), encoding="utf-8")
+
+
+def _files_for(tokenizer: Tokenizer, kind: str) -> dict[str, str]:
+    """The tokenizer's files beside a model of this type; print a note where AutoTokenizer would not follow them."""
+    files = tokenizer_files(tokenizer)
+    if not files:
+        return files
+    files, followed = files_beside(files, kind)
+    if not followed:
+        print(
+            f"note: AutoTokenizer cuts text by the rules of {kind!r}, which are not this tokenizer's; load it with "
+            "transformers.PreTrainedTokenizerFast.from_pretrained for the same ids"
+        )
+    return files
 
 
 def end_tokens(tokenizer: Tokenizer) -> dict[str, int | list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 from gptjax.errors import UserError, nearest
 from gptjax.paths import user_path
 from gptjax.tokenizers.bpe import GPT2_SPLIT, bpe_model, byte_level_bpe, printable_bytes
+from gptjax.tokenizers.decoding import TextDecoder, text_after
 from gptjax.tokenizers.huggingface import HuggingFaceTokenizer, read_huggingface_tokenizer
 from gptjax.tokenizers.openai import TIKTOKEN_FILES, TiktokenTokenizer, published_tokenizer
 from gptjax.tokenizers.plain import ByteTokenizer, CharTokenizer, NoTokenizer, Tokenizer
@@ -22,6 +23,7 @@ __all__ = [
     "CharTokenizer",
     "HuggingFaceTokenizer",
     "NoTokenizer",
+    "TextDecoder",
     "TiktokenTokenizer",
     "Tokenizer",
     "bpe_model",
@@ -31,6 +33,7 @@ __all__ = [
     "published_tokenizer",
     "read_huggingface_tokenizer",
     "same_ids",
+    "text_after",
     "tokenizer_from_dict",
 ]
 

@@ -358,6 +358,22 @@ def settle(files: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in kept.items() if name not in ("special_tokens_map.json", "added_tokens.json")}
 
 
+def files_beside(files: Mapping[str, str], model_type: str) -> tuple[dict[str, str], bool]:
+    """Return files from which AutoTokenizer makes a tokenizer.json's ids beside a model of this type, and whether so.
+
+    For some types it rebuilds every tokenizer by the rules of its own class, and no file keeps it from that.
+    """
+    options = {**json_object(files, "tokenizer_config.json"), "tokenizer_class": "PreTrainedTokenizerFast"}
+    plain = {**files, "tokenizer_config.json": json.dumps(options, indent=2, ensure_ascii=False) + "\n"}
+    for several in (dict(files), plain):
+        try:
+            if settle({**several, "config.json": json.dumps({"model_type": model_type})}) == several:
+                return several, True
+        except UserError:  # the class cannot take this tokenizer at all
+            continue
+    return plain, False
+
+
 def _form(made: tokenizers.Tokenizer) -> Any:
     """The JSON of a tokenizer, for comparing: an empty text means none, and offsets do not count."""
     return _without_offsets(json.loads(made.to_str()))

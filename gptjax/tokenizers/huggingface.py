@@ -1,7 +1,9 @@
 """Tokenizers of Hugging Face models, run by the library `tokenizers`."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tokenizers.models import BPE
 from gptjax.errors import UserError
 from gptjax.tokenizers.auto import FILES, from_json, json_object, options_of, settle, token_text
 from gptjax.tokenizers.openai import TiktokenTokenizer, by_tiktoken
+from gptjax.tokenizers.plain import certain_length
 
 
 class HuggingFaceTokenizer:
@@ -49,6 +52,7 @@ class HuggingFaceTokenizer:
         # transformers cleans up nothing that a BPE decodes, whatever the files say.
         model = self._tokenizer.model
         self._cleans_up = bool(facts.get("clean_up_tokenization_spaces")) and not isinstance(model, BPE)
+        self._bytes = "ByteFallback" in str(self._tokenizer.decoder)
         given = token_text(facts.get("eos_token"))
         named = self.USUAL_EOS if given is None else (given,)
         self.eos_token = next((token for token in named if token in ids), None)
@@ -87,11 +91,44 @@ class HuggingFaceTokenizer:
         return self._ids(text, add_special_tokens=True)
 
     def decode(self, ids: Iterable[int]) -> str:
-        text = self._tokenizer.decode([int(i) for i in ids])
+        text = self._decode_with_bytes(ids) if self._bytes else self._tokenizer.decode([int(i) for i in ids])
         return _without_loose_spaces(text) if self._cleans_up else text
+
+    def _decode_with_bytes(self, ids: Iterable[int]) -> str:
+        """`decode` where some tokens are single bytes: the library gives up a whole run of them for a wrong one."""
+        special = set(self.special_tokens.values())
+        tokens = [self._tokenizer.id_to_token(int(i)) for i in ids if i not in special]
+        whole: list[str] = []
+        for is_bytes, run in groupby(filter(None, tokens), key=lambda token: bool(_BYTE_TOKEN.fullmatch(token))):
+            several = list(run)
+            whole += _whole_characters(several) if is_bytes else several
+        return self._tokenizer.decoder.decode(whole)
+
+    def certain_length(self, text: str) -> int:
+        if self._cleans_up:  # a space, and what follows it, may still be drawn to the word before
+            return max(0, text.rfind(" "))
+        return certain_length(text)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "files": self.files, "eos_ids": list(self.eos_ids)}
+
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+def _whole_characters(tokens: list[str]) -> list[str]:
+    """Tokens of single bytes, with one U+FFFD in the place of those that make no character."""
+    data = bytes(int(token[3:5], 16) for token in tokens)
+    found: list[str] = []
+    start = 0
+    while start < len(data):
+        try:
+            data[start:].decode("utf-8")
+            return found + tokens[start:]
+        except UnicodeDecodeError as damage:
+            found += [*tokens[start : start + damage.start], "\ufffd"]
+            start += damage.end
+    return found
 
 
 def _without_ids(texts: Sequence[str], error: Exception) -> UserError:

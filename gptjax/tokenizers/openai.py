@@ -16,12 +16,14 @@ import tokenizers
 
 from gptjax.errors import UserError
 from gptjax.tokenizers.bpe import printable_bytes
+from gptjax.tokenizers.plain import certain_length
 
 
 class TiktokenTokenizer:
     """A byte-level BPE as OpenAI publishes them, run by the library `tiktoken`.
 
-    Names of special tokens in a text are text: a web page that quotes <|endoftext|> does not end there.
+    Names of special tokens are text in a document, since a web page that quotes <|endoftext|> does not end there,
+    and tokens in a prompt.
 
     Args:
         name: of the encoding.
@@ -48,11 +50,13 @@ class TiktokenTokenizer:
         return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(list(texts))]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        return self.encode(text)
+        return np.array(self._encoding.encode(text, allowed_special="all"), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         # Some vocabularies have ids that name nothing, and a young model draws them.
         return self._encoding.decode([i for i in ids if i < len(self._spec[2])])
+
+    certain_length = staticmethod(certain_length)
 
     def to_dict(self) -> dict[str, Any]:
         name, pattern, ranks = self._spec

@@ -39,8 +39,19 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD, special tokens nothing."""
 
+    def certain_length(self, text: str) -> int:
+        """How many characters of a decoded text no further id can change; the others may be bytes of a character."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with `kind`, from which `tokenizer_from_dict` makes an equal tokenizer."""
+
+
+def certain_length(text: str) -> int:
+    """Return how many characters of a text decoded from bytes are certain.
+
+    Bytes that are no whole character yet are decoded to one U+FFFD, which may still become another character.
+    """
+    return len(text) - text.endswith("\ufffd")
 
 
 class ByteTokenizer:
@@ -60,10 +71,13 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        return self.encode(text)
+        first, *rest = (self.encode(part) for part in text.split("<|endoftext|>"))
+        return np.concatenate([first, *(part for after in rest for part in ([np.int32(256)], after))], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    certain_length = staticmethod(certain_length)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind}
@@ -104,7 +118,10 @@ class CharTokenizer:
         return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.alphabet[i] for i in ids)
+        # A model's vocabulary may be padded, and a young model draws what is not in the alphabet.
+        return "".join(self.alphabet[i] for i in ids if i < self.vocab_size)
+
+    certain_length = staticmethod(certain_length)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "alphabet": self.alphabet}
@@ -130,6 +147,8 @@ class NoTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.encode(""))
+
+    certain_length = staticmethod(certain_length)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind}
