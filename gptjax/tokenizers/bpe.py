@@ -33,7 +33,8 @@ def bpe_model(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], **opt
 
 def read_merges(text: str) -> list[tuple[str, ...]]:
     """Return the pairs of a merges.txt, the first to be merged first."""
-    return [tuple(line.split(" ")) for line in text.splitlines() if line and not line.startswith("#version")]
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 
 def byte_level_bpe(
