@@ -293,7 +293,8 @@ def _llama(vocab: dict[str, int], merges: list[tuple[str, str]], facts: Facts) -
 
 
 def _gemma(vocab: dict[str, int], merges: list[tuple[str, str]], facts: Facts) -> tokenizers.Tokenizer:
-    unknown = facts.named["unk_token"].content
+    named = facts.named.get("unk_token")
+    unknown = "None" if named is None else named.content  # as transformers writes it: then unknown text has no ids
     made = tokenizers.Tokenizer(bpe_model(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
