@@ -12,10 +12,10 @@ PACKAGE = ROOT / "gptjax"
 
 # A file imports only from the floors above its own line here. Files of one folder may import each other.
 FLOORS = [
-    ["errors", "files", "presets"],
+    ["errors", "files", "presets", "display"],
     ["paths", "console"],
     ["commandline"],
-    ["checks", "cpu", "environment"],
+    ["checks", "cpu", "environment", "figures"],
     ["config"],
     ["parametrization", "checksums", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "nn.convolution", "nn.products", "loss", "optim", "checkpoint", "metrics"],
