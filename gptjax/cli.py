@@ -277,6 +277,22 @@ def launch(args: list[str]) -> int:
     return 0 if name is None else _call(VERBS[name], f"gptjax launch {name}", args[1:])
 
 
+@report_user_errors
+def report(args: list[str]) -> int:
+    """write a run as one HTML page"""
+    from gptjax.apps.report.commands import report
+
+    return _call(report, "gptjax report", args)
+
+
+@report_user_errors
+def compare(args: list[str]) -> int:
+    """compare runs: losses, what differs, final figures with seeds grouped"""
+    from gptjax.apps.report.commands import compare
+
+    return _call(compare, "gptjax compare", args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
@@ -286,6 +302,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench,
     "plan": plan,
     "launch": launch,
+    "report": report,
+    "compare": compare,
 }
 
 

@@ -1,4 +1,4 @@
-"""What a finished run says last: its final losses, a sample, and the command that samples."""
+"""Samples of the live weights, and what a finished run says last."""
 
 import jax
 from etils import epath
@@ -10,6 +10,16 @@ from gptjax.nn.backends import unstack
 from gptjax.paths import shell
 from gptjax.report import Report, attempt
 from gptjax.step import Trainable, TrainState
+
+CONCLUDING_TOKENS = 700
+
+
+def sample_text(t: Trainable, state: TrainState, corpus: Corpus, tokens: int) -> str:
+    """Return so many tokens sampled from nothing by the live weights (their average, if kept), on one device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = unstack(jax.device_put(state.params if state.ema is None else state.ema, here))
+    model = LanguageModel(t.cfg.model, weights, corpus.tokenizer)
+    return model.complete([""], tokens, Sampling(temperature=0.8), seed=t.cfg.seed)[0].text
 
 
 def conclude(t: Trainable, state: TrainState, corpus: Corpus, report: Report) -> None:
@@ -32,11 +42,9 @@ def _say_losses(t: Trainable, report: Report) -> None:
 
 
 def _say_sample(t: Trainable, state: TrainState, corpus: Corpus, report: Report) -> None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    weights = unstack(jax.device_put(state.params if state.ema is None else state.ema, here))
-    model = LanguageModel(t.cfg.model, weights, corpus.tokenizer)
-    sample = model.complete([""], 700, Sampling(temperature=0.8), seed=t.cfg.seed)[0]
-    report.say(f"\n{sample.text}\n")
+    text = sample_text(t, state, corpus, CONCLUDING_TOKENS)
+    report.keep_sample(int(state.step), text)
+    report.say(f"\n{text}\n")
 
 
 def _say_command(workdir: str, report: Report) -> None:

@@ -425,10 +425,13 @@ class LogConfig:
     Args:
         trackers: any of tensorboard and wandb (extras of the same names).
         project: the project's name at Weights & Biases.
+        sample_tokens: length of the sample that samples.jsonl keeps after each evaluation, for `gptjax report`; 0
+            keeps only the one at the end.
     """
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     project: str = "gptjax"
+    sample_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,24 @@ class Evaluate(Hook):
                 end.values |= self.evaluate(end.state)
 
 
+class Sample(Hook):
+    """Keep a sample in samples.jsonl after every evaluation but the last, whose sample is the concluding one.
+
+    Args:
+        sample: state -> the text.
+    """
+
+    def __init__(self, interval: int, clock: Clock, sample: Callable[[TrainState], str], report: Report):
+        self.interval, self.clock, self.sample, self.report = interval, clock, sample, report
+
+    def after_step(self, end: StepEnd) -> None:
+        if not end.complete and end.step % self.interval == 0:
+            jax.block_until_ready(end.state)
+            with self.clock.spend_on("sample"):
+                text = self.sample(end.state)
+                self.report.keep_sample(end.step, text)
+
+
 class Write(Hook):
     """Send a step's values to metrics.jsonl, the trackers and the screen."""
 

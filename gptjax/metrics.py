@@ -1,11 +1,10 @@
-"""Metrics of a run: metrics.jsonl, trackers behind extras, and the picture of the loss."""
+"""Metrics of a run: metrics.jsonl, trackers behind extras, other records by step, and the picture of the loss."""
 
-import io
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,33 +126,33 @@ def make_trackers(
     return [(BucketLines if "://" in workdir else JsonLines)(workdir, step), *others]
 
 
+def read_records(path: str | Path | epath.Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, such as samples.jsonl; what is not whole is left out."""
+    path, rows = epath.Path(path), []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def append_record(path: str | Path | epath.Path, row: dict[str, Any], kept_until_step: int | None = None) -> None:
+    """Add an object to a file of JSON lines; rows of later steps, which a resume has discarded, are removed."""
+    rows = read_records(path)
+    if kept_until_step is not None:
+        rows = [earlier for earlier in rows if earlier.get("step", 0) <= kept_until_step]
+    write_atomically(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*rows, row]))
+
+
 def plot_loss(workdir: str) -> None:
-    """Draw loss.png from metrics.jsonl; nothing without matplotlib or without a loss."""
+    """Draw loss.png from metrics.jsonl and events.jsonl; nothing without matplotlib or without a row."""
     try:
-        import matplotlib
+        from gptjax.figures.runs import draw_loss
+        from gptjax.figures.style import to_bytes
     except ImportError:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(workdir)
-    if not rows:
-        return
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    for name, style in (
-        ("train/loss", {"alpha": 0.5, "linewidth": 1}),
-        ("val/loss", {"marker": "o", "markersize": 3}),
-    ):
-        points = [(row["tokens"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{name} (last {points[-1][1]:.4f})", **style)
-    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)")
-    axes.set_title(Path(workdir).name, parse_math=False)  # a name may hold dollars
-    axes.grid(alpha=0.3)
-    axes.legend()
-    picture = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
-        figure.tight_layout()
-        figure.savefig(picture)
-    plt.close(figure)
-    write_atomically(epath.Path(workdir) / "loss.png", picture.getvalue())
+    rows, folder = read_metrics(workdir), epath.Path(workdir)
+    if rows:
+        sheet = draw_loss(rows, folder.name, read_records(folder / "events.jsonl"))
+        write_atomically(folder / "loss.png", to_bytes(sheet))

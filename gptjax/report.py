@@ -3,19 +3,23 @@
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import jax
 import yaml
+from etils import epath
 from tqdm import tqdm
 
 from gptjax.configfile import config_to_yaml
 from gptjax.console import LONGEST_REASON, one_line
 from gptjax.data.corpus import Corpus
 from gptjax.hosts import is_writer
-from gptjax.metrics import make_trackers, plot_loss
+from gptjax.metrics import append_record, make_trackers, plot_loss
 from gptjax.nn.transformer import count_params
 from gptjax.step import Trainable
+
+SAMPLE_CHARACTERS = 400  # of a sample that a run keeps
 
 
 class Report:
@@ -40,6 +44,9 @@ class Report:
         self.bar = tqdm(total=total, initial=start_step, unit="step", disable=not (self.terminal and self.speaks))
         self.began_at, self.start_step = time.perf_counter(), start_step
         self.val_loss: float | None = None
+        if 0 < start_step < total and self.speaks:
+            resumed = {"step": start_step, "event": "resume", "time": datetime.now(UTC).isoformat(timespec="seconds")}
+            append_record(epath.Path(cfg.workdir) / "events.jsonl", resumed)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Send a step's values to every tracker and to the screen."""
@@ -56,6 +63,11 @@ class Report:
             left = (time.perf_counter() - self.began_at) / done * (total - step) if done else None
             texts |= {} if left is None else {"left": f"{int(left) // 60}:{int(left) % 60:02d}"}
             self.say(f"step {step}/{total}  " + "  ".join(f"{k} {v}" for k, v in texts.items()))
+
+    def keep_sample(self, step: int, text: str) -> None:
+        """Add a sample's beginning to samples.jsonl, in the place of those that a resume has discarded."""
+        row = {"step": step, "tokens": step * self.tokens_per_step, "text": text[:SAMPLE_CHARACTERS]}
+        append_record(epath.Path(self.cfg.workdir) / "samples.jsonl", row, kept_until_step=step - 1)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""

@@ -8,14 +8,14 @@ from functools import partial
 
 import jax
 
-from gptjax.closing import conclude
+from gptjax.closing import conclude, sample_text
 from gptjax.config import Config
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import DONE, STOPPED, UserError
 from gptjax.evaluation import make_evaluate
 from gptjax.faults import StopSignal, Watchdog
-from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Save, StepEnd, Watch, Write
+from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Watch, Write
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
 from gptjax.nn.transformer import flops_per_token
 from gptjax.presets import peak_flops
@@ -57,6 +57,9 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         report = together(lambda: Report(t, corpus, start))
         saving = partial(save, checkpoints, cfg, corpus)
         called = [*make_hooks(t, clock, report, evaluate, saving), Watch(watchdog), *hooks]
+        if cfg.log.sample_tokens and jax.process_count() == 1:
+            sample = partial(sample_text, t, corpus=corpus, tokens=cfg.log.sample_tokens)
+            called.append(Sample(cfg.train.eval_interval_steps, clock, sample, report))
         incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
         watchdog.start_phase()
         with checkpoints, StopSignal() as stop, closing(incoming):

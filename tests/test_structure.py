@@ -17,7 +17,7 @@ FLOORS = [
     ["commandline"],
     ["checks", "cpu", "environment", "figures"],
     ["config"],
-    ["parametrization", "checksums", "configfile", "hosts", "sharding", "tokenizers", "process", "faults"],
+    ["parametrization", "checksums", "configfile", "hosts", "pages", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "nn.convolution", "nn.products", "loss", "optim", "checkpoint", "metrics"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
     ["nn.backends"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["report", "rundir", "start", "evaluation"],
     ["hooks", "closing"],
     ["trainer"],
-    ["apps.bench", "apps.data_prep", "apps.launch", "apps.plan", "apps.scaling"],
+    ["apps.bench", "apps.data_prep", "apps.launch", "apps.plan", "apps.report", "apps.scaling"],
     ["cli", "apps"],
     ["__main__", "__init__"],
 ]

@@ -103,6 +103,17 @@ def test_done_is_done(straight, tiny_run):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+def test_samples_and_resumes_are_kept_beside_the_metrics(tiny_run, tmp_path):
+    for steps in (10, 15):
+        options = (f"--train.total_steps={steps}", "--log.sample_tokens=8", "--optim.schedule=constant")
+        assert run_script(*tiny_run, f"--workdir={tmp_path}", *options).returncode == 0
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 5, 10, 15]
+    assert all(0 < len(row["text"]) <= 400 for row in samples)
+    [event] = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["step"], event["event"]) == (10, "resume")
+
+
 WITHOUT_MATPLOTLIB = """
 import runpy, sys
 sys.modules["matplotlib"] = None

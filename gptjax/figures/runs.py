@@ -26,7 +26,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("val/bpb", "validation (bits per byte)"),
+    Metric("val/bpb", "validation bits per byte"),
     Metric("lr", "learning rate"),
     Metric("grad_norm", "gradient norm", log=True),
     Metric("tokens_per_s", "throughput (tokens/s)", "count"),

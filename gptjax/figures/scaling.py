@@ -60,7 +60,7 @@ class Valley:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A loss over something that was swept: a learning rate, a batch; both [n]. `best` is where it is least, if known."""
+    """A loss over something that was swept, both [n]; `best` is where it is least, if known."""
 
     name: str
     values: np.ndarray

@@ -1,5 +1,6 @@
 """Series of a run's metrics: columns, smoothing, and thinning that keeps the extremes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray
     edges = np.linspace(0, len(x), max(1, (points - 2) // 2) + 1).astype(int)
     filled = np.isfinite(y)
     lows, highs = np.where(filled, y, np.inf), np.where(filled, y, -np.inf)
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         kept.append(begin + np.array([lows[begin:end].argmin(), highs[begin:end].argmax()]))
     index = np.unique(np.concatenate(kept))
     return x[index], y[index]
@@ -47,8 +48,8 @@ def smooth(y: np.ndarray, share: float = 0.02) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(np.where(filled, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(filled)])
     places = np.arange(len(y))
-    reach = np.minimum(half, np.minimum(places, len(y) - 1 - places))  # narrower at the ends, and so never one-sided
-    first, last = places - reach, places + reach + 1
+    reach = np.minimum(half, places)  # narrower at the beginning, where losses fall steeply
+    first, last = places - reach, np.minimum(places + reach + 1, len(y))
     number = counts[last] - counts[first]
     return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
 

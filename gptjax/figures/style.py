@@ -215,7 +215,7 @@ def figure_kind(height_in: float, narrow_in: float | None = None) -> Callable[..
 
     def decorate(draw: Callable[..., None]) -> Callable[..., Sheet]:
         @functools.wraps(draw)
-        def drawn(*args: Any, look: Look = Look(), **options: Any) -> Sheet:  # noqa: B008
+        def drawn(*args: Any, look: Look = Look(), **options: Any) -> Sheet:
             with mpl.rc_context(), warnings.catch_warnings():
                 matplotlib.style.use(STYLE)
                 mpl.rcParams.update(settings(look.theme))
@@ -310,9 +310,9 @@ def to_bytes(sheet: Sheet, kind: str = "png") -> bytes:
     """Return a figure as a PNG or SVG file; the same figure gives the same bytes."""
     stream = io.BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptjax", "savefig.facecolor": sheet.theme.paper}):
-        with quiet():
-            sheet.figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
+    options = {"svg.fonttype": "none", "svg.hashsalt": "gptjax", "savefig.facecolor": sheet.theme.paper}
+    with mpl.rc_context(options), quiet():
+        sheet.figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
     return stream.getvalue()
 
 

@@ -139,7 +139,7 @@ def labels(values: np.ndarray, kind: str) -> list[str]:
 
 def _aligned(texts: list[str]) -> list[str]:
     """Return plain numbers with the same number of decimals."""
-    if any("×" in text or text.startswith("10") and not text[2:].isascii() for text in texts):
+    if any("×" in text or (text.startswith("10") and not text[2:].isascii()) for text in texts):
         return texts
     decimals = max(len(text.partition(".")[2]) for text in texts)
     return [

@@ -1,0 +1,1 @@
+"""Reports of runs: one run as a page, and several runs side by side."""

@@ -1,0 +1,195 @@
+"""Several runs side by side: losses, what differs in their configs, and final figures with seeds grouped."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gptjax import display
+from gptjax.apps.report.runs import Run, recipe
+from gptjax.figures.runs import Curve, draw_compare
+from gptjax.pages.page import Cell, Paragraph, Picture, Section, Table, amount, number, render
+
+MOST_KEYS = 60  # of a config that the page's table shows
+
+
+def loss_key(runs: Sequence[Run]) -> str:
+    """Return the loss that every run has: validation's, or else training's."""
+    return "val/loss" if all(run.last("val/loss") is not None for run in runs) else "train/loss"
+
+
+def flops_per_token(run: Run) -> float | None:
+    """Return the training FLOPs of a token by the run's config; None where it has none. Loads JAX."""
+    from gptjax.configfile import config_from_dict
+    from gptjax.nn.transformer import flops_per_token
+
+    nested: dict[str, Any] = {}
+    for key, value in run.config.items():
+        *sections, name = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    model = config_from_dict(nested).model if nested else None
+    return None if model is None or model.vocab_size is None else float(flops_per_token(model))
+
+
+def curves(runs: Sequence[Run], rates: Sequence[float | None]) -> list[Curve]:
+    """Return every run's loss over steps, tokens, FLOPs and time."""
+    key, made = loss_key(runs), []
+    names = distinct_names(runs)
+    for run, name, rate in zip(runs, names, rates, strict=True):
+        kept = [i for i, row in enumerate(run.rows) if isinstance(row.get(key), int | float)]
+        rows, seconds = [run.rows[i] for i in kept], run.seconds()[kept]
+        against = {"steps": np.array([row["step"] for row in rows], float)}
+        tokens = np.array([row.get("tokens", np.nan) for row in rows], float)
+        flops = np.array([row.get("flops", np.nan) for row in rows], float)
+        if rate is not None:
+            flops = tokens * rate
+        known = {"tokens": tokens, "flops": flops, "seconds": seconds}
+        against |= {what: values for what, values in known.items() if np.isfinite(values).any()}
+        made.append(Curve(name, np.array([row[key] for row in rows], float), against))
+    return made
+
+
+def distinct_names(runs: Sequence[Run]) -> list[str]:
+    """Return the runs' names, with their parent folders where two are the same."""
+    names = [run.name for run in runs]
+    return [
+        f"{run.path.resolve().parent.name}/{name}" if names.count(name) > 1 else name
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def compare(runs: Sequence[Run], rates: Sequence[float | None]) -> dict[str, Any]:
+    """Return the comparison as plain values: `loss`, `runs`, `groups` (one recipe, several seeds), `differing`."""
+    key, names = loss_key(runs), distinct_names(runs)
+    rows = []
+    for run, name, rate in zip(runs, names, rates, strict=True):
+        best, tokens, seconds = run.best(key), run.last("tokens"), run.seconds()
+        spent = seconds[np.isfinite(seconds)]
+        row = {"run": name, "path": str(run.path), "seed": run.config.get("seed"), "final": run.last(key)}
+        row |= {"best": best[0] if best else None, "best_step": best[1] if best else None}
+        row |= {"steps": run.rows[-1]["step"] if run.rows else None, "tokens": tokens}
+        row |= {"flops": tokens * rate if tokens and rate else run.last("flops")}
+        row["seconds"] = float(spent[-1]) if len(spent) else None
+        rows.append(row)
+    return {"loss": key, "runs": rows, "groups": groups(runs, rows), "differing": differing(runs, names)}
+
+
+def groups(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs by recipe, best first, with the final loss' mean and standard deviation over seeds.
+
+    A run without a config, and one that stopped at another step, is a group of its own.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number_of, (run, row) in enumerate(zip(runs, rows, strict=True)):
+        known = json.dumps([recipe(run), row["steps"]], sort_keys=True, default=str)
+        found.setdefault(known if run.config else str(number_of), []).append(row)
+    made = []
+    for members in found.values():
+        finals = [row["final"] for row in members if row["final"] is not None]
+        made.append(
+            {
+                "runs": [row["run"] for row in members],
+                "seeds": [row["seed"] for row in members],
+                "mean": float(np.mean(finals)) if finals else None,
+                "sd": float(np.std(finals, ddof=1)) if len(finals) > 1 else None,
+            }
+        )
+    return sorted(made, key=lambda group: (group["mean"] is None, group["mean"] or 0.0))
+
+
+def differing(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the keys of the config in which the runs differ, each with every run's value."""
+    known = [
+        (name, recipe(run) | {"seed": run.config.get("seed")})
+        for run, name in zip(runs, names, strict=True)
+        if run.config
+    ]
+    keys = sorted({key for _, config in known for key in config})
+    found = {key: {name: config.get(key) for name, config in known} for key in keys}
+    return {
+        key: values for key, values in found.items() if len({json.dumps(v, default=str) for v in values.values()}) > 1
+    }
+
+
+def compare_page(runs: Sequence[Run], rates: Sequence[float | None], values: dict[str, Any], command: str) -> str:
+    """Return the comparison as a page."""
+    what = {"val/loss": "validation loss", "train/loss": "training loss"}[values["loss"]]
+    made = curves(runs, rates)
+    best = values["groups"][0] if values["groups"] else {"runs": [], "mean": None}
+    said = f"{display.plural(len(runs), 'run')} of {display.plural(len(values['groups']), 'recipe')}. "
+    if best["mean"] is not None:
+        spread = f" (sd {best['sd']:.4f} over {len(best['runs'])} seeds)" if best["sd"] is not None else ""
+        said += f"The lowest {what} is {best['mean']:.4f}{spread}, by {best['runs'][0]}."
+    else:
+        said += f"None has a finite {what}."
+    picture = Picture(lambda look: draw_compare(made, what, look=look), f"{what} of the runs over steps. {said}")
+    group_rows = [
+        [Cell(", ".join(group["runs"])), number(len(group["runs"])), number(group["mean"], 5), number(group["sd"], 2)]
+        for group in values["groups"]
+    ]
+    sections = [
+        Section("", [Paragraph(said, lead=True), picture]),
+        Section("Recipes", [Table(f"Final {what}, seeds grouped", ["runs", "seeds", "mean", "sd"], group_rows)]),
+        Section("Runs", [_runs_table(values, what)]),
+        Section("What differs", _differing_table(values)),
+    ]
+    return render("Comparison of runs", sections, command)
+
+
+def _runs_table(values: dict[str, Any], what: str) -> Table:
+    rows = [
+        [
+            Cell(row["run"]),
+            number(row["final"], 5),
+            number(row["best"], 5),
+            number(row["best_step"]),
+            number(row["steps"]),
+            amount(row["tokens"]),
+            Cell(display.power(row["flops"], 3), row["flops"]) if row["flops"] else Cell(display.MISSING),
+            Cell(display.duration(row["seconds"]), row["seconds"]) if row["seconds"] else Cell(display.MISSING),
+        ]
+        for row in sorted(values["runs"], key=lambda row: (row["final"] is None, row["final"] or 0.0))
+    ]
+    header = ["run", f"final {what}", "best", "at step", "steps", "tokens", "FLOPs", "training time"]
+    return Table("Final figures", header, rows)
+
+
+def _differing_table(values: dict[str, Any]) -> list[Any]:
+    found = values["differing"]
+    if not found:
+        return [Paragraph("Nothing: the configs are the same, or there is one at most.")]
+    names = list(next(iter(found.values())))
+    rows = [[Cell(name), *(Cell(_text(found[key][name])) for key in list(found)[:MOST_KEYS])] for name in names]
+    return [Table("Keys of the config that differ", ["run", *list(found)[:MOST_KEYS]], rows)]
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else display.shorten(str(value), 60)
+
+
+def lines(values: dict[str, Any]) -> list[str]:
+    """Return the comparison as a terminal shows it."""
+    rows = [
+        [
+            display.shorten(row["run"], 40),
+            display.MISSING if row["final"] is None else f"{row['final']:.4f}",
+            display.MISSING if row["best"] is None else f"{row['best']:.4f}",
+            display.MISSING if row["steps"] is None else f"{row['steps']:,.0f}",
+            display.MISSING if row["tokens"] is None else display.count(row["tokens"]),
+            display.MISSING if not row["flops"] else display.power(row["flops"], 2),
+            display.MISSING if not row["seconds"] else display.duration(row["seconds"]),
+        ]
+        for row in sorted(values["runs"], key=lambda row: (row["final"] is None, row["final"] or 0.0))
+    ]
+    header = ["run", f"final {values['loss']}", "best", "steps", "tokens", "FLOPs", "time"]
+    first, *others = display.table(rows, header)
+    said = [display.paint(first, "bold"), *others]
+    several = [group for group in values["groups"] if group["sd"] is not None]
+    for group in several:
+        names = display.shorten(", ".join(group["runs"]), 60)
+        said.append(f"{names}: mean {group['mean']:.4f}, sd {group['sd']:.4f} over {len(group['runs'])} seeds")
+    return said

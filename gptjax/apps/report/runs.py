@@ -1,0 +1,196 @@
+"""Read runs, of this trainer or as other trainers' CSV files, for a report."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from gptjax import display
+from gptjax.configfile import config_from_dict, config_to_yaml, read_yaml
+from gptjax.errors import UserError
+from gptjax.metrics import read_metrics, read_records
+
+# Columns of other trainers' CSV files, by the key that they have here; the first that a file has counts.
+COLUMNS = {
+    "step": ("step", "_step", "global_step", "iteration", "iter", "trainer/global_step"),
+    "tokens": ("tokens", "consumed_tokens", "train/tokens", "tokens_seen"),
+    "val/loss": ("val/loss", "val_loss", "eval_loss", "eval/loss", "validation_loss", "valid_loss"),
+    "train/loss": ("train/loss", "train_loss", "loss"),
+    "seconds": ("seconds", "wall_time", "elapsed", "time_s", "_runtime"),
+    "flops": ("flops", "total_flos", "train/flops"),
+}
+BESIDE = (
+    "seed",
+    "workdir",
+    "log.",
+    "checkpoint.",
+    "distributed.",
+    "data.cache_dir",
+    "profile",
+)  # of one and the same recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left behind.
+
+    Attributes:
+        path: its directory, or its CSV file.
+        rows: of metrics.jsonl, by step.
+        config: every value by `section.key`; empty for a CSV file.
+        meta: of the newest checkpoint: tokenizer and the corpus' fingerprint.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return the directory's or the file's name."""
+        return self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
+
+    def last(self, key: str) -> float | None:
+        """Return a metric's last finite value; None where there is none."""
+        return next((row[key] for row in reversed(self.rows) if display.finite(row.get(key))), None)
+
+    def best(self, key: str) -> tuple[float, int] | None:
+        """Return a metric's least value and its step; None where there is none."""
+        known = [(row[key], row["step"]) for row in self.rows if display.finite(row.get(key))]
+        return min(known) if known else None
+
+    def seconds(self) -> np.ndarray:
+        """Return the seconds of training up to each row, [n]: evaluations and saves left out; NaN where unknown."""
+        if any("seconds" in row for row in self.rows):
+            return np.array([row.get("seconds", math.nan) for row in self.rows], float)
+        steps = np.array([row["step"] for row in self.rows], float)
+        times = np.array([row.get("step_time_s", math.nan) for row in self.rows], float)
+        spent = np.diff(steps, prepend=steps[:1]) * times
+        return np.cumsum(np.nan_to_num(spent)) if np.isfinite(times).any() else np.full(len(steps), math.nan)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run's directory.
+
+    Raises:
+        UserError: no metrics.jsonl there, or none that can be read.
+    """
+    folder = Path(path)
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} holds no metrics.jsonl; give the directory of a run")
+    return Run(
+        folder,
+        sorted(read_metrics(folder), key=lambda row: row["step"]),
+        _config(folder),
+        _json(folder / "env.json"),
+        [row for row in read_records(folder / "samples.jsonl") if isinstance(row.get("text"), str)],
+        read_records(folder / "events.jsonl"),
+        _meta(folder),
+    )
+
+
+def read_csv(path: str | Path) -> Run:
+    """Read another trainer's CSV file, with a step and a loss in columns of any of the names in COLUMNS.
+
+    Raises:
+        UserError: it cannot be read, or has no column of steps or of a loss.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            lines = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    names = list(lines[0]) if lines else []
+    found = {key: next((name for name in known if name in names), None) for key, known in COLUMNS.items()}
+    if found["step"] is None or (found["val/loss"] is None and found["train/loss"] is None):
+        wanted = "step and val_loss (or train_loss)"
+        raise UserError(f"{path} has columns {', '.join(map(str, names[:8])) or 'none'}; name two of them {wanted}")
+    rows = []
+    for line in lines:
+        values = {key: _float(line[name]) for key, name in found.items() if name is not None}
+        if values["step"] is not None:
+            rows.append({key: value for key, value in values.items() if value is not None})
+    return Run(Path(path), sorted(rows, key=lambda row: row["step"]))
+
+
+def find_runs(paths: list[str]) -> list[Run]:
+    """Read every run that the paths name: runs, CSV files, and folders of runs.
+
+    Raises:
+        UserError: a path holds none.
+    """
+    found: list[Run] = []
+    for path in map(Path, paths):
+        if path.suffix.lower() == ".csv":
+            found.append(read_csv(path))
+        elif (path / "metrics.jsonl").is_file():
+            found.append(read_run(path))
+        else:
+            inside = sorted(p.parent for p in [*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])
+            if not inside:
+                raise UserError(f"{path} is no run, no folder of runs and no .csv file; give one of these")
+            found += [read_run(folder) for folder in inside]
+    return found
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by `section.key`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def defaults() -> dict[str, Any]:
+    """Return every default by `section.key`."""
+    return flatten(yaml.safe_load(config_to_yaml(config_from_dict({}))))
+
+
+def recipe(run: Run) -> dict[str, Any]:
+    """Return the values that make two runs the same experiment: all but the seed and where it ran."""
+    return {key: value for key, value in run.config.items() if not key.startswith(BESIDE)}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return flatten(_meta(folder).get("config", {}))
+    values = read_yaml(path)
+    try:
+        return flatten(yaml.safe_load(config_to_yaml(config_from_dict(values))))
+    except UserError:  # of another version of this package: shown as it stands
+        return flatten(values)
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    steps = [
+        p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal() and (p / "meta" / "metadata").is_file()
+    ]
+    return _json(max(steps, key=lambda p: int(p.name)) / "meta" / "metadata") if steps else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None

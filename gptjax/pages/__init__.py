@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: no other file, no network, light and dark, on a phone and on paper."""

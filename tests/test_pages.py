@@ -1,0 +1,181 @@
+"""Pages in a real browser, at the width of a desk and of a phone, light and dark; their size; and what they escape.
+
+The browser's tests are skipped where Chromium is absent: `apt-get install chromium chromium-driver`.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[report]'")
+pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install -e '.[report]'")
+
+from gptjax.apps.report import commands
+from gptjax.apps.report.compare import compare, compare_page
+from gptjax.apps.report.run import run_page, summary
+from gptjax.apps.report.runs import find_runs, read_run
+from gptjax.errors import UserError
+
+HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}"
+LIMIT_BYTES = 2_000_000
+
+
+def make_run(folder: Path, steps: int = 200, every: int = 1, **config) -> Path:
+    """A run's directory as training leaves it, with hostile names and samples, and a spike in its loss."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(config.get("seed", 0))
+    with (folder / "metrics.jsonl").open("w") as stream:
+        for step in range(0, steps + 1, every):
+            loss = 1.5 + 3 * math.exp(-step / steps * 20) + 0.02 * float(rng.normal())
+            row = {
+                "step": step,
+                "tokens": 1024 * step,
+                "train/loss": 99.0 if step == steps // 2 else loss,
+                "lr": 0.01,
+            }
+            row |= {"grad_norm": 1.0, "tokens_per_s": 5e4, "skipped": 0.0, "step_time_s": 0.02}
+            if step % (steps // 10) == 0:
+                row |= {"val/loss": loss, "val/bpb": loss / 0.69}
+            stream.write(json.dumps(row) + "\n")
+    values = {"seed": 1, "train": {"total_steps": steps}, "model": {"vocab_size": 61}} | config
+    (folder / "config.yaml").write_text(json.dumps(values))
+    (folder / "env.json").write_text(json.dumps({"versions": {"jax": HOSTILE}, "devices": ["cpu 0"]}))
+    samples = [{"step": step, "text": f"{HOSTILE}\n" + "ab " * 100} for step in (0, steps)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    (folder / "events.jsonl").write_text(json.dumps({"step": steps // 3, "event": "resume"}) + "\n")
+    return folder
+
+
+def test_a_run_of_a_hundred_thousand_logged_steps_is_a_small_page_with_its_extremes(tmp_path):
+    page = run_page(read_run(make_run(tmp_path / "long", 100_000)))
+    assert len(page.encode()) < LIMIT_BYTES
+    assert "99" in page.split('"name":"training"')[1][:8000], "the spike is lost"
+    assert max(text.count(",") for text in page.split('"y":[')[1:]) > 100
+    longest = max((part.split("]")[0].count(",") for part in page.split('"x":[')[1:]), default=0)
+    assert longest < 400
+
+
+def test_text_from_outside_is_text(tmp_path):
+    run = read_run(make_run(tmp_path / "<img src=x onerror=alert(1)>"))
+    page = run_page(run)
+    assert "<script>alert" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "{{ 7*7 }}" in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_compare_groups_seeds_and_says_what_differs(tmp_path, capsys):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "runs" / f"low-{seed}", seed=seed, optim={"peak_lr": 0.001})
+    make_run(tmp_path / "runs" / "high", optim={"peak_lr": 0.01})
+    (tmp_path / "other.csv").write_text("iter,val_loss,tokens\n0,4.5,0\n100,2.5,1000\n200,nan,2000\n")
+    commands.compare([str(tmp_path / "runs"), str(tmp_path / "other.csv")], json=True)
+    values = json.loads(capsys.readouterr().out)
+    assert values["loss"] == "val/loss" and len(values["runs"]) == 5
+    assert set(values["differing"]) == {"optim.peak_lr", "seed"}
+    [several] = [group for group in values["groups"] if len(group["runs"]) == 3]
+    finals = [row["final"] for row in values["runs"] if row["run"].startswith("low")]
+    assert several["mean"] == pytest.approx(np.mean(finals)) and several["sd"] == pytest.approx(
+        np.std(finals, ddof=1)
+    )
+    [other] = [row for row in values["runs"] if row["run"] == "other"]
+    assert (other["final"], other["flops"], other["steps"]) == (2.5, None, 200)
+    assert all(row["flops"] > 0 for row in values["runs"] if row["run"] != "other")
+
+
+def test_what_is_no_run_is_one_line(tmp_path):
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    for paths, said in (([tmp_path], "is no run"), ([tmp_path / "bad.csv"], "step and val_loss")):
+        with pytest.raises(UserError, match=said):
+            find_runs(list(map(str, paths)))
+    with pytest.raises(UserError, match="holds no metrics"):
+        read_run(tmp_path / "absent")
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    run = read_run(tmp_path)
+    assert summary(run) == "The run has logged nothing yet."
+    assert "nothing yet" in run_page(run)
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if shutil.which("chromedriver") is None or shutil.which("chromium") is None:
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -e '.[test]'")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+CHECK = (Path(__file__).parent / "page_check.js").read_text()
+
+
+def look(browser, path: Path, width: int, scheme: str) -> dict:
+    """Open a page as a device of a width and a colour scheme has it; return what page_check.js finds."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme_of = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme_of)
+    browser.get_log("performance"), browser.get_log("browser")
+    browser.get(path.as_uri())
+    found = browser.execute_script(CHECK)
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    found["requests"] = [url for url in asked if not url.startswith(("data:", path.as_uri()))]
+    found["console"] = [entry["message"] for entry in browser.get_log("browser")]
+    return found
+
+
+def check_in_browser(browser, path: Path) -> None:
+    """Assert what every page must hold, on two widths and in two colour schemes."""
+    for width in (1280, 360):
+        for scheme in ("light", "dark"):
+            found = look(browser, path, width, scheme)
+            where = f"{path.name} at {width} px, {scheme}"
+            assert found["scrolls"] == 0, f"{where} scrolls sideways: {found['wide']}"
+            assert not found["console"] and not found["requests"], (where, found["console"], found["requests"])
+            assert not found["faint"], f"{where}: {found['faint']}"
+            assert found["dark"] == (scheme == "dark")
+            assert not found["roles"], f"{where}: {found['roles']}"
+
+
+def test_a_runs_page_in_a_browser(browser, tmp_path):
+    path = tmp_path / "run.html"
+    path.write_text(run_page(read_run(make_run(tmp_path / ("name-of-80-characters-" * 4)))))
+    check_in_browser(browser, path)
+    alerted = browser.execute_script("return document.querySelectorAll('.sample script, h1 script').length")
+    assert alerted == 0
+    tip = browser.execute_script(
+        "const f = document.querySelector('figure[data-hover]'); f.focus();"
+        "for (let i = 0; i < 9; i++) f.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));"
+        "return f.querySelector('.tip').textContent"
+    )
+    assert "training" in tip and "at " in tip
+
+
+def test_a_comparisons_page_in_a_browser(browser, tmp_path):
+    for i in range(4):
+        make_run(tmp_path / "runs" / f"run-with-a-long-name-{i}", optim={"peak_lr": 0.001 * (i + 1)})
+    runs = find_runs([str(tmp_path / "runs")])
+    rates = [1e6] * len(runs)
+    path = tmp_path / "compare.html"
+    path.write_text(compare_page(runs, rates, compare(runs, rates), "gptjax compare runs"))
+    check_in_browser(browser, path)
+    order = browser.execute_script(
+        "const b = document.querySelectorAll('table')[1].querySelectorAll('thead button')[1]; b.click(); b.click();"
+        "return [...document.querySelectorAll('table')[1].tBodies[0].rows].map(r => Number(r.cells[1].dataset.value))"
+    )
+    assert order == sorted(order, reverse=True) and len(order) == 4
