@@ -30,7 +30,9 @@ def report(run: UserPath, out: UserPath | None = None) -> None:
     print(f"{path}  {display.size(path.stat().st_size)}\n{summary(found)}")
 
 
-def compare(runs: list[str], html: UserPath | None = None, png: UserPath | None = None, json: bool = False) -> None:
+def compare(
+    runs: list[UserPath], html: UserPath | None = None, png: UserPath | None = None, json: bool = False
+) -> None:
     """Compare runs: losses over steps, tokens, FLOPs and time, what differs, and final figures with seeds grouped.
 
     Args:

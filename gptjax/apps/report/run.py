@@ -150,6 +150,9 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """Return the commands that sample from, resume and export the run, with what each does."""
     return [
         (f"{shell('python', 'sample.py', run.path)} --prompt '...'", "Sample from it:"),
-        (shell("python", "train.py", run.path / "config.yaml", "--workdir", run.path), "Resume it, where steps are left:"),
+        (
+            shell("python", "train.py", run.path / "config.yaml", "--workdir", run.path),
+            "Resume it, where steps are left:",
+        ),
         (shell("gptjax", "convert", "to-hf", run.path, "--out", "my-model"), "Export it for transformers:"),
     ]
