@@ -179,3 +179,51 @@ def test_a_comparisons_page_in_a_browser(browser, tmp_path):
         "return [...document.querySelectorAll('table')[1].tBodies[0].rows].map(r => Number(r.cells[1].dataset.value))"
     )
     assert order == sorted(order, reverse=True) and len(order) == 4
+
+
+# ---- studies and plans
+
+
+def make_table(path: Path, n_budgets: int, n_sizes: int) -> Path:
+    """A table of runs that follow a law with a little noise, with a hostile reason for the one that diverged."""
+    rng = np.random.default_rng(0)
+    lines = ["id,status,reason,loss,params,tokens,flops,seed,peak_lr,held_out"]
+    for flops in np.geomspace(1e12, 1e15, n_budgets):
+        best = 2e5 * (flops / 1e12) ** 0.5
+        for params in np.geomspace(best / 6, best * 6, n_sizes):
+            tokens = flops / 6 / params
+            loss = (1.2 + 12 / params**0.3 + 60 / tokens**0.34) * math.exp(0.002 * rng.normal())
+            name = f"{len(lines):012d}"
+            lines.append(f"{name},done,,{loss},{params},{tokens},{flops},1,0.01,0")
+    lines.append(f'x,diverged,"{HOSTILE.replace(chr(34), "")}",,1e6,1e6,6e12,1,0.01,0')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def study_page_of(path: Path, resamples: int) -> str:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[scaling]'")
+    from gptjax.apps.scaling.predict.doctor import CHECKS, diagnose
+    from gptjax.apps.scaling.predict.forecast import fit_table
+    from gptjax.apps.scaling.predict.report import study_page
+
+    scores = [
+        {"rung": HOSTILE, "status": "done", "forecast": 1.5, "interval": [1.4, 1.6], "loss": 1.55, "error": -0.03}
+        | {"held": True, "before_the_run": True},
+        {"rung": "later", "status": "not finished", "forecast": 1.4, "interval": [1.3, 1.5]},
+    ]
+    fitted = fit_table(path, resamples=resamples)
+    return study_page(str(path.parent), path, fitted, diagnose(path)[0], list(CHECKS), scores)
+
+
+def test_a_study_of_500_runs_is_a_small_page(tmp_path):
+    page = study_page_of(make_table(tmp_path / "big" / "table.csv", 25, 20), resamples=10)
+    assert len(page.encode()) < LIMIT_BYTES
+    assert page.count('<th scope="row"') > 500
+    assert "<script>alert" not in page
+
+
+def test_a_studys_page_in_a_browser(browser, tmp_path):
+    path = tmp_path / "study.html"
+    path.write_text(study_page_of(make_table(tmp_path / "study" / "table.csv", 3, 7), resamples=20))
+    check_in_browser(browser, path)

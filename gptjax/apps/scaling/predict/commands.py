@@ -187,42 +187,47 @@ def plot(study: UserPath, format: Literal["png", "svg"] = "png") -> None:
     """
     _prepare()
     path = _source(study, None)
-    for made in _draw(study, path, format):
+    plots, scores = _plots(), _scores(study, path)
+    from gptjax.apps.scaling.predict.forecast import fit_table
+
+    for made in plots.write_figures(plots.study_figures(fit_table(path), path, scores), Path(study, "plots"), format):
         print(made)
 
 
 def report(study: UserPath) -> None:
-    """Write report.html: a study's pictures, law, sensitivity, diagnosis and audit in one file.
+    """Write report.html: what a study found, with intervals, figures, tables, checks and methods.
 
     Args:
         study: the study's directory, after `collect`.
     """
     _prepare()
-    from gptjax.apps.scaling.laws.table import read_table
-    from gptjax.apps.scaling.predict import fit, forecast
-    from gptjax.apps.scaling.predict.doctor import diagnose
-    from gptjax.apps.scaling.predict.report import make_report
+    _plots()
+    from gptjax.apps.scaling.predict.doctor import CHECKS, diagnose
+    from gptjax.apps.scaling.predict.forecast import fit_table
+    from gptjax.apps.scaling.predict.report import study_page
+    from gptjax.pages.page import write_page
 
-    path = _source(study, None)
-    sections = {"The law": fit.describe_fit(read_table(path))[1], "Doctor": diagnose(path)[1]}
-    sections["Sensitivity"] = fit.describe_sensitivity(path)[1]
-    if list(Path(study, "forecasts").glob("*.json")):
-        sections["Forecasts and their audit"] = forecast.audit(study, path)[1]
-    sections["The runs"] = path.read_text().splitlines()
-    page = make_report(f"Scaling study {Path(study).resolve().name}", sections, _draw(study, path, "png"))
-    made = Path(study, "report.html")
-    made.write_text(page)
+    path, made = _source(study, None), Path(study, "report.html")
+    page = study_page(study, path, fit_table(path), diagnose(path)[0], list(CHECKS), _scores(study, path))
+    write_page(made, page)
     print(made)
 
 
-def _draw(study: UserPath, path: Path, kind: str) -> list[Path]:
+def _plots() -> Any:
     try:
-        from gptjax.apps.scaling.predict.plots import draw
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install -e '.[scaling]'") from None
-    from gptjax.apps.scaling.predict.forecast import fit_table
+        import jinja2  # noqa: F401
 
-    return draw(fit_table(path), path, Path(study, "plots"), kind)
+        from gptjax.apps.scaling.predict import plots
+    except ImportError:
+        raise UserError("figures and pages need: pip install 'gptjax[scaling]'") from None
+    return plots
+
+
+def _scores(study: str, path: Path) -> list[dict[str, Any]]:
+    """The scores of a study's forecasts; none where it has no forecast."""
+    from gptjax.apps.scaling.predict import forecast
+
+    return forecast.audit(study, path)[0] if list(Path(study, "forecasts").glob("*.json")) else []
 
 
 def _prepare() -> None:

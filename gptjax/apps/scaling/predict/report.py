@@ -1,27 +1,234 @@
-"""One HTML file with all that a study says: it needs no other file, and no network."""
+"""A study as a page that a researcher would write: the finding, what not to conclude, figures beside their tables."""
 
-import base64
-import html
 from pathlib import Path
+from typing import Any
 
-STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{background:#f4f4f4;padding:1em;\
-overflow-x:auto;font-size:12px}img{max-width:49%}"
+import numpy as np
+
+from gptjax import display
+from gptjax.apps.scaling.laws import uncertainty
+from gptjax.apps.scaling.laws.isoflop import find_floors, frontier
+from gptjax.apps.scaling.laws.parametric import VANISHED
+from gptjax.apps.scaling.laws.table import read_rows
+from gptjax.apps.scaling.predict import fit
+from gptjax.apps.scaling.predict.forecast import FARTHEST, Fitted
+from gptjax.apps.scaling.predict.plots import exponent_finding, forecast_finding, study_figures
+from gptjax.pages.page import Cell, Checklist, Facts, Paragraph, Picture, Section, Table, amount, number, render
+from gptjax.paths import shell
+
+ABOUT = {
+    "compute": "Loss against training compute of every run, with the law's frontier.",
+    "isoflop": "Loss against size at each budget.",
+    "residuals": "What the law leaves of each run's loss.",
+    "rates": "Loss against the peak learning rate.",
+    "batch": "Tokens to one loss against the batch.",
+    "forecasts": "Forecasts with their intervals and what came.",
+}
+SHOWN = (
+    "id",
+    "params",
+    "tokens",
+    "flops",
+    "loss",
+    "status",
+    "peak_lr",
+    "batch_sequences",
+    "seed",
+    "epochs",
+    "wall_s",
 )
 
 
-def make_report(title: str, sections: dict[str, list[str]], pictures: list[Path]) -> str:
-    """The page.
+def study_page(
+    study: str, path: Path, fitted: Fitted, diagnosis: dict[str, Any], checks: list[str], scores: list[dict[str, Any]]
+) -> str:
+    """Return the page of a study.
 
     Args:
-        sections: lines of text by heading.
-        pictures: PNG files, embedded.
+        path: its table.
+        diagnosis: of `doctor.diagnose`.
+        checks: the names of all checks.
+        scores: of `forecast.audit`; empty without forecasts.
     """
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
-    parts.append(f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>")
-    for path in pictures:
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">')
-    for heading, lines in sections.items():
-        parts.append(f"<h2>{html.escape(heading)}</h2><pre>{html.escape(chr(10).join(lines))}</pre>")
-    return "\n".join([*parts, "</html>\n"])
+    figures = study_figures(fitted, path, scores)
+
+    def shown(name: str) -> list[Any]:
+        return [Picture(figures[name], ABOUT[name])] if name in figures else []
+
+    sections = [
+        Section("", [Paragraph(finding(fitted, scores), lead=True), *shown("isoflop")]),
+        Section("What not to conclude", [Paragraph(text) for text in cautions(fitted, path, diagnosis)]),
+        Section("The law", [_law_table(fitted), *shown("compute"), *shown("residuals")]),
+        Section("Each budget's best size", [_floors_table(fitted)]),
+        Section("Forecasts", [*shown("forecasts"), _forecast_table(scores)] if scores else []),
+        Section("Learning rate and batch", [*shown("rates"), *shown("batch")]),
+        Section("Checks", [Checklist(check_items(diagnosis, checks))]),
+        Section("How far the result depends on choices", _sensitivity(path)),
+        Section("The runs", [_runs_table(path)]),
+        Section("Methods and provenance", _methods(study, path, fitted)),
+    ]
+    title = f"Scaling study {Path(study).resolve().name}"
+    return render(
+        title, [section for section in sections if section.blocks], shell("gptjax", "scaling", "report", study)
+    )
+
+
+def finding(fitted: Fitted, scores: list[dict[str, Any]]) -> str:
+    """Say in one paragraph what was found, with intervals."""
+    table, law = fitted.table, fitted.law
+    spread = uncertainty.law_intervals(fitted.laws)
+    ends = [display.count(float(edge(table.params)), 2) for edge in (np.min, np.max)]
+    budgets = [display.power(float(edge(table.flops)), 2) for edge in (np.min, np.max)]
+    said = f"{exponent_finding(fitted)}, over {display.plural(len(table), 'run')} of {ends[0]} to {ends[1]} "
+    said += f"parameters and {budgets[0]} to {budgets[1]} FLOPs. {floors_finding(fitted)}The law L = E + A/N^α + B/D^β has "
+    said += f"α {_with(law.alpha, spread['alpha'])}, β {_with(law.beta, spread['beta'])} and "
+    said += f"E {_with(law.E, spread['E'])} nats per token; runs scatter by {100 * fitted.noise:.2f} % about it."
+    return f"{said} {forecast_finding(scores)}." if scores else said
+
+
+def _with(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def cautions(fitted: Fitted, path: Path, diagnosis: dict[str, Any]) -> list[str]:
+    """Say what the study does not show."""
+    table, law = fitted.table, fitted.law
+    decades = float(np.ptp(np.log10(table.flops)))
+    largest = display.power(float(table.flops.max()), 2)
+    beyond = display.power(FARTHEST * float(table.flops.max()), 2)
+    said = [
+        f"The budgets span {decades:.2f} decades. Beyond {FARTHEST} times the largest of them, {largest} FLOPs "
+        f"(that is, beyond {beyond}), the law is a guess."
+    ]
+    low, high = uncertainty.law_intervals(fitted.laws)["E"]
+    if not law.converged or low < VANISHED * table.loss.min() or (high - low) > 0.2 * max(law.E, 1e-9):
+        said.append(
+            f"The irreducible loss E is poorly determined ({low:.2f} to {high:.2f}): do not read it as the entropy "
+            "of the text."
+        )
+    rows = read_rows(path)
+    if len({row.get("seed") for row in rows}) < 2:
+        said.append("Every run has the same seed: the scatter about the law is the only estimate of the noise.")
+    if len({row.get("peak_lr") for row in rows}) < 2:
+        said.append(
+            "One learning rate served every size; an optimum that moves with the size would bend these curves."
+        )
+    said.append("The exponents hold for this data, tokenizer, recipe and way of counting N alone.")
+    if diagnosis["findings"]:
+        said.append(
+            f"{display.plural(len(diagnosis['findings']), 'finding')} of the checks below weigh against the law."
+        )
+    return said
+
+
+def check_items(diagnosis: dict[str, Any], names: list[str]) -> list[tuple[bool, str, str, str]]:
+    """Return the doctor's checks with what was found and what to do; those with findings come first."""
+    items = []
+    for entry in diagnosis["findings"]:
+        found, _, remedy = entry["finding"].rpartition(": ")
+        items.append((False, entry["check"], found or remedy, remedy if found else ""))
+    return items + [(True, name, "nothing found", "") for name in names if name in diagnosis["passed"]]
+
+
+def _law_table(fitted: Fitted) -> Table:
+    names = {"E": "E (nats per token)", "A": "A", "B": "B", "alpha": "α", "beta": "β", "exponent": "a of N* ~ C^a"}
+    spread = uncertainty.law_intervals(fitted.laws)
+    rows = [
+        [Cell(label), number(float(getattr(fitted.law, name))), *(number(edge) for edge in spread[name])]
+        for name, label in names.items()
+    ]
+    return Table("L = E + A/N^α + B/D^β", ["", "value", "95 % from", "to"], rows)
+
+
+def _floors_table(fitted: Fitted) -> Table | Paragraph:
+    floors = find_floors(fitted.table)
+    if all("too few" in floor.refused for floor in floors):
+        return Paragraph("The runs do not share budgets: there are no valleys, and the frontier is the law's.")
+    rows = []
+    for floor in floors:
+        budget = Cell(display.power(floor.flops, 2), floor.flops)
+        if floor.refused:
+            rows.append(
+                [budget, Cell(display.MISSING), Cell(display.MISSING), Cell(display.MISSING), Cell(floor.refused)]
+            )
+        else:
+            rows.append([budget, amount(floor.params), amount(floor.tokens), number(floor.loss, 4), Cell("")])
+    return Table("Size of least loss", ["FLOPs", "parameters", "tokens", "loss", "refused"], rows)
+
+
+def _forecast_table(scores: list[dict[str, Any]]) -> Table:
+    rows = []
+    for score in scores:
+        low, high = score["interval"]
+        done = score["status"] == "done"
+        order = ("before" if score["before_the_run"] else "AFTER") if done else display.MISSING
+        inside = ("inside" if score["held"] else "OUTSIDE") if done else score["status"]
+        error = Cell(f"{100 * score['error']:+.2f} %", score["error"]) if done else Cell(display.MISSING)
+        came = number(score.get("loss"), 5)
+        forecast = number(score["forecast"], 5)
+        rows.append(
+            [Cell(score["rung"]), forecast, number(low, 5), number(high, 5), came, error, Cell(inside), Cell(order)]
+        )
+    header = ["run", "forecast", "95 % from", "to", "came", "off by", "interval", "written"]
+    return Table("Forecasts and what came", header, rows)
+
+
+def _sensitivity(path: Path) -> list[Any]:
+    values, _ = fit.describe_sensitivity(path)
+    one_out = values.pop("one row left out", None)
+    names = ("exponent", "alpha", "beta", "E", "loss")
+    rows = [[Cell(name), *(number(float(found[key])) for key in names)] for name, found in values.items()]
+    header = ["choice", "a", "α", "β", "E", "loss at ten times the largest budget"]
+    blocks: list[Any] = [Table("The fit repeated with other choices", header, rows)]
+    if one_out:
+        low, high = one_out["exponent"]
+        blocks.append(Paragraph(f"With any one run left out, a lies between {low:.3f} and {high:.3f}."))
+    return blocks
+
+
+def _runs_table(path: Path) -> Table:
+    rows = [*read_rows(path), *read_rows(path, held_out=True)]
+    names = [name for name in SHOWN if any(row.get(name) for row in rows)]
+    extra = ["held out"] if any(row.get("held_out") in ("1", "true") for row in rows) else []
+    shown = []
+    for row in rows:
+        held = [Cell("yes" if row.get("held_out") in ("1", "true") else "")] if extra else []
+        shown.append([_cell(name, row.get(name) or "") for name in names] + held)
+    return Table(f"All runs ({path.name} has every column in full)", [*names, *extra], shown)
+
+
+def _cell(name: str, text: str) -> Cell:
+    try:
+        value = float(text)
+    except ValueError:
+        return Cell(text)
+    if name in ("id", "seed"):
+        return Cell(text)
+    if name == "flops":
+        return Cell(display.power(value, 3), text)
+    if name == "wall_s":
+        return Cell(display.duration(value), text)
+    return Cell(display.count(value) if name in ("params", "tokens") else display.significant(value), text)
+
+
+def _methods(study: str, path: Path, fitted: Fitted) -> list[Any]:
+    rows = read_rows(path)
+    prints = sorted({row["fingerprint"] for row in rows if row.get("fingerprint")})
+    method = (
+        "The law is fitted by the sum of Huber terms (δ 1e-3) of log loss from many starts (Hoffmann et al. 2022; "
+        f"Besiroglu et al. 2024). Intervals are the middle 95 % of {len(fitted.laws)} fits with random weights on "
+        "the runs (Bayesian bootstrap). The best size of a budget is the least value of the Akima interpolant of loss "
+        "over log N (Porian et al. 2024); a budget whose best size is at the edge of the grid is refused."
+    )
+    found = frontier(find_floors(fitted.table))
+    facts = [
+        ("study", str(study)),
+        ("table", str(path)),
+        ("runs in the fit", f"{len(fitted.table):,}"),
+        ("data fingerprint", ", ".join(prints) or display.MISSING),
+        ("exponent by the law", f"{fitted.law.exponent:.4f}"),
+        ("exponent by the floors", display.MISSING if found is None else f"{found[0].exponent:.4f}"),
+        ("objective", f"{fitted.law.objective:.6g}"),
+        ("converged", "yes" if fitted.law.converged else "no"),
+    ]
+    return [Paragraph(method), Facts(facts)]
