@@ -12,7 +12,7 @@ from gptjax.apps.scaling.laws.parametric import VANISHED
 from gptjax.apps.scaling.laws.table import read_rows
 from gptjax.apps.scaling.predict import fit
 from gptjax.apps.scaling.predict.forecast import FARTHEST, Fitted
-from gptjax.apps.scaling.predict.plots import exponent_finding, forecast_finding, study_figures
+from gptjax.apps.scaling.predict.plots import exponent_finding, floors_finding, forecast_finding, study_figures
 from gptjax.pages.page import Cell, Checklist, Facts, Paragraph, Picture, Section, Table, amount, number, render
 from gptjax.paths import shell
 
@@ -80,7 +80,8 @@ def finding(fitted: Fitted, scores: list[dict[str, Any]]) -> str:
     ends = [display.count(float(edge(table.params)), 2) for edge in (np.min, np.max)]
     budgets = [display.power(float(edge(table.flops)), 2) for edge in (np.min, np.max)]
     said = f"{exponent_finding(fitted)}, over {display.plural(len(table), 'run')} of {ends[0]} to {ends[1]} "
-    said += f"parameters and {budgets[0]} to {budgets[1]} FLOPs. {floors_finding(fitted)}The law L = E + A/N^α + B/D^β has "
+    said += f"parameters and {budgets[0]} to {budgets[1]} FLOPs. "
+    said += f"{floors_finding(fitted)}The law L = E + A/N^α + B/D^β has "
     said += f"α {_with(law.alpha, spread['alpha'])}, β {_with(law.beta, spread['beta'])} and "
     said += f"E {_with(law.E, spread['E'])} nats per token; runs scatter by {100 * fitted.noise:.2f} % about it."
     return f"{said} {forecast_finding(scores)}." if scores else said
@@ -217,8 +218,8 @@ def _methods(study: str, path: Path, fitted: Fitted) -> list[Any]:
     method = (
         "The law is fitted by the sum of Huber terms (δ 1e-3) of log loss from many starts (Hoffmann et al. 2022; "
         f"Besiroglu et al. 2024). Intervals are the middle 95 % of {len(fitted.laws)} fits with random weights on "
-        "the runs (Bayesian bootstrap). The best size of a budget is the least value of the Akima interpolant of loss "
-        "over log N (Porian et al. 2024); a budget whose best size is at the edge of the grid is refused."
+        "the runs (Bayesian bootstrap). The best size of a budget is the least value of the Akima interpolant of the "
+        "loss over log N (Porian et al. 2024); a budget whose best size is at the edge of the grid is refused."
     )
     found = frontier(find_floors(fitted.table))
     facts = [
