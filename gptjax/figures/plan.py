@@ -52,7 +52,7 @@ def draw_memory(sheet: Sheet, parts: Mapping[str, float], capacity_bytes: float,
     for i, (name, value) in enumerate(sorted(shown, key=lambda part: -part[1])):
         colour = sheet.colour(i)
         hatch = None if i < len(sheet.theme.series) else "///"
-        style = {"color": colour, "hatch": hatch, "edgecolor": sheet.theme.paper, "lw": 0.8}
+        style = {"facecolor": colour, "hatch": hatch, "edgecolor": sheet.theme.paper, "lw": 0.8}
         axes.barh([0], [value], left=[left], height=0.7, **style)
         sheet.name(f"{display.shorten(name, 20)}  {display.size(value)}", Patch(**style))
         left += value

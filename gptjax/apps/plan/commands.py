@@ -1,9 +1,11 @@
 """`gptjax plan`."""
 
 import json as json_format
+from typing import Any
 
 import yaml
 
+from gptjax.config import Config
 from gptjax.configfile import load_config, read_yaml
 from gptjax.errors import DOES_NOT_FIT, UserError
 from gptjax.paths import UserPath, writing
@@ -21,6 +23,7 @@ def plan(
     search: bool = False,
     out: UserPath | None = None,
     analytic: bool = False,
+    html: UserPath | None = None,
     json: bool = False,
 ) -> None:
     """Say whether a run fits on chips that are not here, what bounds it, and what it costs.
@@ -38,8 +41,10 @@ def plan(
         search: try meshes, remat and microbatches of the same batch, and print the best as overrides.
         out: with --search, the file for the config with the best overrides.
         analytic: do not compile; estimate in seconds.
+        html: a page to write, with the memory, the roofline, the mesh on the topology, and what a search tried.
         json: print one JSON object.
     """
+    tried: list[Any] = []
     if out is not None and not search:
         raise UserError("--out is where --search writes its config; add --search")
     cfg = load_config([*flags, "--", config])
@@ -49,14 +54,16 @@ def plan(
     jax.config.update("jax_platforms", "cpu")  # a plan must not seize the TPU of the machine that it runs on
     from gptjax.apps.plan import planning
     from gptjax.apps.plan.chips import parse_topology
-    from gptjax.apps.plan.report import flags, report
+    from gptjax.apps.plan.report import flags as as_flags
+    from gptjax.apps.plan.report import report
     from gptjax.apps.plan.roofline import run_costs
 
     chips = parse_topology(topology, num_slices)
     cfg = planning.prepared(cfg)
     if search:
-        overrides, made = planning.search(cfg, chips, analytic)
+        overrides, made, tried = planning.search(cfg, chips, analytic)
         made["overrides"] = overrides
+        cfg = planning.changed(cfg, overrides)
     else:
         made = planning.make_plan(cfg, chips, analytic)
         made["suggestion"] = None if made["fits"] else planning.suggest(cfg, chips)
@@ -66,11 +73,30 @@ def plan(
     print(json_format.dumps(made, allow_nan=False) if json else "\n".join(report(made)))
     if search:
         if not json:
-            print(f"\nthe best of {made['candidates']} that fit by arithmetic: {flags(overrides)}")
+            print(f"\nthe best of {made['candidates']} that fit by arithmetic: {as_flags(overrides)}")
         if out is not None:
             write_config(out, config, overrides)
+    if html is not None:
+        write_plan_page(html, cfg, chips, made, tried)
     if not made["fits"]:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tried: list[Any]) -> None:
+    """Write a plan as a page; raises UserError where it cannot be written, or a library is missing."""
+    try:
+        from gptjax.apps.plan.page import plan_page
+        from gptjax.apps.plan.placement import place_chips
+        from gptjax.apps.plan.report import flags
+        from gptjax.figures.plan import Candidate
+        from gptjax.pages.page import write_page
+    except ImportError:
+        raise UserError("a page needs: pip install 'gptjax[report]'") from None
+    best = plan.get("overrides")
+    marks = [
+        Candidate(flags(overrides), n_bytes, seconds, overrides == best) for seconds, overrides, n_bytes in tried
+    ]
+    write_page(path, plan_page(plan, chips, place_chips(cfg, chips), marks))
 
 
 def write_config(out: str, config: str, overrides: dict[str, object]) -> None:

@@ -182,8 +182,10 @@ def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
                 yield mesh | ({"mesh.slices": slices} if slices > 1 else {})
 
 
-def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, Any]]]:
-    """Every mesh x remat x microbatches that fits by arithmetic: expected seconds a step, and overrides; best first.
+def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, Any], float]]:
+    """Return every mesh x remat x microbatches that fits by arithmetic, best first.
+
+    Each is (expected seconds a step, overrides, bytes of a chip).
 
     A twentieth of the memory is left free. The context axis stays as it is.
     """
@@ -202,12 +204,15 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
                 costs = estimate(tried, topology, held=held)
                 if costs.total_bytes <= 0.95 * topology.chip.hbm_bytes:
                     line = calibration.roofline_of(tried, topology, costs)
-                    found.append((calibration.expected_step_s(line, calibration.factors()), overrides))
-    return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
+                    expected_s = calibration.expected_step_s(line, calibration.factors())
+                    found.append((expected_s, overrides, costs.total_bytes))
+    return sorted(found, key=lambda one: (one[0], str(one[1])))
 
 
-def search(cfg: Config, topology: Topology, analytic: bool = False, confirm: int = 3) -> tuple[dict[str, Any], Any]:
-    """The best candidate and its plan; with a compiler, the best of the first few that it confirms.
+def search(
+    cfg: Config, topology: Topology, analytic: bool = False, confirm: int = 3
+) -> tuple[dict[str, Any], Any, Any]:
+    """Return the best candidate, its plan, and all `candidates`; with a compiler, the best few that it confirms.
 
     Raises:
         UserError: nothing fits.
@@ -219,11 +224,11 @@ def search(cfg: Config, topology: Topology, analytic: bool = False, confirm: int
         )
     compiled = has_compiler(topology) and not analytic
     best = None
-    for _, overrides in ranked[: confirm if compiled else 1]:
+    for _, overrides, _ in ranked[: confirm if compiled else 1]:
         plan = make_plan(changed(cfg, overrides), topology, analytic)
         if best is None or (plan["fits"], -plan["expected"]["step_s"]) > (
             best[1]["fits"],
             -best[1]["expected"]["step_s"],
         ):
             best = overrides, plan
-    return best[0], {**best[1], "candidates": len(ranked)}
+    return best[0], {**best[1], "candidates": len(ranked)}, ranked
