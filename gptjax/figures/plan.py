@@ -136,7 +136,7 @@ def draw_mesh(sheet: Sheet, chips: Sequence[Chip], finding: str, drawn: str) -> 
     for place, corners in squares.items():
         paths = [Path.unit_rectangle().transformed(_square(x, y, 0.08)) for x, y in corners]
         colour = sheet.ordered(place)
-        axes.add_patch(PathPatch(Path.make_compound_path(*paths), color=colour, alpha=0.55, lw=0))
+        axes.add_patch(PathPatch(Path.make_compound_path(*paths), color=colour, alpha=0.35, lw=0))
     hosts: dict[int, list[Chip]] = {}
     for chip in chips:
         hosts.setdefault(chip.host, []).append(chip)

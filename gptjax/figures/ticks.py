@@ -49,7 +49,8 @@ class FittingTicks(Locator):
         """Yield sets of ticks, dense ones first."""
         if self.log:
             return log_candidates(low, high)
-        unit = next((u for u in (86400, 3600, 60) if high - low > 3 * u), 1) if self.kind == "seconds" else 1
+        units = {"seconds": (86400, 3600, 60), "bytes": (2**40, 2**30, 2**20, 2**10)}.get(self.kind, ())
+        unit = next((u for u in units if high - low > 3 * u), 1)
         return (unit * values for values in linear_candidates(low / unit, high / unit))
 
     def fits(self, values: np.ndarray, low: float, high: float) -> bool:
