@@ -19,7 +19,8 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.hosts import exchange, from_writer, is_writer
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of a save
+# Orbax reports every phase of a save, and the whole trace of what it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 ITEMS = ("params", "rest", "meta", "metrics")
