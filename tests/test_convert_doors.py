@@ -157,6 +157,8 @@ def test_a_window_counts_for_the_layers_that_have_one(llama):
         assert open_model(str(llama)).config.context_length == context, keys
     edit_config(llama, **{**window, "max_window_layers": 0, "sliding_window": 0})
     refused(llama, "sliding_window 0 must be a number of at least 1, or null")
+    edit_config(llama, **{**window, "sliding_window": None}, layer_types=["sliding_attention"] * 2)
+    refused(llama, "layer_types has sliding_attention, but there is no sliding_window; make them agree")
     edit_config(llama, **window, layer_types=["chunked_attention"] * 2)
     refused(llama, "layer_types must be 2 of full_attention or sliding_attention")
 

@@ -199,17 +199,16 @@ def rewrite_config(family: str, file: Path, way: str, random: np.random.Generato
 
 
 def theirs(folder: Path) -> np.ndarray | None:
-    """Return the logits of transformers; None where it has no model, or one with random weights."""
+    """Return the logits of transformers; None where it runs no such model, or one with random weights."""
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
+        with torch.no_grad():
+            logits = model(torch.from_numpy(IDS)).logits.numpy()
     except Exception:  # whatever transformers raises for a config or file that it does not take
         return None
-    if info["missing_keys"] or info["mismatched_keys"]:
-        return None
-    with torch.no_grad():
-        return model(torch.from_numpy(IDS)).logits.numpy()
+    return None if info["missing_keys"] or info["mismatched_keys"] else logits
 
 
 def compare(path: Path, expected: np.ndarray | None) -> Outcome:

@@ -170,10 +170,10 @@ def _window(family: Family, config: Mapping[str, Any], n_layers: int) -> int | N
         return None
     window = config.get(key, DEFAULT_WINDOW)
     if switch is not None and not config.get(switch, False):
-        if kinds is not None and sliding in kinds:
-            raise UserError(f"config.json: layer_types has {sliding}, but {switch} is false; make them agree")
-        return None
+        window = None
     if window is None:
+        if kinds is not None and sliding in kinds:
+            raise UserError(f"config.json: layer_types has {sliding}, but there is no {key}; make them agree")
         return None
     if type(window) is not int or window < 1:
         raise UserError(f"config.json: {key} {window!r} must be a number of at least 1, or null")
