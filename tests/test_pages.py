@@ -14,11 +14,17 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[report]'")
 pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install -e '.[report]'")
 
+from gptjax.apps.plan import planning
+from gptjax.apps.plan.chips import parse_topology
+from gptjax.apps.plan.page import plan_page
+from gptjax.apps.plan.placement import place_chips
 from gptjax.apps.report import commands
 from gptjax.apps.report.compare import compare, compare_page
 from gptjax.apps.report.run import run_page, summary
 from gptjax.apps.report.runs import find_runs, read_run
+from gptjax.configfile import config_from_dict
 from gptjax.errors import UserError
+from gptjax.figures.plan import Candidate
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}"
 LIMIT_BYTES = 2_000_000
@@ -227,3 +233,30 @@ def test_a_studys_page_in_a_browser(browser, tmp_path):
     path = tmp_path / "study.html"
     path.write_text(study_page_of(make_table(tmp_path / "study" / "table.csv", 3, 7), resamples=20))
     check_in_browser(browser, path)
+
+
+@pytest.mark.parametrize(("topology", "axes"), [("v5e:8x8", {"fsdp": 64}), ("v5p:4x4x8", {"fsdp": 32, "tensor": 4})])
+def test_a_plans_page_shows_every_chip_once(topology, axes, tmp_path):
+    cfg, chips = plan_of(topology, axes)
+    placed = place_chips(cfg, chips)
+    assert len({(chip.x, chip.y) for chip in placed}) == chips.n_chips == len(placed)
+    assert len({chip.host for chip in placed}) == chips.n_chips // 4
+    assert {chip.rows for chip in placed} == set(range(axes["fsdp"]))
+    assert {chip.weights for chip in placed} == set(range(axes["fsdp"] * axes.get("tensor", 1)))
+
+
+def test_a_plans_page_in_a_browser(browser, tmp_path):
+    cfg, chips = plan_of("v5e:4x4", {"fsdp": 16})
+    plan = planning.make_plan(cfg, chips, analytic=True) | {"config": HOSTILE, "overrides": {"mesh.fsdp": 16}}
+    plan["suggestion"] = None
+    tried = [Candidate("--mesh.fsdp 16", 1e9 * i, 0.1 * i, i == 2) for i in range(1, 6)]
+    path = tmp_path / "plan.html"
+    path.write_text(plan_page(plan, chips, place_chips(cfg, chips), tried))
+    check_in_browser(browser, path)
+
+
+def plan_of(topology: str, axes: dict[str, int]):
+    """A config of GPT-2's smallest model with these mesh axes, and the topology."""
+    train = {"batch_sequences": 64}
+    cfg = config_from_dict({"model": {"vocab_size": 50257}, "mesh": {"data": 1, **axes}, "train": train})
+    return planning.prepared(cfg), parse_topology(topology)

@@ -121,10 +121,8 @@ def best_rate(losses: dict[float, float | None]) -> float | None:
 
 def report(optimizer: str) -> None:
     """Print losses and optima, and draw them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from gptjax.figures.scaling import Sweep, draw_sweeps
+    from gptjax.figures.style import to_bytes
 
     rows = [row for row in read_results(optimizer) if row["rate"] in RATES]
     wanted = len(SEEDS) * len(RATES) * (2 * len(WIDTHS) - 1)
@@ -132,30 +130,34 @@ def report(optimizer: str) -> None:
         raise SystemExit(f"{len(rows)} of {wanted} runs have a result; the same command without --report goes on")
     print(f"{optimizer}: {len(rows)} runs, {sum(row['wall_s'] for row in rows) / 60:.0f} minutes")
     rows += [{**r, "parametrization": "mup"} for r in rows if r["width"] == WIDTHS[0]]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for panel, parametrization in zip(panels, ("standard", "mup"), strict=True):
+    panels, drift = {}, {}
+    for parametrization in ("standard", "mup"):
         optima = {}
         for width in WIDTHS:
             mine = [r for r in rows if (r["parametrization"], r["width"]) == (parametrization, width)]
             by_seed = {s: {r["rate"]: r["loss"] for r in mine if r["seed"] == s} for s in SEEDS}
             means = [np.mean([by_seed[s][rate] or math.nan for s in SEEDS]) for rate in RATES]
             optima[width] = [best_rate(by_seed[s]) for s in SEEDS]
-            panel.semilogx(RATES, means, "o-", base=2, label=f"width {width}")
+            known = [o for o in optima[width] if o is not None]
+            best = 2.0 ** float(np.mean(known)) if known else None
+            panels.setdefault(parametrization, []).append(
+                Sweep(f"width {width}", np.array(RATES), np.array(means), best)
+            )
             losses = "  ".join(f"{mean:.3f}" for mean in means)
             found = ", ".join("edge" if o is None else f"{o:.2f}" for o in optima[width])
             print(f"{parametrization:9} width {width:3}  loss by rate {losses}  log2 of the best rate {found}")
         ends = list(zip(optima[WIDTHS[0]], optima[WIDTHS[-1]], strict=True))
         if all(a is not None and b is not None for a, b in ends):
             drifts = np.array([b - a for a, b in ends])
+            drift[parametrization] = drifts.mean()
             half = T_95 * drifts.std(ddof=1) / math.sqrt(len(drifts))
             print(
                 f"{parametrization:9} drift from width {WIDTHS[0]} to {WIDTHS[-1]}: {drifts.mean():+.2f} "
                 f"octaves, 95 % interval {drifts.mean() - half:+.2f} to {drifts.mean() + half:+.2f}"
             )
-        panel.set(title=parametrization, xlabel="peak learning rate")
-        panel.legend()
-    panels[0].set_ylabel("validation loss, nats a byte")
-    figure.savefig(HERE / f"{optimizer}.png", dpi=100, bbox_inches="tight")
+    moved = [f"{octaves:+.2f} octaves ({name})" for name, octaves in drift.items()]
+    finding = f"From width {WIDTHS[0]} to {WIDTHS[-1]} the best rate moves by {' and '.join(moved)}"
+    (HERE / f"{optimizer}.png").write_bytes(to_bytes(draw_sweeps(panels, finding)))
 
 
 if __name__ == "__main__":

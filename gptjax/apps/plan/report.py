@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from gptjax.display import paint
+
 GIB = 2**30
 
 
@@ -30,7 +32,7 @@ def report(plan: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:14}{size(count):>14}")
     share = plan["total_bytes"] / plan["capacity_bytes"]
     lines.append(f"  {'total':14}{size(plan['total_bytes']):>14}  of {size(plan['capacity_bytes'])} ({share:.0%})")
-    lines += ["", verdict(plan), "", "a step, on a chip"]
+    lines += ["", paint(verdict(plan), "green" if plan["fits"] else "red"), "", "a step, on a chip"]
     amounts = {
         "compute": f"{plan['executed_flops_per_chip']:.3e} FLOPs",
         "hbm": size(plan["hbm_bytes"]),

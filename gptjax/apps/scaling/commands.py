@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from gptjax.apps.scaling.coordinates import coord_check
 from gptjax.apps.scaling.laws.table import read_json
+from gptjax.display import power, table
 from gptjax.errors import UserError, nearest
 from gptjax.paths import UserPath, shell
 from gptjax.process import prepare_process
@@ -118,7 +119,8 @@ def status(study: UserPath, json: bool = False) -> None:
     states = {rung.id: state_of(study, rung) for rung in rungs}
     finished = [rung.flops for rung in rungs if states[rung.id] in ("done", "diverged")]
     share = sum(finished) / sum(rung.flops for rung in rungs)
-    lines = [f"{rung.id}  {rung.name:28}{states[rung.id]}" for rung in rungs]
+    rows = [[rung.id, rung.name, power(rung.flops, 2), states[rung.id]] for rung in rungs]
+    lines = table(rows, ["rung", "name", "FLOPs", "state"], left=2)
     others = {path.parent.name for path in Path(study, "rungs").glob("*/result.json")} - set(states)
     lines += [f"{other}  finished, but not a rung of this study any more" for other in sorted(others)]
     _say(({"rungs": states, "flops_share": share}, [*lines, f"{share:.1%} of the study's FLOPs are spent"]), json)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gptjax.config import Config
 from gptjax.configfile import load_config
 from gptjax.errors import UserError
-from gptjax.paths import UserPath
+from gptjax.paths import UserPath, writing
 from gptjax.process import prepare_process
 
 TOLERANCE = 0.25  # of a slope; a wrong exponent makes it half a power of the width, or a whole one
@@ -127,16 +127,16 @@ def describe(widths: list[int], changes: list[dict[str, float]]) -> dict[str, An
     return {"widths": widths, "layers": layers, "flat": max(map(abs, slopes.values())) <= TOLERANCE}
 
 
-def draw(found: dict[str, Any], title: str, out: str) -> None:
-    """Change against width, a line for each kind of layer; raises UserError where the picture cannot be written."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(6, 4)).subplots()
-    for name, layer in found["layers"].items():
-        axes.loglog(found["widths"], layer["rms"], "o-", base=2, label=f"{name}, slope {layer['slope']:+.2f}")
-    axes.set(xlabel="width", ylabel="RMS of the change", title=title)
-    axes.legend()
+def draw(found: dict[str, Any], name: str, out: str) -> None:
+    """Draw the change against the width; raises UserError where the picture cannot be written."""
     try:
-        axes.figure.savefig(out, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --out {out!r}: {error}") from None
+        from gptjax.figures.scaling import draw_coordinates
+        from gptjax.figures.style import to_bytes
+    except ImportError:
+        raise UserError("--out needs matplotlib: pip install 'gptjax[plot]'") from None
+    kind = "svg" if out.lower().endswith(".svg") else "png"
+    layers = {layer: values["rms"] for layer, values in found["layers"].items()}
+    slopes = {layer: values["slope"] for layer, values in found["layers"].items()}
+    finding = f"{name}: the changes {'keep' if found['flat'] else 'do not keep'} their size with the width"
+    with writing(out) as path:
+        path.write_bytes(to_bytes(draw_coordinates(found["widths"], layers, slopes, finding), kind))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -190,7 +191,14 @@ def plot(study: UserPath, format: Literal["png", "svg"] = "png") -> None:
     plots, scores = _plots(), _scores(study, path)
     from gptjax.apps.scaling.predict.forecast import fit_table
 
-    for made in plots.write_figures(plots.study_figures(fit_table(path), path, scores), Path(study, "plots"), format):
+    figures = plots.sweep_figures(path)
+    try:
+        figures = plots.study_figures(fit_table(path), path, scores)
+    except UserError as reason:
+        if not figures:
+            raise
+        print(f"note: the figures of the law are left out: {reason}", file=sys.stderr)
+    for made in plots.write_figures(figures, Path(study, "plots"), format):
         print(made)
 
 

@@ -31,13 +31,16 @@ def study_figures(fitted: Fitted, path: Path, scores: list[dict[str, Any]]) -> d
     made: dict[str, Draw] = {"compute": _compute(fitted, path, scores), "residuals": _residuals(fitted)}
     if any("too few" not in floor.refused for floor in find_floors(fitted.table)):
         made["isoflop"] = _valleys(fitted)
-    if (rates := _rates(path)) is not None:
-        made["rates"] = rates
-    if (batch := _batch(path)) is not None:
-        made["batch"] = batch
+    made |= sweep_figures(path)
     if scores:
         made["forecasts"] = _forecasts(scores, path)
     return made
+
+
+def sweep_figures(path: Path) -> dict[str, Draw]:
+    """Return the figures of what a table has swept, which need no law of the loss: learning rate and batch."""
+    found = {"rates": _rates(path), "batch": _batch(path)}
+    return {name: draw for name, draw in found.items() if draw is not None}
 
 
 def write_figures(figures_by_name: dict[str, Draw], folder: Path, kind: str) -> list[Path]:
