@@ -43,6 +43,9 @@ def sample_from(
     seed: int = 1337,
     format: Literal["text", "jsonl"] = "text",
     logprobs: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    mesh: str | None = None,
+    cpu_devices: int | None = None,
 ) -> None:
     """Generate text from a trained model.
 
@@ -59,15 +62,19 @@ def sample_from(
         seed: the same seed gives the same text.
         format: text, or one JSON object a line with prompt, text and tokens.
         logprobs: with jsonl, also the natural log of each token's probability; with text, printed after it.
+        dtype: of matmuls and matrices; bfloat16 takes half the memory. Without it, the model computes as in training.
+        mesh: devices on each axis that the model is sharded over, such as fsdp=4,tensor=2; without it, one device.
+        cpu_devices: virtual devices on a CPU, for a mesh.
     """
     if num_samples < 1 or not 0 <= seed < 2**32:
         raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} in [0, 2^32)")
     prompts = _prompts(prompt, prompt_file)
-    prepare_process()
+    axes = None if mesh is None else _mesh_axes(mesh)
+    prepare_process(cpu_devices)
     from gptjax.convert import load
     from gptjax.generate import Sampling
 
-    lm = load(model)
+    lm = load(model, dtype, axes)
     ascii_only = not writes_unicode()
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
@@ -91,6 +98,13 @@ def sample_from(
         if logprobs:
             for token, value in zip(done.tokens, done.logprobs, strict=True):
                 print(f"{lm.tokenizer.decode([token])!r}\t{value:.4f}")
+
+
+def _mesh_axes(mesh: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in mesh.split(",")]
+    if not all(name and size.lstrip("-").isdecimal() for name, _, size in pairs):
+        raise UserError(f"--mesh {mesh!r} is not a list of axes and sizes; write it as fsdp=4,tensor=2")
+    return {name.strip(): int(size) for name, _, size in pairs}
 
 
 def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:

@@ -6,7 +6,6 @@ from etils import epath
 from gptjax.data.corpus import Corpus
 from gptjax.generate import LanguageModel, Sampling
 from gptjax.metrics import read_metrics
-from gptjax.nn.backends import unstack
 from gptjax.paths import shell
 from gptjax.report import Report, attempt
 from gptjax.step import Trainable, TrainState
@@ -17,7 +16,7 @@ CONCLUDING_TOKENS = 700
 def sample_text(t: Trainable, state: TrainState, corpus: Corpus, tokens: int) -> str:
     """Return so many tokens sampled from nothing by the live weights (their average, if kept), on one device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    weights = unstack(jax.device_put(state.params if state.ema is None else state.ema, here))
+    weights = jax.device_put(state.params if state.ema is None else state.ema, here)
     model = LanguageModel(t.cfg.model, weights, corpus.tokenizer)
     return model.complete([""], tokens, Sampling(temperature=0.8), seed=t.cfg.seed)[0].text
 

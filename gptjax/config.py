@@ -68,7 +68,7 @@ class ModelConfig:
         dropout: probability at the embedding and at each residual branch.
         dtype: of the matmuls. Weights, norms, softmax and loss are float32 always.
         attention: how it is computed; auto means the best way on the devices and the mesh of a run
-            (nn/transformer.py:BACKENDS).
+            (nn/backends.py:BACKENDS).
         remat: what the backward pass recomputes of a block: nothing, all but the matmuls' outputs, everything, all
             but the tensors of remat_names (named), or the same with these kept in the host's memory (offload).
         remat_names: block_input is the residual stream, qkv goes into attention, attention comes out of it, mlp is

@@ -1,75 +1,23 @@
-"""Generation: prefill, then a compiled loop over a key/value cache.
+"""A model with its tokenizer, text in and text out: a client of the engine.
 
-Prompts of a batch end in the same slot: shorter ones are padded on the left, at negative positions, which nothing
-attends to. A slot of the cache that is not yet written has a position later than any query's.
+Each prompt is a row of the engine's batch. A row that reaches the context length forgets its older half: the client
+reads the newer half again and inserts it, while the other rows stay as they are.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gptjax.config import ModelConfig
+from gptjax.engine import CHUNK, Engine, Request, power_of_two
 from gptjax.errors import UserError
-from gptjax.nn.layers import Cache
-from gptjax.nn.transformer import Params, abstract_model, bind, logits
+from gptjax.nn.transformer import Params
+from gptjax.sampling import Sampling
 from gptjax.tokenizers import TextDecoder, Tokenizer, text_after
-
-UNWRITTEN = np.iinfo(np.int32).max  # the position of a slot that is not yet written
-CHUNK = 32  # tokens between two looks from Python: for streaming, and to stop when all sequences have ended
-
-
-class Sampling(NamedTuple):
-    """How the next token is drawn.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_k: only the k likeliest; None for all.
-        top_p: only the smallest set of tokens whose probability reaches p (Holtzman et al. 2019); None for all.
-        min_p: only tokens at least p times as likely as the likeliest (Nguyen et al. 2024); None for all.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def check(self) -> "Sampling":
-        """Itself; raises UserError for values out of range."""
-        for name, value, good, rule in (
-            ("temperature", self.temperature, self.temperature >= 0, "must not be negative"),
-            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "must be at least 1"),
-            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]"),
-            ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "must lie in [0, 1]"),
-        ):
-            if not good:
-                raise UserError(f"{name} {value} {rule}")
-        return self
-
-
-class Progress(NamedTuple):
-    """What the decoding loop carries.
-
-    Attributes:
-        logits: [B, V] float32, for the token to be drawn next.
-        cache: of all layers, with S slots for keys and values.
-        cache_positions: [B, S] int32.
-        position: [B] int32, of the token to be drawn next.
-        slot: int32 scalar, where in the cache it goes.
-        drawn: int32 scalar, how many have been drawn.
-        ended: [B] bool, whether a sequence has drawn an end token.
-    """
-
-    logits: jax.Array
-    cache: Cache | list[Cache]
-    cache_positions: jax.Array
-    position: jax.Array
-    slot: jax.Array
-    drawn: jax.Array
-    ended: jax.Array
 
 
 class Completion(NamedTuple):
@@ -88,53 +36,50 @@ class Completion(NamedTuple):
     logprobs: list[float]
 
 
-def filter_logits(raw: jax.Array, s: Sampling) -> jax.Array:
-    """Logits [B, V] divided by the temperature, and -inf where top-k, top-p or min-p leaves a token out."""
-    x = raw / s.temperature
-    if s.top_k is not None and s.top_k < x.shape[-1]:
-        x = jnp.where(x < jax.lax.top_k(x, s.top_k)[0][:, -1:], -jnp.inf, x)
-    if s.top_p is not None and s.top_p < 1:
-        ordered = jnp.sort(x, axis=-1, descending=True)
-        probability = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        least = jnp.min(jnp.where(before < s.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        x = jnp.where(x < least, -jnp.inf, x)
-    if s.min_p:
-        x = jnp.where(x < x.max(-1, keepdims=True) + jnp.log(s.min_p), -jnp.inf, x)
-    return x
-
-
-def draw(raw: jax.Array, keys: jax.Array, s: Sampling) -> jax.Array:
-    """One token for each row of logits [B, V], by that row's key: [B] int32."""
-    if s.temperature == 0:
-        return jnp.argmax(raw, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, filter_logits(raw, s)).astype(jnp.int32)
-
-
 class LanguageModel:
-    """A model with its tokenizer, ready to be asked.
+    """A model with its tokenizer, ready to generate.
 
     Args:
         config: of the model.
         params: float32 or lower-precision weights, as `transformer.init_params` lays them out.
         tokenizer: text to ids.
+        mesh: what the weights are sharded over; None for one device.
+        delete: delete the stacked weights of the blocks as they are split (see `split_layers`).
     """
 
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer):
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.graphdef = abstract_model(replace(config, attention="reference"))[0]
-        self._logits = jax.jit(self._full_logits)
-        self._prefill = jax.jit(self._prefill_from, static_argnames="slots")
-        self._decode = jax.jit(self._decode_chunk, static_argnames="sampling", donate_argnums=1)
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+        delete: bool = False,
+    ):
+        self.config, self.tokenizer = config, tokenizer
+        n_ids = tokenizer.vocab_size or config.vocab_size  # a model without a tokenizer may draw every id
+        self.engine = Engine(config, params, mesh, n_ids, tokenizer.eos_ids, delete)
+
+    @property
+    def params(self) -> tuple[Params, list[Params]]:
+        """The weights outside the blocks, and those of each block."""
+        return self.engine.params
 
     def logits(self, ids: Any) -> jax.Array:
-        """ids [B, T] -> float32 logits [B, T, V] of the token after each position."""
-        ids = np.asarray(ids, np.int32)
-        if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context_length:
+        """Compute the float32 logits [B, T, V] of the token after each position of ids [B, T].
+
+        Raises:
+            UserError: ids of another shape, longer than the context, or outside the vocabulary.
+        """
+        ids, cfg = np.asarray(ids), self.config
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= cfg.context_length or ids.dtype.kind not in "iu":
             raise UserError(
-                f"ids of shape {ids.shape}: logits takes [B, T] with 1 <= T <= {self.config.context_length}"
+                f"ids of shape {ids.shape} and type {ids.dtype}: logits takes integers [B, T] with 1 <= T <= "
+                f"{cfg.context_length}"
             )
-        return self._logits(self.params, ids)
+        outside = ids[(ids < 0) | (ids >= cfg.vocab_size)]
+        if outside.size:
+            raise UserError(f"id {outside[0]} is not in the model's vocabulary; ids lie in [0, {cfg.vocab_size})")
+        return self.engine.logits(ids.astype(np.int32))
 
     def generate(
         self,
@@ -147,7 +92,7 @@ class LanguageModel:
         seed: int = 0,
         num_return_sequences: int = 1,
     ) -> list[str]:
-        """Return continuations, each with its prompt before it: all of the first prompt, then all of the second.
+        """Return continuations, each after its prompt: all of the first prompt, then all of the second.
 
         Without a temperature every token is the likeliest, as in `transformers`.
         """
@@ -159,8 +104,8 @@ class LanguageModel:
     def complete(
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int = 0
     ) -> list[Completion]:
-        """One continuation for each prompt. Row i draws by (seed, i), whatever else is in the batch."""
-        none = np.zeros((2, len(prompts), 0), int)  # what there is to join where nothing is drawn
+        """Return one continuation for each prompt. Row i draws by (seed, i), whatever else is in the batch."""
+        none = np.zeros((2, len(prompts), 0), int)  # joins to nothing, where nothing is drawn
         chunks = [none, *self.stream(prompts, max_new_tokens, sampling, seed)]
         tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         completions = []
@@ -175,35 +120,43 @@ class LanguageModel:
     def stream(
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and log-probabilities as they come, [B, n] each; after its end token a row repeats the first.
+        """Yield ids and log-probabilities as they are drawn, [B, n] each; after its end token a row repeats it.
 
-        When a sequence reaches the context length, its older half is forgotten and the rest read anew: a token
+        When a sequence reaches the context length, its older half is forgotten and the rest is read again: a token
         sees between half a context and a whole one, whatever the lengths of the others.
         """
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
         sampling.check()
-        key, T = jax.random.key(seed), self.config.context_length
-        history = [self._prompt_ids(prompt) for prompt in prompts]
-        starts = [max(0, len(ids) - T) for ids in history]  # what is before them is forgotten
-        ended, drawn = np.zeros(len(prompts), bool), 0
-        while drawn < max_new_tokens and not ended.all():
-            known = [ids[start:] for ids, start in zip(history, starts, strict=True)]
-            room = min(max_new_tokens - drawn, T - max(map(len, known)) + 1)
-            progress = self._begin(known, room, ended, drawn)
-            while room > 0 and not ended.all():
-                n = min(CHUNK, room)
-                progress, *chunk = self._decode(self.params, progress, key, np.int32(n), sampling=sampling)
-                tokens, logprobs = (np.asarray(buffer)[:, :n] for buffer in chunk)
-                yield tokens, logprobs
-                rows = zip(history, tokens.tolist(), ended, strict=True)
-                history = [ids if over else ids + row for ids, row, over in rows]  # what has ended needs no more room
-                ended, drawn, room = np.asarray(progress.ended), drawn + n, room - n
-            both = zip(starts, history, strict=True)
-            starts = [start if len(ids) <= start + T else len(ids) - (T + 1) // 2 for start, ids in both]
+        T, keys = self.config.context_length, row_keys(seed, len(prompts))
+        windows = [self._prompt_ids(prompt)[-T:] for prompt in prompts]  # what each row attends to
+        slots = min(power_of_two(max(map(len, windows), default=1) + max_new_tokens), T)
+        state = self.engine.init_state(len(prompts), slots)
+        running, unread = list(range(len(prompts))), list(range(len(prompts)))
+        last = np.zeros(len(prompts), np.int32)
+        drawn = 0
+        while drawn < max_new_tokens and running:
+            if unread:
+                requests = [Request(sampling, keys[row], max_new_tokens - drawn, drawn) for row in unread]
+                prefix = self.engine.prefill([windows[row] for row in unread])
+                state = self.engine.insert(state, prefix, unread, requests)
+            room = T + 1 - max(len(windows[row]) for row in running)
+            n = min(CHUNK, max_new_tokens - drawn, room)
+            state, tokens, logprobs = self.engine.step(state, n)
+            for i in range(n):
+                tokens[:, i] = last = np.where(tokens[:, i] < 0, last, tokens[:, i])
+            yield tokens, logprobs
+            drawn += n
+            ended = np.isin(last, self.tokenizer.eos_ids)
+            running, unread = [row for row in running if not ended[row]], []
+            for row in running:
+                windows[row] = windows[row] + tokens[row].tolist()
+                if len(windows[row]) > T:
+                    windows[row] = windows[row][-((T + 1) // 2) :]
+                    unread.append(row)
 
     def stream_text(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0) -> Iterator[str]:
-        """One continuation of one prompt, piece by piece, for a person who watches."""
+        """Yield one continuation of one prompt, piece by piece."""
         decoder = TextDecoder(self.tokenizer, self._prompt_ids(prompt))
         for tokens, _ in self.stream([prompt], max_new_tokens, sampling, seed):
             if piece := decoder.add(i for i in tokens[0].tolist() if i not in self.tokenizer.eos_ids):
@@ -218,55 +171,12 @@ class LanguageModel:
         # From nothing: as after the end of a document, or after a blank line (the alphabet begins with a new line).
         return list(self.tokenizer.eos_ids[:1]) or [0, 0]
 
-    def _begin(self, known: list[list[int]], room: int, ended: np.ndarray, drawn: int) -> Progress:
-        """Read what is known, into a cache with room for so many tokens more."""
-        # Lengths go up to powers of two, so that few programs serve them all.
-        longest, T = max(map(len, known)), self.config.context_length
-        width = min(_power_of_two(longest), T)
-        slots = width + min(_power_of_two(room), T)
-        tokens = np.zeros((len(known), width), np.int32)
-        positions = np.full((len(known), width), -1, np.int32)
-        for row, ids in enumerate(known):
-            tokens[row, width - len(ids) :] = ids
-            positions[row, width - len(ids) :] = np.arange(len(ids))
-        return self._prefill(self.params, tokens, positions, ended, np.int32(drawn), slots=slots)
 
-    def _full_logits(self, params: Params, ids: jax.Array) -> jax.Array:
-        model = bind(self.graphdef, params)
-        return logits(model, model(ids)[0])
-
-    def _prefill_from(self, params, tokens, positions, ended, drawn, slots: int) -> Progress:
-        model = bind(self.graphdef, params)
-        hidden, cache = model(tokens, positions=positions)
-        more = slots - tokens.shape[1]
-        cache = jax.tree.map(lambda known: known.widened(more), cache, is_leaf=lambda x: isinstance(x, Cache))
-        cache_positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=UNWRITTEN)
-        last = logits(model, hidden[:, -1:])[:, 0]
-        return Progress(last, cache, cache_positions, positions[:, -1] + 1, jnp.int32(tokens.shape[1]), drawn, ended)
-
-    def _decode_chunk(self, params, progress: Progress, key, n, sampling: Sampling):
-        """n tokens for every row: (progress, tokens and log-probabilities [B, CHUNK]). One program serves any n."""
-        model, eos, rows = bind(self.graphdef, params), self.tokenizer.eos_ids, jnp.arange(len(progress.ended))
-
-        def one(i, carry):
-            p, tokens, logprobs = carry
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), p.drawn))(rows)
-            token = draw(p.logits, keys, sampling)
-            token = jnp.where(p.ended, eos[0], token) if eos else token
-            logprob = jnp.take_along_axis(jax.nn.log_softmax(p.logits), token[:, None], axis=1)[:, 0]
-            cache_positions = p.cache_positions.at[:, p.slot].set(p.position)
-            hidden, cache = model(
-                token[:, None], p.position[:, None], cache=p.cache, cache_positions=cache_positions, slot=p.slot
-            )
-            ended = p.ended | jnp.isin(token, jnp.array(eos)) if eos else p.ended
-            after = Progress(
-                logits(model, hidden)[:, 0], cache, cache_positions, p.position + 1, p.slot + 1, p.drawn + 1, ended
-            )
-            return after, tokens.at[:, i].set(token), logprobs.at[:, i].set(logprob)
-
-        buffers = [jnp.zeros((len(rows), CHUNK), dtype) for dtype in (jnp.int32, jnp.float32)]
-        return jax.lax.fori_loop(0, n, one, (progress, *buffers))
+def row_keys(seed: int, n: int) -> np.ndarray:
+    """Return the data of the keys by which rows 0 ... n - 1 of a batch draw, [n, 2] uint32."""
+    return np.asarray(_row_keys(jax.random.key(seed), n))
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+@partial(jax.jit, static_argnames="n")
+def _row_keys(key: jax.Array, n: int) -> jax.Array:
+    return jax.random.key_data(jax.vmap(partial(jax.random.fold_in, key))(np.arange(n)))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.checks import filled_axes
 from gptjax.errors import UserError
@@ -79,11 +79,19 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
+def _mesh_axes(axis: str) -> tuple[str, ...]:
+    names = RULES[axis] or ()
+    return (names,) if isinstance(names, str) else names
+
+
+def parts_of(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Return how many parts the mesh cuts a dimension of this logical axis into."""
+    return int(np.prod([mesh.shape[name] for name in _mesh_axes(axis)]))
+
+
 def check_divides(mesh: Mesh, what: str, size: int, axis: str) -> None:
     """Raise UserError where the mesh cannot cut a dimension of this logical axis into equal parts."""
-    names = RULES[axis] or ()
-    names = (names,) if isinstance(names, str) else names
-    parts = int(np.prod([mesh.shape[name] for name in names]))
+    parts, names = parts_of(mesh, axis), _mesh_axes(axis)
     if size % parts:
         raise UserError(
             f"{what} {size} cannot be cut into {parts} equal parts by the mesh's {' x '.join(names)}; "
@@ -92,10 +100,19 @@ def check_divides(mesh: Mesh, what: str, size: int, axis: str) -> None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's layout, where a mesh is set (`jax.set_mesh`); elsewhere do nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin an activation's layout, where a mesh is set (`jax.set_mesh`); elsewhere do nothing.
+
+    A dimension that the mesh does not divide stays whole, such as the one token of a step of decoding.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    divided = (axis if _divides(mesh, size, axis) else None for size, axis in zip(x.shape, axes, strict=True))
+    return jax.lax.with_sharding_constraint(x, spec(tuple(divided)))
+
+
+def _divides(mesh: Mesh | AbstractMesh, size: int, axis: str | None) -> bool:
+    return axis is None or size % parts_of(mesh, axis) == 0
 
 
 def on_one_device() -> bool:
@@ -105,7 +122,22 @@ def on_one_device() -> bool:
 
 
 def by_shard(f: Callable[..., Any], inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]):
-    """`f` on each device's part of arrays with these logical axes; without a mesh, `f` itself."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Return `f` on each device's part of arrays with these logical axes; without a mesh, `f` itself.
+
+    An axis that the mesh does not divide in every array stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return f
-    return jax.shard_map(f, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)
+
+    def run(*arrays: jax.Array | None) -> jax.Array:
+        whole = {
+            axis
+            for array, axes in zip(arrays, inputs, strict=True)
+            for size, axis in zip(() if array is None else array.shape, axes, strict=array is not None)
+            if not _divides(mesh, size, axis)
+        }
+        specs = [spec(tuple(None if axis in whole else axis for axis in axes)) for axes in (*inputs, output)]
+        return jax.shard_map(f, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)(*arrays)
+
+    return run

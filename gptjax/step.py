@@ -15,7 +15,7 @@ from gptjax import cpu
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.loss import LossSpec, next_token_loss
-from gptjax.nn.backends import for_mesh
+from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, bind, init_params
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
@@ -74,13 +74,9 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
         ("train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch"),
         ("model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"),
         ("model.context_length", model.context_length, "stream_length"),
-        ("model.n_heads", model.n_heads, "heads"),
-        ("model.n_kv_heads", model.kv_heads, "kv_heads"),
-        ("model.d_mlp", model.mlp_width, "mlp"),
-        ("model.d_model", model.d_model, "embed"),
-        ("model.vocab_multiple", model.padded_vocab, "vocab"),
     ):
         check_divides(mesh, key, size, axis)
+    check_model_divides(model, mesh)
 
     cfg = replace(cfg, model=for_mesh(cfg.model, mesh))
     graphdef, params, metadata = abstract_model(cfg.model)

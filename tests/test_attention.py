@@ -10,11 +10,11 @@ from conftest import GPT2_LIKE, make_config, trainable_on
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from gptjax.errors import UserError
-from gptjax.nn.attention import make_reference
-from gptjax.nn.backends import BACKENDS, for_mesh
-from gptjax.nn.blocked import make_blocked
-from gptjax.nn.kernels import make_dot_product, make_splash
-from gptjax.nn.ring import make_ring, zigzag
+from gptjax.nn.attention import AttentionCache, AttentionInput, CacheSlots, reference_attention
+from gptjax.nn.backends import ATTENTIONS, BACKENDS, for_mesh
+from gptjax.nn.blocked import blocked_attention
+from gptjax.nn.kernels import splash_attention
+from gptjax.nn.ring import ring_attention, zigzag
 from gptjax.nn.transformer import abstract_model, bind, init_params
 from gptjax.sharding import make_mesh
 
@@ -23,14 +23,16 @@ POSITIONS = jnp.arange(T)[None]
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (B, T)), axis=1)
 
 
-def run(make, segments, order=None):
+def run(kernel, segments, order=None):
     """Attention of the same random q, k, v, and the gradients of a weighted sum of it, in the row's own order."""
     order = np.arange(T) if order is None else order
     q, k, v, weights = (jax.random.normal(jax.random.key(i), (B, T, n, K)) for i, n in enumerate((H, G, G, H)))
     segments = None if segments is None else segments[:, order]
 
     def weighted(q, k, v):
-        y = make(POSITIONS[:, order], segments)(q[:, order], k[:, order], v[:, order])
+        y, kv = kernel(q[:, order], k[:, order], v[:, order], AttentionInput(POSITIONS[:, order], segments))
+        for new, given in zip(kv, (k, v), strict=True):
+            assert new.shape == (B, G, T, K) and new.dtype == given.dtype
         y = y[:, np.argsort(order)]
         return jnp.sum(y * weights), y
 
@@ -40,7 +42,7 @@ def run(make, segments, order=None):
 
 @pytest.fixture(scope="module", params=[None, SEGMENTS], ids=["whole", "packed"])
 def case(request):
-    return request.param, run(make_reference, request.param)
+    return request.param, run(reference_attention, request.param)
 
 
 def assert_same(found, expected):
@@ -49,27 +51,50 @@ def assert_same(found, expected):
 
 
 def test_xla_equals_the_reference(case):
-    assert_same(run(partial(make_dot_product, "xla"), case[0]), case[1])
+    assert_same(run(ATTENTIONS["xla"], case[0]), case[1])
 
 
 def test_blocks_of_queries_equal_the_reference(case):
-    assert_same(run(make_blocked, case[0]), case[1])
+    assert_same(run(blocked_attention, case[0]), case[1])
 
 
 def test_splash_interpreted_equals_the_reference(case):
-    assert_same(run(partial(make_splash, interpret=True), case[0]), case[1])
+    assert_same(run(partial(splash_attention, interpret=True), case[0]), case[1])
 
 
 def test_splash_on_parts_of_batch_and_heads_equals_the_reference(case):
     with jax.set_mesh(make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 1}, jax.devices()[:4])):
-        assert_same(run(partial(make_splash, interpret=True), case[0]), case[1])
+        assert_same(run(partial(splash_attention, interpret=True), case[0]), case[1])
 
 
 @pytest.mark.parametrize("axes", [{"context": 4}, {"data": 2, "tensor": 2, "context": 2}], ids=str)
 def test_ring_equals_the_reference(case, axes):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes
     with jax.set_mesh(make_mesh(sizes, jax.devices()[: int(np.prod(list(axes.values())))])):
-        assert_same(run(make_ring, case[0], zigzag(T, axes["context"])), case[1])
+        assert_same(run(ring_attention, case[0], zigzag(T, axes["context"])), case[1])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_to_a_cache_equals_the_reference_token_by_token(window):
+    """Wherever in the cache the first token goes: the slots are used in a circle."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, T, n, K)) for i, n in enumerate((H, G, G)))
+    expected, kv = reference_attention(q, k, v, AttentionInput(POSITIONS, window=window))
+    n_slots, late = T, np.iinfo(np.int32).max
+    cache, positions = (jnp.zeros((B, G, n_slots, K)),) * 2, jnp.full((B, n_slots), late)
+
+    @jax.jit
+    def attend(t, cache, positions):
+        slot = (t + 7) % n_slots
+        positions = positions.at[:, slot].set(t)
+        inputs = AttentionInput(jnp.full((B, 1), t), None, window, AttentionCache(cache, CacheSlots(positions, slot)))
+        now = [jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1) for x in (q, k, v)]
+        return *ATTENTIONS["cached"](*now, inputs), positions
+
+    for t in range(T):
+        y, cache, positions = attend(t, cache, positions)
+        np.testing.assert_allclose(y[:, 0], expected[:, t], atol=1e-5)
+    for found, given in zip(cache, kv, strict=True):
+        np.testing.assert_array_equal(jnp.roll(found, -7, axis=2), given)
 
 
 def test_zigzag_gives_every_device_the_same_work():
@@ -84,8 +109,8 @@ def test_cudnn_is_what_a_gpu_gets(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     x = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
-    attend = make_dot_product("cudnn", None, None)
-    text = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    attend = jax.jit(lambda *qkv: ATTENTIONS["cudnn"](*qkv, AttentionInput(jnp.arange(64)[None]))[0])
+    text = attend.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text
     assert "CAUSAL" in text
 

@@ -10,31 +10,33 @@ import numpy as np
 import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, run_script, without_zeros
 
+import gptjax
+from gptjax.config import ModelConfig
+from gptjax.engine import Engine, Request
 from gptjax.errors import UserError
-from gptjax.generate import LanguageModel, Sampling, draw, filter_logits
-from gptjax.nn.backends import unstack
-from gptjax.nn.transformer import abstract_model, init_params
+from gptjax.generate import LanguageModel, row_keys
+from gptjax.nn.transformer import Params, abstract_model, init_params
+from gptjax.sampling import N_BEST, Sampling, as_rows, draw, filter_logits
 from gptjax.sharding import make_mesh, sharding
 from gptjax.tokenizers import CharTokenizer
 
 ALPHABET = "\n" + "".join(chr(c) for c in range(48, 48 + 60))
 
 
-def language_model(model: dict, **more) -> LanguageModel:
+def model_parts(model: dict, **more) -> tuple[ModelConfig, Params, CharTokenizer]:
     cfg = make_config({**model, **more, "init": "gpt2"}).model
     params = jax.tree.map(lambda x: 5 * x, without_zeros(init_params(cfg, jax.random.key(0))))  # far from uniform
-    return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
+    return cfg, params, CharTokenizer(ALPHABET)
 
 
 @pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
-def stacked(request) -> LanguageModel:
-    return language_model(request.param)
+def parts(request) -> tuple[ModelConfig, Params, CharTokenizer]:
+    return model_parts(request.param)
 
 
 @pytest.fixture(scope="module")
-def lm(stacked) -> LanguageModel:
-    """With the layers apart, as `convert.load` gives them."""
-    return LanguageModel(stacked.config, unstack(jax.tree.map(jnp.copy, stacked.params)), stacked.tokenizer)
+def lm(parts) -> LanguageModel:
+    return LanguageModel(*parts)
 
 
 def greedy_by_full_forward(lm: LanguageModel, prompt: str, n: int) -> tuple[list[int], list[float]]:
@@ -58,19 +60,23 @@ def test_cached_decoding_equals_the_full_forward_with_prompts_of_any_length(lm):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_token_is_written_where_the_cache_lies(lm, rows):
-    progress = lm._begin([[1] * 8] * rows, 8, np.zeros(rows, bool), 0)
-    lowered = lm._decode.lower(lm.params, progress, jax.random.key(0), np.int32(4), Sampling(temperature=0))
-    shape = ",".join(map(str, progress.cache[0].kv[0].shape))
-    program = lowered.compile().as_text()
-    assert f"f32[{shape}]" in program
-    assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)
+    engine = lm.engine
+    state = engine.init_state(rows, 16)
+    B, G, S, K = state.cache[0].kv[0].shape
+    assert (rows, 16) == (B, S)
+    program = engine._step.lower(engine.params, state, np.int32(4)).compile().as_text()
+    for shape in (f"{B * G},{S},{K}", f"{B},{G},{S},{K}"):
+        assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)
+    assert f"f32[{B * G},{S},{K}]" in program
 
 
-def test_one_program_draws_any_number_of_tokens(stacked):
-    fresh = LanguageModel(stacked.config, stacked.params, stacked.tokenizer)
-    drawn = {n: fresh.complete(["ABC"], n, Sampling(temperature=0))[0].tokens for n in range(9, 16)}
-    assert all(drawn[15][:n] == tokens and len(tokens) == n for n, tokens in drawn.items())
-    assert fresh._decode._cache_size() == 1
+def test_one_program_draws_any_number_of_tokens_by_any_sampling(parts):
+    fresh = LanguageModel(*parts)
+    drawn = {n: fresh.complete(["ABC"], n, Sampling(temperature=0))[0].tokens for n in range(9, 14)}
+    assert all(drawn[13][:n] == tokens and len(tokens) == n for n, tokens in drawn.items())
+    for sampling in (Sampling(0.5), Sampling(1, 5), Sampling(1, None, 0.5, 0.1)):
+        fresh.complete(["ABC"], 9, sampling)
+    assert fresh.engine._step._cache_size() == 1
 
 
 def test_a_prompt_and_its_continuation_may_fill_the_context(lm):
@@ -114,16 +120,21 @@ def test_a_row_forgets_its_older_half_only_when_it_is_full_itself(lm):
         np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=1e-3)
 
 
-def test_eight_devices_give_the_text_of_one(lm, stacked):
-    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
+def test_eight_devices_give_the_text_of_one(lm, parts):
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     metadata = abstract_model(lm.config)[2]
     spread = jax.tree.map_with_path(
         lambda path, x: jax.device_put(x, sharding(mesh, metadata[tuple(k.key for k in path)]["axes"])),
-        stacked.params,
+        parts[1],
     )
-    parts = LanguageModel(lm.config, spread, lm.tokenizer)
-    one, eight = (m.complete(["ABC", "DE"], 20, Sampling(), seed=1) for m in (lm, parts))
-    assert [c.text for c in eight] == [c.text for c in one]
+    sharded = LanguageModel(lm.config, spread, lm.tokenizer, mesh)
+    matrices = [leaf for leaf in jax.tree.leaves(sharded.engine.params) if leaf.size > 1000]
+    assert all(leaf.addressable_shards[0].data.size <= leaf.size / 2 for leaf in matrices)
+    for prompts in (["ABC", "DE"], ["A", "BC", "D" * 9, "EF"]):  # the mesh divides the second batch
+        one, eight = (m.complete(prompts, 45, Sampling(), seed=1) for m in (lm, sharded))
+        assert [c.text for c in eight] == [c.text for c in one]
+    ids = np.arange(24).reshape(3, 8)
+    np.testing.assert_allclose(sharded.logits(ids), lm.logits(ids), atol=1e-4)
 
 
 class WithEnd(CharTokenizer):
@@ -137,12 +148,15 @@ class WithTwoEnds(WithEnd):
     eos_ids = (0, 7)
 
 
+def near_uniform(tokenizer: CharTokenizer) -> LanguageModel:
+    """A model that draws every token now and then."""
+    config, params, _ = model_parts(GPT2_LIKE, tie_embeddings=False)
+    return LanguageModel(config, dict(params, head=params["head"] * 0.1), tokenizer)
+
+
 @pytest.mark.parametrize("kind", [WithEnd, WithTwoEnds])
 def test_generation_stops_at_every_end_of_text(kind):
-    lm = language_model(GPT2_LIKE, tie_embeddings=False)
-    ending = dict(lm.params, head=lm.params["head"] * 0.1)  # near uniform: "\n" comes up, now and then
-    lm = LanguageModel(lm.config, ending, kind(ALPHABET))
-    plain = LanguageModel(lm.config, ending, CharTokenizer(ALPHABET))
+    lm, plain = (near_uniform(tokenizer) for tokenizer in (kind(ALPHABET), CharTokenizer(ALPHABET)))
     stopped = lm.complete(["A"] * 9, 29, Sampling(), seed=0)
     free = plain.complete(["A"] * 9, 29, Sampling(), seed=0)
     assert all(any(end in c.tokens for c in free) for end in kind.eos_ids)
@@ -152,21 +166,20 @@ def test_generation_stops_at_every_end_of_text(kind):
 
 
 def test_what_has_ended_does_not_have_its_batch_read_anew(monkeypatch):
-    lm = language_model(GPT2_LIKE, tie_embeddings=False)
-    lm = LanguageModel(lm.config, dict(lm.params, head=lm.params["head"] * 0.1), WithEnd(ALPHABET))
-    reads, begin, T = [], LanguageModel._begin, lm.config.context_length
+    lm = near_uniform(WithEnd(ALPHABET))
+    reads, prefill, T = [], Engine.prefill, lm.config.context_length
 
-    def counted(self, *args):
-        reads.append(args)
-        return begin(self, *args)
+    def counted(self, prompts):
+        reads.append([len(ids) for ids in prompts])
+        return prefill(self, prompts)
 
-    monkeypatch.setattr(LanguageModel, "_begin", counted)
+    monkeypatch.setattr(Engine, "prefill", counted)
     for seed in range(100):
         reads.clear()
         first, second = lm.complete(["ABCDEFG", "A"], 2 * T, Sampling(), seed)
         if len(first.tokens) < T // 2 and len(second.tokens) == 2 * T:
             break
-    assert len(reads) == 1 + 3  # the second fills its context once, and then every half context
+    assert reads == [[7, 1], *[[T // 2]] * 3]  # the second fills its context once, and then every half context
     assert (len(first.tokens) < T // 2, len(second.tokens)) == (True, 2 * T)
 
 
@@ -202,13 +215,27 @@ def test_cuts_equal_those_of_transformers(values):
     expected = torch.from_numpy(raw)
     for name, value in values.items():
         expected = warpers[name](value)(None, expected)
-    np.testing.assert_allclose(filter_logits(jnp.asarray(raw), Sampling(**values)), expected.numpy(), rtol=1e-6)
+    rows = as_rows([Sampling(**values)] * 4)
+    np.testing.assert_allclose(filter_logits(jnp.asarray(raw), rows), expected.numpy(), rtol=1e-6)
+
+
+def test_each_row_is_cut_by_its_own_values():
+    raw = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2 * N_BEST)).astype(np.float32) * 3)
+    best = [Sampling(0), Sampling(0.7), Sampling(1, 5), Sampling(1, 9, 0.5), Sampling(2, N_BEST, None, 0.1)]
+    every = [*best, Sampling(1, None, 0.8), Sampling(1.5, N_BEST + 9), Sampling(1, N_BEST + 9, 0.99, 0.01)]
+    for mix in (best, every):
+        found = filter_logits(raw[: len(mix)], as_rows(mix))
+        for i, sampling in enumerate(mix):
+            alone = filter_logits(raw[i : i + 1], as_rows([sampling]))[0]
+            np.testing.assert_array_equal(found[i], alone)
+            if sampling.top_k and not sampling.top_p and not sampling.min_p:
+                assert np.isfinite(alone).sum() == sampling.top_k
 
 
 def test_draws_have_the_frequencies_of_the_softmax():
     raw = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), 40_000)
-    drawn = draw(jnp.broadcast_to(raw, (40_000, 4)), keys, Sampling())
+    drawn = draw(jnp.broadcast_to(raw, (40_000, 4)), keys, as_rows([Sampling()] * 40_000))
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 40_000, jnp.exp(raw[0]), atol=0.01)
 
 
@@ -216,6 +243,63 @@ def test_draws_have_the_frequencies_of_the_softmax():
 def test_values_out_of_range_are_named(lm, values):
     with pytest.raises(UserError, match=next(iter(values))):
         lm.complete(["A"], 1, Sampling(**values))
+
+
+def alone(lm: LanguageModel, ids: list[int], request: Request) -> list[int]:
+    """The tokens of a request in a batch of its own."""
+    engine = lm.engine
+    state = engine.insert(engine.init_state(1, 32), engine.prefill([ids]), [0], [request])
+    return engine.step(state, request.max_new_tokens)[1][0].tolist()
+
+
+def test_requests_join_a_running_batch_and_leave_it(lm):
+    """Eight requests of any length and sampling pass through three rows; each draws what it draws alone."""
+    rng, engine = np.random.default_rng(0), lm.engine
+    how = [Sampling(0), Sampling(1.3), Sampling(1, 5), Sampling(1, None, 0.8)]
+    prompts = [rng.integers(0, 61, n).tolist() for n in (1, 5, 11, 3, 8, 2, 17, 4)]
+    requests = [
+        Request(how[i % 4], key, max_new_tokens=int(rng.integers(3, 15)))
+        for i, key in enumerate(row_keys(7, len(prompts)))
+    ]
+    state, waiting, serving, found = engine.init_state(3, 32), list(range(8)), {}, {i: [] for i in range(8)}
+    while waiting or serving:
+        for row in set(range(3)) - set(serving):
+            if waiting:
+                serving[row] = i = waiting.pop(0)
+                state = engine.insert(state, engine.prefill([prompts[i]]), [row], [requests[i]])
+        state, tokens, _ = engine.step(state, int(rng.integers(1, 5)))
+        for row, i in list(serving.items()):
+            found[i] += [token for token in tokens[row].tolist() if token >= 0]
+            if len(found[i]) == requests[i].max_new_tokens:
+                del serving[row]
+    assert int(state.slots.next) > 0 and sum(map(len, found.values())) > 32  # the slots were used more than once
+    for i, ids in enumerate(prompts):
+        assert found[i] == alone(lm, ids, requests[i]), i
+    assert engine._step._cache_size() <= 4  # of this batch, of those alone, and of tests before
+
+
+def test_a_row_stops_where_its_context_is_full_and_when_it_is_released(lm):
+    T, engine = lm.config.context_length, lm.engine
+    requests = [Request(Sampling(0), key, 100) for key in row_keys(0, 2)]
+    state = engine.insert(engine.init_state(2, T), engine.prefill([[1] * (T - 3), [2]]), [0, 1], requests)
+    state, tokens, _ = engine.step(state, 10)
+    assert (tokens >= 0).sum(axis=1).tolist() == [4, 10]
+    tokens = engine.step(engine.release(state, 1), 10)[1]
+    assert (tokens < 0).all()
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(parts):
+    config, params, _ = parts
+    few = LanguageModel(config, params, CharTokenizer(ALPHABET[:11]))
+    hot = few.complete(["1"] * 8, 40, Sampling(temperature=9))
+    assert {id for c in hot for id in c.tokens} == set(range(11))
+    assert max(few.complete(["1"], 20, Sampling(temperature=0))[0].tokens) < 11
+
+
+@pytest.mark.parametrize("ids", [[[61]], [[0, -1]], [[2**40]], [[0.5]], [1, 2]], ids=str)
+def test_ids_out_of_range_are_refused(lm, ids):
+    with pytest.raises(UserError, match=r"ids lie in \[0, 61\)|logits takes integers"):
+        lm.logits(ids)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +326,29 @@ def test_sample_prints_prompts_from_argument_file_and_standard_input(trained, tm
     assert all(max(row["logprobs"]) <= 0 for row in rows)
     past = run_script("sample.py", trained, "--max_new_tokens", "40")
     assert "sliding window" in past.stderr
+
+
+def test_sample_on_eight_devices_prints_the_text_of_one(trained):
+    args = (trained, "--prompt", "The king", "--max_new_tokens", "60", "--num_samples", "2")
+    one = run_script("sample.py", *args)
+    eight = run_script("sample.py", *args, "--mesh", "fsdp=4,tensor=2", "--cpu_devices", "8")
+    assert eight.returncode == 0, eight.stderr
+    assert eight.stdout == one.stdout
+    for mesh, named in {"fsdp=3": "3 equal parts", "rows=2": "'rows'", "fsdp": "fsdp=4,tensor=2"}.items():
+        refused = run_script("sample.py", *args, "--mesh", mesh, "--cpu_devices", "3")
+        assert (refused.returncode, named in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_model_is_loaded_in_bfloat16(trained):
+    full, half = gptjax.load(trained), gptjax.load(trained, dtype="bfloat16")
+    assert half.config.dtype == "bfloat16"
+    assert sum(x.nbytes for x in jax.tree.leaves(half.engine.params)) < 0.52 * sum(
+        x.nbytes for x in jax.tree.leaves(full.engine.params)
+    )
+    ids = np.arange(20)[None]
+    np.testing.assert_allclose(half.logits(ids), full.logits(ids), atol=0.1)
+    with pytest.raises(UserError, match="float16"):
+        gptjax.load(trained, dtype="float16")
 
 
 def test_sample_refuses_what_it_cannot_use(trained, tmp_path):

@@ -1,5 +1,6 @@
 """The model against other people's numbers and code."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, without_zeros
+from flax import nnx
 
 from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.attention import attention, causal_mask
 from gptjax.nn.convolution import causal_convolution
 from gptjax.nn.layers import gelu, standard_normal
-from gptjax.nn.products import heads_of, plus
-from gptjax.nn.transformer import abstract_model, bind, count_params, init_params, logits
+from gptjax.nn.products import add_bias, project_heads
+from gptjax.nn.transformer import Inputs, abstract_model, bind, count_params, init_params, logits, split_layers
 from gptjax.presets import PRESETS
 
 KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN}
@@ -125,6 +127,46 @@ def test_scan_and_remat_change_nothing(model, other):
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
         gradient({"scan_layers": False}),
         gradient(other),
+    )
+
+
+class WithAux(nnx.Module):
+    """Blocks that also return the mean square of what they put out, and its weight."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def __call__(self, x, ctx, cache):
+        x, cache, aux = self.block(x, ctx, cache)
+        return x, cache, {**aux, "size": (jnp.square(x).mean(), jnp.float32(1))}
+
+
+@pytest.mark.parametrize("other", [{}, {"scan_layers": True}, {"scan_layers": True, "remat": "full"}], ids=str)
+def test_what_blocks_return_besides_is_summed_over_the_layers(other):
+    cfg, tokens = make_config({**MODERN, **other}).model, some_tokens(2, 16)
+    params = some_params(MODERN)
+
+    def size(params, n_layers=cfg.n_layers):
+        model = bind(abstract_model(cfg)[0], params)
+        assert model(tokens)[1] == {}
+        model.blocks = WithAux(model.blocks)
+        model.cfg = dataclasses.replace(cfg, n_layers=n_layers)
+        total, weight = model(tokens)[1]["size"]
+        return total, weight
+
+    first = {**params, "blocks": jax.tree.map(lambda w: w[:1], params["blocks"])}
+    (total, weight), (of_first, one) = size(params), size(first, 1)
+    assert (weight, one) == (cfg.n_layers, 1)
+    rest, layers = split_layers(params)
+    model = bind(abstract_model(cfg)[0], {**rest, "blocks": layers[0]})
+    model.blocks = WithAux(model.blocks)
+    inputs = Inputs(tokens)
+    apart = model.apply_blocks(model.embed_inputs(inputs), inputs, layers=layers)[2]["size"]
+    np.testing.assert_allclose(apart, (total, weight), rtol=1e-5)
+    assert total > of_first > 0
+    slopes = jax.grad(lambda p: size(p)[0])(params)
+    assert all(
+        np.abs(slope).max(axis=tuple(range(1, slope.ndim))).min() > 0 for slope in jax.tree.leaves(slopes["blocks"])
     )
 
 
@@ -255,8 +297,8 @@ def test_products_with_gradients_of_their_own_are_plain_ones(joined):
     )
 
     def ours(x, a, b, bias, rows):
-        first, second = heads_of(plus(x, rows), [a, b], joined)
-        return jnp.sin(first).sum() + jnp.cos(plus(second, bias)).sum()
+        first, second = project_heads(add_bias(x, rows), [a, b], joined)
+        return jnp.sin(first).sum() + jnp.cos(add_bias(second, bias)).sum()
 
     def plain(x, a, b, bias, rows):
         first, second = (jnp.einsum("BTD,DHK->BTHK", x + rows, w) for w in (a, b))

@@ -14,7 +14,8 @@ import pytest
 from conftest import GPT2_LIKE, make_config
 from jax.experimental import topologies
 
-from gptjax.nn.kernels import make_splash
+from gptjax.nn.attention import AttentionInput
+from gptjax.nn.kernels import splash_attention
 from gptjax.nn.transformer import flops_per_token
 from gptjax.sharding import make_mesh
 from gptjax.step import make_train_step, make_trainable
@@ -70,7 +71,8 @@ def test_splash_and_its_gradient_compile_for_a_tpu(mesh):
     q, kv = array((2, 1000, 4, 64), jnp.bfloat16), array((2, 1000, 2, 64), jnp.bfloat16)
 
     def gradient(q, k, v, segments):
-        return jax.grad(lambda *x: make_splash(None, segments)(*x).sum().astype(jnp.float32), (0, 1, 2))(q, k, v)
+        inputs = AttentionInput(jnp.arange(1000)[None], segments)
+        return jax.grad(lambda *x: splash_attention(*x, inputs)[0].sum().astype(jnp.float32), (0, 1, 2))(q, k, v)
 
     with jax.set_mesh(on):
         program = jax.jit(gradient).lower(q, kv, kv, array((2, 1000), jnp.int32)).compile().as_text()

@@ -3,15 +3,18 @@ shardings that the caller names."""
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints, read_newest
-from gptjax.config import ModelConfig
+from gptjax.config import MeshConfig, ModelConfig
 from gptjax.configfile import config_from_dict
 from gptjax.convert.configs import family_of, import_config
 from gptjax.convert.families import FAMILIES
@@ -23,9 +26,11 @@ from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, Source, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.nn.backends import unstack
+from gptjax.nn.backends import check_model_divides
 from gptjax.nn.transformer import Params, abstract_model
+from gptjax.optim import map_by_path
 from gptjax.paths import user_path
+from gptjax.sharding import make_mesh, sharding
 from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
 
 
@@ -84,18 +89,68 @@ def open_model(path_or_id: str | os.PathLike[str]) -> Model:
     )
 
 
-def load(path_or_id: str | os.PathLike[str]) -> LanguageModel:
-    """The model, on the first device, ready to be asked. Raises UserError as `open_model`."""
+def load(
+    path_or_id: str | os.PathLike[str], dtype: str | None = None, mesh: Mapping[str, int] | None = None
+) -> LanguageModel:
+    """Return the model of a path or id, ready to generate.
+
+    Args:
+        dtype: of the matmuls and of the matrices, float32 or bfloat16; None computes as the model was trained, with
+            float32 weights.
+        mesh: devices on each axis of data, fsdp and tensor, such as {"fsdp": 4, "tensor": 2}; the weights are sharded
+            as in training. None for the first device alone.
+
+    Raises:
+        UserError: as `open_model`; a dtype or a mesh that is unknown or does not fit the devices or the model.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
     model = open_model(path_or_id)
-    return LanguageModel(model.config, unstack(model.read(on_first_device(model.config))), model.tokenizer)
+    config = model.config if dtype is None else dataclasses.replace(model.config, dtype=dtype)
+    devices = None if mesh is None else _generation_mesh(config, mesh)
+    params = model.read(on_first_device(config) if devices is None else on_mesh(config, devices))
+    if dtype == "bfloat16":
+        params = jax.tree.map(_lowered, params)
+    return LanguageModel(config, params, model.tokenizer, devices, delete=True)
+
+
+def _generation_mesh(cfg: ModelConfig, axes: Mapping[str, int]) -> Mesh:
+    """Return the mesh of these axes over the first devices."""
+    if unknown := set(axes) - {"data", "fsdp", "tensor"}:
+        raise UserError(f"mesh axis {min(unknown)!r} does not shard generation; give any of data, fsdp and tensor")
+    sizes = MeshConfig(**{"data": 1, **axes}).axes
+    wanted = math.prod(sizes.values())
+    devices = jax.devices()
+    mesh = make_mesh(sizes, devices[:wanted] if 0 < wanted <= len(devices) else devices)
+    check_model_divides(cfg, mesh)
+    return mesh
+
+
+def _lowered(weight: jax.Array) -> jax.Array:
+    """Return a stacked matrix in bfloat16, and anything else as it is; the given array is deleted."""
+    if weight.ndim < 2:
+        return weight
+    lowered = jax.block_until_ready(weight.astype(jnp.bfloat16))
+    weight.delete()
+    return lowered
 
 
 def on_first_device(cfg: ModelConfig) -> Params:
-    """Abstract weights of a model, all on the first device."""
+    """Return the abstract weights of a model, all on the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract_model(cfg)[1]
     )
+
+
+def on_mesh(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """Return the abstract weights of a model, sharded over a mesh as in training."""
+    _, params, metadata = abstract_model(cfg)
+
+    def placed(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[path]["axes"]))
+
+    return map_by_path(placed, params)
 
 
 def _open_run(workdir: str) -> Model:

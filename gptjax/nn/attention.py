@@ -1,21 +1,73 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), behind one signature.
+"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), and the protocol that every kernel follows.
 
-Letters: B sequences, T query positions, S key positions, G key/value heads, R query heads for each of them,
-K head width.
+A kernel is a function `(q, k, v, AttentionInput) -> (y, (keys, values))`; `backends.ATTENTIONS` names them all.
+Arguments, layouts and results are the same with a cache and without.
+
+Letters: B sequences, T query positions, S key positions, H query heads, G key/value heads, R = H / G query heads for
+each of them, K head width.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-KVCache = tuple[jax.Array, jax.Array]  # keys and values, [B G, S, K] each
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q [B, T, H, K], k and v [B, S, G, K] -> q's shape
+from gptjax.sharding import constrain, on_one_device
+
+KeysValues = tuple[jax.Array, jax.Array]  # [B, G, S, K] each
+CACHE_AXES = ("batch", "kv_heads", None, None)
+
+
+class CacheSlots(NamedTuple):
+    """The slots of a key/value cache; all layers share them.
+
+    Attributes:
+        positions: [B, S] int32, the position of the token that each slot holds. An unused slot has one later than
+            every query's, so that no query attends to it.
+        next: int32 scalar, the slot of the queries' first token; its keys and values are written there.
+    """
+
+    positions: jax.Array
+    next: jax.Array
+
+
+class AttentionCache(NamedTuple):
+    """What one layer keeps of earlier positions.
+
+    Attributes:
+        kv: keys and values, [B, G, S, K] each.
+        slots: which positions these are.
+    """
+
+    kv: KeysValues
+    slots: CacheSlots
+
+
+class AttentionInput(NamedTuple):
+    """What attention depends on besides queries, keys and values.
+
+    Attributes:
+        positions: [B or 1, T] int32 of the queries; negative ones are padding, which nothing attends to.
+        segments: [B, T] int32; a query attends within its segment only. None: a row is one segment.
+        window: a query attends to this many positions at most, its own included. None: to all.
+        cache: of earlier positions. None: the keys are those of the queries' own tokens.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+    window: int | None = None
+    cache: AttentionCache | None = None
+
+
+# q [B, T, H, K], k and v [B, T, G, K] -> y of q's shape; keys and values [B, G, S, K] of these positions, or the
+# cache's with them written into it.
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, AttentionInput], tuple[jax.Array, KeysValues]]
 
 
 def float32_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum of two arrays, summed and kept in float32."""
+    """Compute einsum of two arrays, summed and kept in float32."""
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
@@ -24,25 +76,29 @@ def causal_mask(
     k_positions: jax.Array,
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
-    """Who may look at whom: keys at no later position, in the same segment. A negative position is padding.
+    """Return which query attends to which key: one at no later position, in the same segment, within the window.
 
     Args:
-        q_positions, k_positions: [B or 1, T] and [B or 1, S] int32.
+        q_positions, k_positions: [B or 1, T] and [B or 1, S] int32. A negative position is padding.
         q_segments, k_segments: the same shapes; None where sequences hold one document each.
+        window: number of positions that a query attends to at most; None for no limit.
 
     Returns:
         [B or 1, T, S] bool.
     """
-    k = k_positions[:, None, :]
-    mask = (k <= q_positions[:, :, None]) & (k >= 0)
+    q, k = q_positions[:, :, None], k_positions[:, None, :]
+    mask = (k <= q) & (k >= 0)
+    if window is not None:
+        mask &= k > q - window
     if q_segments is not None and k_segments is not None:
         mask &= q_segments[:, :, None] == k_segments[:, None, :]
     return mask
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, over the positions that the mask allows; the softmax in float32.
+    """Compute softmax(q k^T / sqrt(K)) v over the positions that the mask allows; the softmax in float32.
 
     Args:
         q: [B, T, H, K]; query heads g R ... (g + 1) R - 1 share the key/value head g.
@@ -61,32 +117,61 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)
 
 
-def make_reference(positions: jax.Array, segments: jax.Array | None) -> Attend:
-    """`attention` under the causal mask of these positions: any shape, any device."""
-    mask = causal_mask(positions, positions, segments, segments)
-    return lambda q, k, v: checkpoint_name(attention(q, k, v, mask), "attention")
+def as_cache(k: jax.Array, v: jax.Array) -> KeysValues:
+    """Transpose keys and values from [B, T, G, K] to the cache's layout, [B, G, T, K]."""
+    return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
-def by_head(x: jax.Array) -> jax.Array:
-    """[B, T, G, K] -> [B G, T, K]: the cache's layout. One axis for all heads lets a CPU read it where it lies."""
-    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
+def is_plain(inputs: AttentionInput) -> bool:
+    """Return whether attention is that of whole rows to themselves, which is all that fused kernels compute."""
+    return inputs.cache is None and inputs.window is None
 
 
-def make_cached(positions: jax.Array, cache_positions: jax.Array, slot: jax.Array) -> Callable[..., jax.Array]:
-    """Attention to a cache, keys and values [B G, S, K] each, into which those of the queries' tokens go first.
+def reference_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput
+) -> tuple[jax.Array, KeysValues]:
+    """Compute `attention` of rows to themselves by its definition: any shape, any device (a `Kernel`)."""
+    assert inputs.cache is None
+    positions, segments = inputs.positions, inputs.segments
+    mask = causal_mask(positions, positions, segments, segments, inputs.window)
+    return checkpoint_name(attention(q, k, v, mask), "attention"), as_cache(k, v)
 
-    Written before it is read, the cache is changed in place; the other way round it is copied at every token.
+
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput
+) -> tuple[jax.Array, KeysValues]:
+    """Write keys and values into the cache, then attend to all that it holds (a `Kernel`).
+
+    The cache is written before it is read, so that it changes in place: otherwise every token would copy it.
     """
-    mask = causal_mask(positions, cache_positions)[:, None]
+    assert inputs.cache is not None
+    (B, T, H, K), G = q.shape, k.shape[2]
+    slots = inputs.cache.slots
 
-    def attend(q, k, v, cache):
-        B, T, H, K = q.shape
-        k, v = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1), cache, (k, v))
-        N, S = k.shape[:2]
-        scores = float32_product("NQK,NSK->NQS", jnp.swapaxes(q, 1, 2).reshape(N, -1, K), k) * K**-0.5
-        scores = jnp.where(mask, scores.reshape(B, H, T, S), jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        y = jnp.einsum("NQS,NSK->NQK", weights.reshape(N, -1, S), v)
-        return jnp.swapaxes(y.reshape(B, H, T, K), 1, 2), (k, v)
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        old, new = merge_heads(old), merge_heads(new)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, slots.next, axis=old.ndim - 2)
 
-    return attend
+    keys, values = map(write, inputs.cache.kv, as_cache(k, v))
+    *heads, S, _ = keys.shape
+    queries = jnp.swapaxes(q, 1, 2).reshape(*heads, H // G * T, K)
+    scores = float32_product("...QK,...SK->...QS", queries, keys) * K**-0.5
+    mask = causal_mask(inputs.positions, slots.positions, window=inputs.window)
+    masked = jnp.where(mask[:, None, None], scores.reshape(B, G, H // G, T, S), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(masked, axis=-1).astype(v.dtype).reshape(*heads, H // G * T, S)
+    y = jnp.einsum("...QS,...SK->...QK", weights, values)
+    return jnp.swapaxes(y.reshape(B, H, T, K), 1, 2), (split_heads(keys, B), split_heads(values, B))
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """Reshape keys or values from [B, G, S, K] to [B G, S, K] on one device; on several, B and G may be sharded.
+
+    A CPU's product over one axis of heads reads the cache where it lies. A loop over tokens carries the cache in this
+    form: in the other, the compiler writes every token twice, into a copy.
+    """
+    return x.reshape(-1, *x.shape[2:]) if on_one_device() else x
+
+
+def split_heads(x: jax.Array, rows: int) -> jax.Array:
+    """Undo `merge_heads` for a number of rows B, and pin the cache's layout."""
+    return constrain(x.reshape(rows, -1, *x.shape[-2:]), *CACHE_AXES)

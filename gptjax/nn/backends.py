@@ -1,4 +1,4 @@
-"""The ways to compute attention and to go through the layers, and what is best on which devices."""
+"""The kernels of attention, and which of them, and which loop over layers, is best on which devices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,26 +10,28 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.nn.attention import Attend, make_reference
-from gptjax.nn.blocked import make_blocked
+from gptjax.nn.attention import Kernel, cached_attention, reference_attention
+from gptjax.nn.blocked import blocked_attention
 from gptjax.nn.convolution import causal_convolution
-from gptjax.nn.kernels import make_dot_product, make_splash
-from gptjax.nn.ring import make_ring, ring_convolution
+from gptjax.nn.kernels import dot_product_attention, splash_attention
+from gptjax.nn.ring import ring_attention, ring_convolution
+from gptjax.sharding import check_divides
 
-# How attention is computed: (positions [B or 1, T], segments [B, T] or None) -> Attend.
-ATTENTIONS: dict[str, Callable[..., Attend]] = {
-    "auto": make_reference,  # of a model on no mesh, as for generation; on a mesh, `for_mesh` chooses
-    "reference": make_reference,
-    "blocked": make_blocked,
-    "xla": partial(make_dot_product, "xla"),
-    "cudnn": partial(make_dot_product, "cudnn"),
-    "splash": make_splash,
-    "ring": make_ring,
+# model.attention -> kernel; "cached" is what decoding uses, whatever the config says.
+ATTENTIONS: dict[str, Kernel] = {
+    "auto": reference_attention,  # until `for_mesh` or `for_platform` chooses
+    "reference": reference_attention,
+    "blocked": blocked_attention,
+    "xla": partial(dot_product_attention, "xla"),
+    "cudnn": partial(dot_product_attention, "cudnn"),
+    "splash": splash_attention,
+    "ring": ring_attention,
+    "cached": cached_attention,
 }
 
 
 def make_convolution(attention: str, positions: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
-    """(x [B, T, D], taps [W, D], recent) -> as `causal_convolution`, whatever order the attention has its rows in."""
+    """Return (x [B, T, D], taps [W, D], recent) -> as `causal_convolution`, for rows in the attention's order."""
     return partial(ring_convolution if attention == "ring" else causal_convolution, positions)
 
 
@@ -43,8 +45,19 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 
 
+def for_platform(cfg: ModelConfig, platform: str) -> ModelConfig:
+    """Return the config with what `auto` and null leave open chosen for devices of a platform (BACKENDS)."""
+    chosen, attention = BACKENDS[platform], cfg.attention
+    if attention == "auto":
+        attention = chosen["attention"]
+        if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
+            attention = "xla"  # the fused kernel does not compute these
+    scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
+    return replace(cfg, attention=attention, scan_layers=scan_layers)
+
+
 def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
-    """The config with what `auto` and null leave open chosen for a mesh's devices (BACKENDS).
+    """Return the config with what `auto` and null leave open chosen for a mesh's devices.
 
     An abstract mesh has no devices: what needs one kind is allowed there, and `auto` is as on those that are here.
 
@@ -53,11 +66,10 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     parts = mesh.shape["context"]
-    chosen, attention = BACKENDS[platform], cfg.attention
-    if attention == "auto":
-        attention = "ring" if parts > 1 else chosen["attention"]
-        if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
-            attention = "xla"  # the fused kernel does not do these
+    if cfg.attention == "auto" and parts > 1:
+        cfg = replace(cfg, attention="ring")
+    cfg = for_platform(cfg, platform)
+    attention = cfg.attention
     if isinstance(mesh, Mesh) and ATTENTION_NEEDS.get(attention, platform) != platform:
         raise UserError(
             f"model.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "
@@ -76,33 +88,21 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
             f"model.conv_width {cfg.conv_width} reaches beyond one of the ring's chunks of {chunk} tokens; make it "
             f"at most {chunk + 1}, or model.context_length at least {2 * parts * (cfg.conv_width - 1)}"
         )
-    scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
-    return replace(cfg, attention=attention, scan_layers=scan_layers)
+    return cfg
+
+
+def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raise UserError where the mesh cannot cut the model's dimensions into equal parts."""
+    for key, size, axis in (
+        ("model.n_heads", cfg.n_heads, "heads"),
+        ("model.n_kv_heads", cfg.kv_heads, "kv_heads"),
+        ("model.d_mlp", cfg.mlp_width, "mlp"),
+        ("model.d_model", cfg.d_model, "embed"),
+        ("model.vocab_multiple", cfg.padded_vocab, "vocab"),
+    ):
+        check_divides(mesh, key, size, axis)
 
 
 def scans_layers(cfg: ModelConfig) -> bool:
-    """Whether one block is compiled and looped over; where nothing is said, everywhere but on a CPU."""
+    """Return whether one block is compiled and looped over; null means everywhere but on a CPU."""
     return jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
-
-
-def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """The weights with the layers apart, each leaf of `blocks` a tuple of L arrays. It takes them over, leaf by leaf.
-
-    For generation: a loop over tokens would cut the layers out of the stack at every token, a copy of all weights and
-    of the cache.
-    """
-
-    def take_apart(tree: dict[str, Any]) -> None:
-        for name, leaf in tree.items():
-            if isinstance(leaf, dict):
-                take_apart(leaf)
-            else:
-                tree[name] = tuple(leaf)
-
-    take_apart(params["blocks"])
-    return params
-
-
-def is_apart(leaf: Any) -> bool:
-    """Whether a leaf of `blocks` is what `unstack` made of it."""
-    return isinstance(leaf, tuple)

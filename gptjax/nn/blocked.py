@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attend, float32_product
+from gptjax.nn.attention import AttentionInput, KeysValues, as_cache, float32_product, is_plain
 
 SMALLEST_BLOCK = 64  # queries; shorter ones make matmuls too small
 MOST_BLOCKS = 8  # of one row, since each is compiled by itself
 
 
-def make_blocked(positions, segments: jax.Array | None) -> Attend:
-    """Causal attention of a row to itself, within its segments; positions are not looked at (see `kernels`)."""
-    return lambda q, k, v: _blocked(q, k, v, segments)
+def blocked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput
+) -> tuple[jax.Array, KeysValues]:
+    """Compute causal attention within segments, in the order of the rows (a `Kernel`; see `kernels`)."""
+    assert is_plain(inputs)
+    return _blocked(q, k, v, inputs.segments), as_cache(k, v)
 
 
 @jax.custom_vjp

@@ -9,24 +9,28 @@ import jax
 import jax.numpy as jnp
 
 
-@jax.checkpoint  # or the backward pass finds W - 1 copies of x kept, each shifted by one more
+@jax.checkpoint  # otherwise the backward pass keeps W - 1 copies of x, each shifted by one position more
 def causal_convolution(
     positions: jax.Array, x: jax.Array, taps: jax.Array, recent: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """x_t + the sum over i < W of taps_i x_(t-i), with nothing from before a text's first position.
+    """Compute x_t + the sum over i < W of taps_i x_(t-i), where nothing precedes a text's first position.
 
     Args:
         positions: [B or 1, T] int32; a token at position p has p predecessors (so packed documents stay apart).
+            Negative positions, at the end of a row, are padding.
         x: [B, T, D], in the order of the text.
         taps: [W, D]; 0 leaves x as it is.
-        recent: [B, W - 1, D], what came before x; None: nothing.
+        recent: [B, W - 1, D], what came before x, which then has no padding; None: nothing.
 
     Returns:
-        x's shape, and what the next call is to be given as `recent`.
+        x's shape, and [B, W - 1, D], what the next call takes as `recent`.
     """
-    W, T = len(taps), x.shape[1]
+    W, (B, T) = len(taps), x.shape[:2]
     known = jnp.pad(x, ((0, 0), (W - 1, 0), (0, 0))) if recent is None else jnp.concatenate([recent, x], axis=1)
     y = x + x * taps[0]
     for i in range(1, W):
         y += jnp.where(positions[..., None] >= i, known[:, W - 1 - i :][:, :T], 0) * taps[i]
-    return y, known[:, T:]
+    if recent is not None:
+        return y, known[:, T:]
+    lengths = jnp.broadcast_to((positions >= 0).sum(axis=1), (B,))
+    return y, jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, W - 1))(known, lengths)

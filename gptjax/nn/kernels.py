@@ -1,45 +1,49 @@
-"""Attention by other people's kernels, as `make_` functions with the signature of `attention.make_reference`.
+"""Attention by the kernels of other libraries, under the protocol of `nn/attention.py`.
 
-They serve training: keys are the queries' own tokens, causal in the order of the row, within its segments. Positions
-are not looked at: inside a segment they rise with the order.
+They compute causal attention of rows to themselves, in the order of the row and within its segments. They ignore
+positions, which rise with that order inside a segment; padding at the end of a row is thereby never attended to.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attend
+from gptjax.nn.attention import AttentionInput, KeysValues, as_cache, is_plain
 from gptjax.sharding import by_shard
 
 QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", None, "kv_heads", None)
 
 
-def make_dot_product(implementation: str, positions, segments: jax.Array | None) -> Attend:
-    """`jax.nn.dot_product_attention`: `xla` anywhere, `cudnn` the fused kernel of NVIDIA's GPUs, bfloat16 only.
+def dot_product_attention(
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput
+) -> tuple[jax.Array, KeysValues]:
+    """Call `jax.nn.dot_product_attention` (with an implementation, a `Kernel`).
 
-    Segments become a mask [B, 1, T, T] here, which splash attention does without.
+    `xla` runs anywhere; `cudnn` is the fused kernel of NVIDIA's GPUs, for bfloat16 only. Segments become a mask
+    [B, 1, T, T] here, which splash attention does without.
     """
+    assert is_plain(inputs)
+    segments = inputs.segments
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-
-    def attend(q, k, v):
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
-        return checkpoint_name(y, "attention")
-
-    return attend
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+    return checkpoint_name(y, "attention"), as_cache(k, v)
 
 
-def make_splash(positions, segments: jax.Array | None, interpret: bool = False) -> Attend:
-    """The Pallas kernel for TPUs that skips the blocks above the diagonal, on each device's sequences and heads.
+def splash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput, interpret: bool = False
+) -> tuple[jax.Array, KeysValues]:
+    """Run the Pallas kernel for TPUs, which skips blocks above the diagonal, on each device's sequences and heads.
 
     Args:
         interpret: run it without a TPU, slowly.
     """
+    assert is_plain(inputs)
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: its import takes time
 
     def local(q, k, v, segments):
         T, (H, K) = q.shape[1], q.shape[2:]
-        padded = -(-T // 128) * 128  # what is added comes after every query, so none sees it
+        padded = -(-T // 128) * 128  # padding comes after every query, so none attends to it
         block = next(size for size in (512, 256, 128) if padded % size == 0)
         names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
         kernel = splash.make_splash_mha_single_device(
@@ -58,5 +62,5 @@ def make_splash(positions, segments: jax.Array | None, interpret: bool = False) 
         y = jax.vmap(kernel)(heads_first(q * K**-0.5), heads_first(k), heads_first(v), ids)
         return y.swapaxes(1, 2)[:, :T]
 
-    attend = by_shard(local, (QUERIES, KEYS, KEYS, ("batch", None)), QUERIES)
-    return lambda q, k, v: attend(q, k, v, segments)
+    on_each_shard = by_shard(local, (QUERIES, KEYS, KEYS, ("batch", None)), QUERIES)
+    return on_each_shard(q, k, v, inputs.segments), as_cache(k, v)

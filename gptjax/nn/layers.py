@@ -1,4 +1,7 @@
-"""The parts of a block. A weight is declared once, by `param`; shape, sharding and first value follow from it."""
+"""The parts of a block: norms, attention, the MLP.
+
+`param` declares a weight, once; its shape, its sharding and its initial value follow from the declaration.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,46 +16,59 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
-from gptjax.nn.attention import KVCache, by_head
-from gptjax.nn.products import heads_of, plus, product
+from gptjax.nn.attention import AttentionCache, AttentionInput, CacheSlots, Kernel, KeysValues
+from gptjax.nn.products import add_bias, product, project_heads
 from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth, role_named
 from gptjax.sharding import constrain
 
 STREAM = ("batch", "stream_length", "residual")  # the residual stream's axes between matmuls
-HIDDEN = ("batch", "length", "mlp")  # an MLP's inner axes, said lest the stream's cut by length spread to them
+WHOLE_STREAM = ("batch", "length", "residual")  # its axes at a matmul
+HIDDEN = (
+    "batch",
+    "length",
+    "mlp",
+)  # an MLP's inner axes; pinned, or the stream's split of the length spreads to them
+
+Aux = dict[str, tuple[jax.Array, jax.Array]]  # name -> summed value and summed weight, float32 scalars
 
 
 class Context(NamedTuple):
     """What every block of one forward pass shares.
 
     Attributes:
-        attend: attention of queries to keys and values, and to a cache where there is one (`make_cached`).
+        kernel: computes attention.
         convolve: a causal convolution, (x [B, T, D], taps [W, D], recent [B, W - 1, D]) -> (x's shape, recent).
         rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
+        positions: [B or 1, T] int32.
+        segments: [B, T] int32; None where a row is one segment.
+        slots: of the key/value cache; None without one.
         dropout_key: None when nothing is dropped.
     """
 
-    attend: Callable[..., jax.Array]
+    kernel: Kernel
     convolve: Callable[..., tuple[jax.Array, jax.Array | None]]
     rotation: tuple[jax.Array, jax.Array] | None
-    dropout_key: jax.Array | None
+    positions: jax.Array
+    segments: jax.Array | None = None
+    slots: CacheSlots | None = None
+    dropout_key: jax.Array | None = None
+
+    def attention_input(self, kv: KeysValues | None) -> AttentionInput:
+        """Return what a layer's attention depends on, given the layer's cached keys and values."""
+        cache = None if kv is None or self.slots is None else AttentionCache(kv, self.slots)
+        return AttentionInput(self.positions, self.segments, cache=cache)
 
 
 class Cache(NamedTuple):
-    """What a block knows of earlier positions.
+    """What a block keeps of earlier positions.
 
     Attributes:
-        kv: keys and values, [B G, S, K] each.
-        recent: what last went into the two convolutions, [B, W - 1, D] each; None without them.
+        kv: keys and values, [B, G, S, K] each.
+        recent: the last inputs of the two convolutions, [B, W - 1, D] each; None without them.
     """
 
-    kv: KVCache
+    kv: KeysValues
     recent: tuple[jax.Array | None, jax.Array | None]
-
-    def widened(self, more: int) -> "Cache":
-        """With so many empty slots more."""
-        kv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))), self.kv)
-        return self._replace(kv=kv)
 
 
 def param(
@@ -133,9 +149,9 @@ def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
 
 
 def linear(spec: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> jax.Array:
-    """einsum(x, weight) + bias, with operands in `dtype`."""
+    """Compute einsum(x, weight) + bias, with operands in `dtype`."""
     y = product(spec, x.astype(dtype), weight[...].astype(dtype))
-    return y if bias is None else plus(y, bias[...].astype(dtype))
+    return y if bias is None else add_bias(y, bias[...].astype(dtype))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -215,21 +231,28 @@ class Attention(nnx.Module):
         self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
         self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] -> the same shape, and keys and values: of these positions, or the cache with them in it."""
+    def __call__(self, x: jax.Array, ctx: Context, kv: KeysValues | None) -> tuple[jax.Array, KeysValues]:
+        """Map x [B, T, D] to the same shape.
+
+        Args:
+            kv: this layer's cached keys and values; None without a cache.
+
+        Returns:
+            the output, and keys and values: of these positions, or the cache's with them in it.
+        """
         weights = [weight[...].astype(self.dtype) for weight in (self.query, self.key, self.value)]
-        q, k, v = heads_of(x.astype(self.dtype), weights, joined=cache is None)
+        q, k, v = project_heads(x.astype(self.dtype), weights, joined=kv is None)
         if self.query_bias is not None:
-            biases = [bias[...].astype(self.dtype) for bias in (self.query_bias, self.key_bias, self.value_bias)]
-            q, k, v = map(plus, (q, k, v), biases)
+            q = add_bias(q, self.query_bias[...].astype(self.dtype))
+            k = add_bias(k, self.key_bias[...].astype(self.dtype))
+            v = add_bias(v, self.value_bias[...].astype(self.dtype))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if ctx.rotation is not None:
             q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
-        q = q * self.query_multiplier
-        new = (by_head(k), by_head(v))
-        y, new = (ctx.attend(q, k, v), new) if cache is None else ctx.attend(q, *new, cache)
-        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), new
+        q, k, v = checkpoint_name((q * self.query_multiplier, k, v), "qkv")
+        y, kv = ctx.kernel(q, k, v, ctx.attention_input(kv))
+        return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), kv
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -261,18 +284,22 @@ class MLP(nnx.Module):
         self.gate_bias = param_if(cfg.bias and cfg.mlp == "swiglu", rngs, (F,), ("mlp",), "bias")
         self.down_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        h = checkpoint_name(constrain(linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype), *HIDDEN), "mlp")
-        gate = () if self.gate is None else (linear("BTD,DF->BTF", x, self.gate, self.gate_bias, self.dtype),)
-        h = constrain(jax.checkpoint(ACTIVATIONS[self.kind])(h, *gate), *HIDDEN)  # cheap to redo, large to keep
-        return linear("BTF,FD->BTD", h, self.down, self.down_bias, self.dtype)
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
+        """Map [B, T, D] to the same shape, and return auxiliary values: none."""
+        h = linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype)
+        inputs = [checkpoint_name(constrain(h, *HIDDEN), "mlp")]
+        if self.gate is not None:
+            inputs.append(linear("BTD,DF->BTF", x, self.gate, self.gate_bias, self.dtype))
+        activate = jax.checkpoint(ACTIVATIONS[self.kind])  # cheap to compute again, large to keep
+        h = constrain(activate(*inputs), *HIDDEN)
+        return linear("BTF,FD->BTD", h, self.down, self.down_bias, self.dtype), {}
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); what is added may be scaled by the parametrization.
+    """Computes x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With a `conv_width`, each norm's output passes through a causal convolution.
+    The parametrization may scale what is added. With a `conv_width`, each norm's output passes through a causal
+    convolution.
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
@@ -285,19 +312,26 @@ class Block(nnx.Module):
         self.attention_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
         self.mlp_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache]:
-        """x [B, T, D] -> the same shape, and the cache of these positions, or the given one with them in it."""
+    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache, Aux]:
+        """Map x [B, T, D] to the same shape.
 
-        def convolve(x, taps, recent):
-            x = constrain(x, "batch", "length", "residual")
-            return (x, None) if taps is None else ctx.convolve(x, taps[...].astype(x.dtype), recent)
+        Args:
+            cache: of earlier positions; None without one.
 
+        Returns:
+            x, the cache of these positions or the given one with them in it, and auxiliary values.
+        """
         kv, recent = (None, (None, None)) if cache is None else cache
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         x = checkpoint_name(constrain(x, *STREAM), "block_input")
-        h, before_attention = convolve(self.attention_norm(x), self.attention_conv, recent[0])
+        h, attention_recent = self._convolve(self.attention_norm(x), self.attention_conv, ctx, recent[0])
         y, kv = self.attention(h, ctx, kv)
         x = constrain(x + self.multiplier * dropout(y, self.rate, keys[0]), *STREAM)
-        h, before_mlp = convolve(self.mlp_norm(x), self.mlp_conv, recent[1])
-        y = self.mlp(h)
-        return x + self.multiplier * dropout(y, self.rate, keys[1]), Cache(kv, (before_attention, before_mlp))
+        h, mlp_recent = self._convolve(self.mlp_norm(x), self.mlp_conv, ctx, recent[1])
+        y, aux = self.mlp(h)
+        x = x + self.multiplier * dropout(y, self.rate, keys[1])
+        return x, Cache(kv, (attention_recent, mlp_recent)), aux
+
+    def _convolve(self, x, taps, ctx, recent):
+        x = constrain(x, *WHOLE_STREAM)
+        return (x, None) if taps is None else ctx.convolve(x, taps[...].astype(x.dtype), recent)

@@ -1,4 +1,4 @@
-"""Products of activations and weights, with gradients as matrices where no device has but a part of them.
+"""Products of activations and weights, whose gradients on one device are products of two matrices.
 
 The layouts that XLA chooses for the plain gradient of an einsum cost a tenth of a small model's step on a CPU.
 """
@@ -14,7 +14,7 @@ from gptjax.sharding import on_one_device
 
 
 def product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """einsum of x [B, T, ...] and a weight, named "dot": remat's policies do not see through a custom gradient."""
+    """Compute einsum of x [B, T, ...] and a weight, named "dot" for remat's policies, which go by names."""
     return checkpoint_name(_product(spec, x, weight), "dot")
 
 
@@ -38,27 +38,27 @@ _product.defvjp(lambda spec, x, weight: (_product(spec, x, weight), (x, weight))
 
 
 @jax.custom_vjp
-def plus(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y and a bias shaped like its last axes. The gradient's sum is a product, which is faster on a CPU."""
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add a bias shaped like y's last axes. The gradient's sum is a product, which is faster on a CPU."""
     return y + bias
 
 
-def _plus_backward(bias, y_grad):
+def _add_bias_backward(bias, y_grad):
     if not on_one_device():
         return y_grad, y_grad.sum(tuple(range(y_grad.ndim - bias.ndim)))
     slopes = y_grad.reshape(-1, bias.size)
     return y_grad, (jnp.ones((1, len(slopes)), slopes.dtype) @ slopes).reshape(bias.shape)
 
 
-plus.defvjp(lambda y, bias: (y + bias, bias), _plus_backward)
+add_bias.defvjp(lambda y, bias: (y + bias, bias), _add_bias_backward)
 
 
-def heads_of(x: jax.Array, weights: list[jax.Array], joined: bool) -> list[jax.Array]:
-    """x [B, T, D] times each of the weights [D, H, K]: arrays [B, T, H, K].
+def project_heads(x: jax.Array, weights: list[jax.Array], joined: bool) -> list[jax.Array]:
+    """Multiply x [B, T, D] by each of the weights [D, H, K], and return arrays [B, T, H, K].
 
     Args:
-        joined: as one product, where the devices allow: x and its gradient then pass through memory once. It copies
-            the weights, which is too much for the few tokens of decoding.
+        joined: compute one product where the devices allow, so that x and its gradient pass through memory once. It
+            copies the weights, which costs too much for the few tokens of decoding.
     """
     if not (joined and on_one_device()):
         return [product("BTD,DHK->BTHK", x, weight) for weight in weights]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attend, float32_product
+from gptjax.nn.attention import AttentionInput, KeysValues, as_cache, float32_product, is_plain
 from gptjax.nn.convolution import causal_convolution
 from gptjax.sharding import by_shard
 
@@ -26,15 +26,16 @@ def zigzag(length: int, n: int) -> np.ndarray:
     return np.concatenate([chunks[i] for device in range(n) for i in (device, 2 * n - 1 - device)])
 
 
-def make_ring(positions, segments: jax.Array | None) -> Attend:
-    """Causal attention within segments, over rows whose positions `zigzag` has ordered."""
+def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput) -> tuple[jax.Array, KeysValues]:
+    """Compute causal attention within segments, over rows whose positions `zigzag` has ordered (a `Kernel`)."""
+    assert is_plain(inputs)
     queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
-    attend = by_shard(_local, (queries, keys, keys, ("batch", "length")), queries)
-    return lambda q, k, v: attend(q, k, v, segments)
+    on_each_shard = by_shard(_local, (queries, keys, keys, ("batch", "length")), queries)
+    return on_each_shard(q, k, v, inputs.segments), as_cache(k, v)
 
 
 def ring_convolution(positions, x, taps, recent=None):
-    """`causal_convolution` of rows that `zigzag` has ordered: each chunk is sent the end of the one before it."""
+    """Compute `causal_convolution` of rows in `zigzag` order: each chunk receives the end of its predecessor."""
     rows = ("batch", "length", "residual")
     convolve = by_shard(_convolve_chunks, (rows[:2], rows, (None, None)), rows)
     return convolve(jnp.broadcast_to(positions, x.shape[:2]), x, taps), None

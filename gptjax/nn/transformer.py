@@ -1,23 +1,27 @@
-"""The model: token ids in, logits out. Also its abstract form, and what it costs.
+"""The model in three parts, `embed_inputs`, `apply_blocks` and `readout` (the last norm); and its size.
 
-Build with `Transformer(cfg, rngs)`, run with `apply`: a module's structure (static) and its weights (a nested
-dict of arrays) are kept apart, so that weights can be sharded, saved and differentiated as plain values.
+A call runs all three and returns hidden states; `logits`, or the loss, multiplies them by `head_matrix`.
+
+A module's structure (static, hashable) and its weights (a nested dict of arrays) are kept apart, so that weights can
+be sharded, saved and differentiated as plain values. `abstract_model` returns the structure and the weights' shapes,
+`init_params` the initial weights, and `bind` puts structure and weights together.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.nn.attention import make_cached
-from gptjax.nn.backends import ATTENTIONS, is_apart, make_convolution, scans_layers
+from gptjax.nn.attention import CacheSlots
+from gptjax.nn.backends import ATTENTIONS, make_convolution, scans_layers
 from gptjax.nn.layers import (
     STREAM,
+    WHOLE_STREAM,
+    Aux,
     Block,
     Cache,
     Context,
@@ -28,13 +32,13 @@ from gptjax.nn.layers import (
     rotary_angles,
     stack_layers,
 )
-from gptjax.nn.products import plus
+from gptjax.nn.products import add_bias
 from gptjax.parametrization import MULTIPLIERS, factor, size_factors
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
 
-# The names -> what the backward pass finds saved.
+# model.remat -> (model.remat_names -> what of a block is kept for the backward pass).
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "dots": lambda names: jax.checkpoint_policies.save_only_these_names("dot"),
     "full": lambda names: jax.checkpoint_policies.nothing_saveable,
@@ -46,6 +50,30 @@ REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
         offload_dst="pinned_host",
     ),
 }
+
+
+class Inputs(NamedTuple):
+    """What one forward pass reads.
+
+    Attributes:
+        tokens: [B, T] int32.
+        positions: [B or 1, T] int32; None counts from 0. Negative ones, at the end of a row, are padding.
+        segments: [B, T] int32; attention stays inside a segment. None: a row is one segment.
+        dropout_key: None when nothing is dropped.
+        slots: of the key/value cache that the pass reads and writes, these positions included; None without one.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array | None = None
+    segments: jax.Array | None = None
+    dropout_key: jax.Array | None = None
+    slots: CacheSlots | None = None
+
+    @property
+    def row_positions(self) -> jax.Array:
+        """The positions, [B or 1, T] int32."""
+        counted = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
+        return counted if self.positions is None else self.positions
 
 
 class Transformer(nnx.Module):
@@ -69,78 +97,99 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        cache: Cache | list[Cache] | None = None,
-        cache_positions: jax.Array | None = None,
-        slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | list[Cache]]:
-        """The residual stream after the last norm; `head_matrix` and `loss.py` make logits and losses of it.
+    ) -> tuple[jax.Array, Aux]:
+        """Run the model over whole rows.
 
         Args:
             tokens: [B, T] int32.
-            positions: [B or 1, T] int32; None counts from 0. Negative: padding, which nothing attends to.
-            segments: [B, T] int32; attention stays inside a segment. None: one segment a sequence.
-            cache: of earlier positions, a `Cache` with a leading axis L; with `unstack`ed weights, a list of L.
-            cache_positions: [B or 1, S], with these positions in it; an unwritten slot's is later than every query's.
-            slot: int32 scalar, where in the cache these positions begin.
+            positions, segments, dropout_key: as in `Inputs`.
 
         Returns:
-            [B, T, D] in the compute dtype, and the cache of these positions, or the given one with them in it.
+            the hidden states, [B, T, D] in the compute dtype, and the blocks' auxiliary values.
         """
-        cfg, T = self.cfg, tokens.shape[1]
-        positions = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
-        rotation = None
-        if cfg.positions == "rope":
-            rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
-        if cache is None:
-            kernel = ATTENTIONS[cfg.attention](positions, segments)
-        else:
-            kernel = make_cached(positions, cache_positions, slot)
+        inputs = Inputs(tokens, positions, segments, dropout_key)
+        x, _, aux = self.apply_blocks(self.embed_inputs(inputs), inputs)
+        return self.readout(x), aux
 
-        convolve = make_convolution(cfg.attention, positions)
-
-        # Whole rows, FSDP's parts brought together; each part of the vocabulary is asked for all of the tokens.
+    def embed_inputs(self, inputs: Inputs) -> jax.Array:
+        """Look up the tokens' vectors and add those of their positions: [B, T, D] in the compute dtype."""
+        cfg, key = self.cfg, inputs.dropout_key
+        # Each token's row is gathered from all of FSDP's parts; each part of the vocabulary looks up all tokens.
         table = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")
-        x = constrain(table[tokens], "batch", "length", "residual")
+        x = constrain(table[inputs.tokens], *WHOLE_STREAM)
         if self.positions is not None:
-            rows = self.positions[...].astype(cfg.dtype)[jnp.maximum(positions, 0)]
-            x = x + rows if len(rows) > 1 else plus(x, rows[0])
-        if dropout_key is not None:
-            x = dropout(x, cfg.dropout, jax.random.fold_in(dropout_key, cfg.n_layers))
-        x = constrain(x, *STREAM)
+            rows = self.positions[...].astype(cfg.dtype)[jnp.maximum(inputs.row_positions, 0)]
+            x = add_bias(x, rows[0]) if len(rows) == 1 else x + rows
+        if key is not None:
+            x = dropout(x, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
+        return x
 
+    def apply_blocks(
+        self,
+        x: jax.Array,
+        inputs: Inputs,
+        cache: Cache | list[Cache] | None = None,
+        layers: list[Params] | None = None,
+    ) -> tuple[jax.Array, Cache | list[Cache], Aux]:
+        """Apply all blocks to x [B, T, D].
+
+        Args:
+            inputs: those that x was embedded from.
+            cache: of earlier positions: a `Cache` whose arrays have a leading axis L, or with `layers` a list of L.
+            layers: the weights of each block (`split_layers`), in place of the stacked ones that the model holds.
+
+        Returns:
+            x; the cache of these positions, or the given one with them in it; and the blocks' auxiliary values,
+            summed over the layers.
+        """
+        cfg, ctx = self.cfg, self._context(inputs, cached=cache is not None)
         structure, state = nnx.split(self.blocks)
-        blocks = nnx.to_pure_dict(state)
 
-        def attend(*qkv):
-            return kernel(*checkpoint_name(qkv, "qkv"))
-
-        def layer(x, inputs):
-            weights, index, known = inputs
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(structure, nnx.State(weights))(x, Context(attend, convolve, rotation, key), known)
+        def apply_block(x, layer):
+            weights, index, cache = layer
+            key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
+            block = nnx.merge(structure, nnx.State(weights))
+            x, cache, aux = block(x, ctx._replace(dropout_key=key), cache)
+            return x, (cache, aux)
 
         if cfg.remat != "none":
             # Without a loop between them, the compiler would merge the second computation into the first.
             policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scans_layers(cfg))
-        if is_apart(jax.tree.leaves(blocks, is_leaf=is_apart)[0]):
-            cache = list(cache or [None] * cfg.n_layers)
-            for i in range(cfg.n_layers):
-                weights = jax.tree.map(lambda w, i=i: w[i], blocks, is_leaf=is_apart)
-                x, cache[i] = layer(x, (weights, i, cache[i]))
-        else:
+            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=not scans_layers(cfg))
+        x = constrain(x, *STREAM)
+        if layers is None:
             unroll = 1 if scans_layers(cfg) else cfg.n_layers
-            x, cache = jax.lax.scan(layer, x, (blocks, jnp.arange(cfg.n_layers), cache), unroll=unroll)
-        x = self.final_norm(x) * factor(cfg, MULTIPLIERS["output"])
-        return constrain(x, "batch", "length", "residual"), cache
+            stacked = (nnx.to_pure_dict(state), jnp.arange(cfg.n_layers), cache)
+            x, (cache, aux) = jax.lax.scan(apply_block, x, stacked, unroll=unroll)
+            return x, cache, jax.tree.map(lambda values: values.sum(axis=0), aux)
+        caches, aux_of_layers = [], []
+        for i, weights in enumerate(layers):
+            x, (layer_cache, layer_aux) = apply_block(x, (weights, i, None if cache is None else cache[i]))
+            caches.append(layer_cache)
+            aux_of_layers.append(layer_aux)
+        return x, caches, jax.tree.map(lambda *values: sum(values), *aux_of_layers)
+
+    def readout(self, x: jax.Array) -> jax.Array:
+        """Apply the last norm, and the parametrization's multiplier: [B, T, D] to the same shape."""
+        x = self.final_norm(x) * factor(self.cfg, MULTIPLIERS["output"])
+        return constrain(x, *WHOLE_STREAM)
+
+    def _context(self, inputs: Inputs, cached: bool) -> Context:
+        cfg, positions = self.cfg, inputs.row_positions
+        rotation = None
+        if cfg.positions == "rope":
+            rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
+        kernel = ATTENTIONS["cached" if cached else cfg.attention]
+        convolve = make_convolution(cfg.attention, positions)
+        return Context(kernel, convolve, rotation, positions, inputs.segments, inputs.slots, inputs.dropout_key)
 
     def head_matrix(self) -> jax.Array:
-        """[D, V] float32: the head, or the transposed embedding where they are tied."""
+        """Return the head, or the transposed embedding where they are tied: [D, V] float32."""
         return self.embed[...].T if self.head is None else self.head[...]
 
 
 def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[str, ...], dict[str, Any]]]:
-    """The model without its values: structure, shapes, and each weight's metadata.
+    """Return the model without its values: structure, shapes, and each weight's metadata.
 
     Returns:
         graphdef: static, hashable.
@@ -157,17 +206,48 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
-    """First values of the weights; the same bits on any mesh (jit it with out_shardings)."""
+    """Return the initial weights, bitwise identical on any mesh (jit it with out_shardings)."""
     return nnx.to_pure_dict(nnx.split(Transformer(cfg, nnx.Rngs(params=key)), nnx.Param)[1])
 
 
 def bind(graphdef: nnx.GraphDef, params: Params) -> Transformer:
-    """The module with these weights; works under jit, grad and scan."""
+    """Return the module with these weights; works under jit, grad and scan."""
     return nnx.merge(graphdef, nnx.State(params))
 
 
+def split_layers(params: Params, delete: bool = False) -> tuple[Params, list[Params]]:
+    """Split the stacked weights of the blocks into those of each layer.
+
+    Decoding needs them apart: a loop over tokens would otherwise cut the layers out of the stack at every token, a
+    copy of all weights and of the cache.
+
+    Args:
+        params: as `init_params` returns them.
+        delete: delete each stacked array once it is split, so that memory never holds all weights twice; `params` is
+            then of no more use.
+
+    Returns:
+        the weights outside the blocks, and L nested dicts, the blocks' weights.
+    """
+    rest = {name: weight for name, weight in params.items() if name != "blocks"}
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    split = []
+    for leaf in leaves:
+        split.append(_split(leaf))
+        if delete:
+            jax.block_until_ready(split[-1])
+            leaf.delete()
+    return rest, [jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True)]
+
+
+@jax.jit
+def _split(stacked: jax.Array) -> list[jax.Array]:
+    """Split the first axis; a sharded array's parts keep the sharding of the other axes."""
+    return [stacked[i] for i in range(len(stacked))]
+
+
 def logits(model: Transformer, hidden: jax.Array) -> jax.Array:
-    """hidden [B, T, D] -> float32 logits over the true vocabulary, [B, T, vocab_size]."""
+    """Compute float32 logits over the vocabulary without its padding, [B, T, vocab_size], from hidden [B, T, D]."""
     cfg = model.cfg
     raw = jnp.einsum(
         "BTD,DV->BTV", hidden, model.head_matrix().astype(hidden.dtype), preferred_element_type=jnp.float32
@@ -176,12 +256,12 @@ def logits(model: Transformer, hidden: jax.Array) -> jax.Array:
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); x itself without a cap."""
+    """Compute cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def count_params(cfg: ModelConfig) -> dict[str, int]:
-    """Number of weights by group (embed, positions, blocks, final_norm, head, total), without vocabulary padding."""
+    """Count the weights by group (embed, positions, blocks, final_norm, head, total), without vocabulary padding."""
     _, params, metadata = abstract_model(cfg)
     counts: dict[str, int] = {}
     for path, meta in metadata.items():
@@ -196,7 +276,7 @@ def count_params(cfg: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(cfg: ModelConfig) -> float:
-    """Floating-point operations of forward and backward for one token: 6 N + 12 L H K T.
+    """Return the floating-point operations of forward and backward for one token: 6 N + 12 L H K T.
 
     N counts the weights that multiply (no embeddings of tokens or positions, but the head, tied or not); the
     second term is attention, counted in full, causal or not (Chowdhery et al. 2022, arXiv 2204.02311,

@@ -119,14 +119,13 @@ def sample_ours(job: dict[str, Any]) -> Turn:
     import jax
 
     from gptjax.generate import LanguageModel, Sampling
-    from gptjax.nn.backends import unstack
     from gptjax.nn.transformer import init_params
     from gptjax.tokenizers import CharTokenizer
 
     cfg = config_from_dict({"model": {**SIZES[job["size"]], "dtype": job["dtype"]}}).model
     alphabet = "".join(chr(0x10000 + i) for i in range(cfg.vocab_size))  # one character a token, whatever the size
     params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
-    lm = LanguageModel(cfg, unstack(params), CharTokenizer(alphabet))
+    lm = LanguageModel(cfg, params, CharTokenizer(alphabet), delete=True)
     prompts = [lm.tokenizer.decode(row) for row in random_ids(job, PROMPT_TOKENS).tolist()]
 
     def turn() -> None:

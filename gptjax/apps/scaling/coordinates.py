@@ -73,22 +73,22 @@ def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
     from flax import nnx
 
     from gptjax.data.batches import Batches, training_examples
-    from gptjax.nn.transformer import bind, logits
+    from gptjax.nn.transformer import Inputs, bind, logits
     from gptjax.sharding import make_mesh
     from gptjax.step import init_state, make_train_step, make_trainable
     from gptjax.trainer import load_corpus, with_vocabulary
 
     class Recorded(nnx.Module):
-        """A block that hands out what it adds, in the place of its keys and values."""
+        """A block that returns what it adds in place of its cache."""
 
         def __init__(self, block: Any):
             self.block = block
 
         def __call__(self, x, ctx, cache):
             attention, _ = self.block.attention(self.block.attention_norm(x), ctx, cache)
-            after, _ = self.block(x, ctx, cache)
+            after, _, aux = self.block(x, ctx, cache)
             mlp = (after - x) / self.block.multiplier - attention
-            return after, {"embedding": x, "attention": attention, "mlp": mlp, "residual stream": after}
+            return after, {"embedding": x, "attention": attention, "mlp": mlp, "residual stream": after}, aux
 
     # Few tokens, so that narrow models too are wide beside them: that is the limit of which muP speaks.
     train = dataclasses.replace(cfg.train, batch_sequences=1, microbatches=1)
@@ -101,9 +101,10 @@ def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
     def activations(params):
         model = bind(t.graphdef, params)
         model.blocks = Recorded(model.blocks)
-        hidden, layers = model(batch["tokens"], batch.get("positions"), batch.get("segments"))
+        inputs = Inputs(batch["tokens"], batch.get("positions"), batch.get("segments"))
+        x, layers, _ = model.apply_blocks(model.embed_inputs(inputs), inputs)
         layers |= {"embedding": layers["embedding"][0], "residual stream": layers["residual stream"][-1]}
-        return {**layers, "logits": logits(model, hidden)}
+        return {**layers, "logits": logits(model, model.readout(x))}
 
     state, step, record = init_state(t), make_train_step(t), jax.jit(activations)
     before = record(state.params)
