@@ -55,6 +55,7 @@ def test_every_run_of_the_peer_begins_anew(corpus_file, monkeypatch):
     ("words", "error"),
     [
         (["train", "--size", "huge"], "huge"),
+        (["train", "--peer", "hff"], "--peer 'hff' is neither hf nor hf-compile nor a checkout of gptjax"),
         (["sample", "--pairs", "0"], "pairs 0 must be at least 1"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
         (["loop", "configs/debug.yaml", "--steps", "50"], "steps 50 must be at least 100"),
@@ -68,6 +69,14 @@ def test_bad_input_is_refused_in_one_line(words, error):
     assert done.returncode == 2
     assert error in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_checkouts_are_compared():
+    done = bench("train", "--pairs", "1", "--peer", str(ROOT), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found[str(ROOT)]["median"] > 0
+    assert found["ratio"]["median"] == pytest.approx(found["gptjax"]["median"] / found[str(ROOT)]["median"])
 
 
 def test_a_side_that_cannot_work_is_an_error_and_no_hang():

@@ -5,15 +5,15 @@ import json as json_format
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.apps.bench.launched import seconds_to_first_step
-from gptjax.apps.bench.pairs import Side, compare, machine, machine_line, show
+from gptjax.apps.bench.pairs import Side, compare, is_checkout, machine, machine_line, show
 from gptjax.apps.bench.worker import STRETCH
 from gptjax.configfile import config_from_dict, load_config
-from gptjax.errors import UserError
+from gptjax.errors import UserError, nearest
 from gptjax.paths import UserPath
 
 Size = Literal["tiny", "baby", "gpt2"]
@@ -26,7 +26,7 @@ SAMPLING = {"tiny": (48, 8), "baby": (128, 1), "gpt2": (48, 1)}
 
 def train(
     size: Size = "tiny",
-    peer: Literal["hf", "hf-compile"] | None = None,
+    peer: str | None = None,
     pairs: int = 7,
     dtype: Literal["float32", "bfloat16"] = "float32",
     cpu_devices: int | None = None,
@@ -36,12 +36,14 @@ def train(
 
     Args:
         size: of GPT-2's shape: tiny (0.8M parameters, 12 x 64 tokens), baby (10.65M, 16 x 256), gpt2 (124M, 2 x 512).
-        peer: hf is transformers in PyTorch, hf-compile the same through torch.compile; none measures ours alone.
+        peer: hf (transformers in PyTorch), hf-compile (the same through torch.compile), or the path of another
+            checkout of gptjax; without one, only this checkout is measured.
         pairs: turns of each side.
         dtype: of the matmuls (for the peer, of the weights too).
         cpu_devices: virtual devices of ours, over which the batch is cut.
         json: print one JSON object.
     """
+    _check_known(peer, ("hf", "hf-compile"))
     job = _training(size, dtype, cpu_devices)
     title = f"training {size}, {job['batch']} x {job['context']} tokens a step"
     _report(title, job, peer, pairs, job["batch"] * job["context"] * job["steps"], json)
@@ -50,7 +52,7 @@ def train(
 def sample(
     size: Size = "tiny",
     batch: int = 1,
-    peer: Literal["hf"] | None = None,
+    peer: str | None = None,
     pairs: int = 7,
     dtype: Literal["float32", "bfloat16"] = "float32",
     json: bool = False,
@@ -60,11 +62,13 @@ def sample(
     Args:
         size: of GPT-2's shape: tiny (0.8M parameters), baby (10.65M), gpt2 (124M).
         batch: sequences at once.
-        peer: hf is transformers in PyTorch; none measures ours alone.
+        peer: hf (transformers in PyTorch) or the path of another checkout of gptjax; without one, only this
+            checkout is measured.
         pairs: turns of each side.
         dtype: of the matmuls (for the peer, of the weights too).
         json: print one JSON object.
     """
+    _check_known(peer, ("hf",))
     drawn, completions = SAMPLING[size]
     job = {
         "work": "sample",
@@ -228,15 +232,21 @@ def _check_pairs(pairs: int) -> None:
         raise UserError(f"pairs {pairs} must be at least 1")
 
 
+def _check_known(peer: str | None, names: Sequence[str]) -> None:
+    if peer is not None and peer not in names and not is_checkout(peer):
+        known = f"neither {' nor '.join(names)} nor a checkout of gptjax"
+        raise UserError(f"--peer {peer!r} is {known}{nearest(peer, names)}")
+
+
 def _check_peer(peer: str | None) -> None:
-    if peer is not None and importlib.util.find_spec("transformers") is None:
+    if peer is not None and not is_checkout(peer) and importlib.util.find_spec("transformers") is None:
         raise UserError(f"peer {peer} needs PyTorch and transformers: pip install -e '.[peer]'")
 
 
 def _report(title: str, job: dict, peer: str | None, pairs: int, tokens: int, as_json: bool) -> None:
     _check_pairs(pairs)
     _check_peer(peer)
-    found = compare(job, None if peer is None else {**job, "side": peer}, pairs, "tokens", tokens)
+    found = compare(job, peer, pairs, "tokens", tokens)
     _print(found, show(title, found, ["gptjax"] if peer is None else ["gptjax", peer]), as_json)
 
 

@@ -8,61 +8,71 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
 
 
 class Side:
-    """One side of a comparison, a process that works only when told to; idle, it sleeps.
+    """One side of a comparison: a process that works when it is told to and sleeps in between.
 
     Args:
-        job: what `gptjax.apps.bench.worker` is to do.
+        job: what the worker (`gptjax.apps.bench.worker`) does.
+        checkout: another checkout of this project, whose worker does the job; None for this one's.
     """
 
-    def __init__(self, job: dict[str, Any]):
-        self.name = job["side"]
-        command = [sys.executable, "-m", "gptjax.apps.bench.worker", json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, job: dict[str, Any], checkout: str | None = None):
+        self.name = job["side"] if checkout is None else checkout
+        module, environment = "gptjax.apps.bench.worker", dict(os.environ)
+        if checkout is not None:
+            if not Path(checkout, "gptjax/apps/bench").is_dir():
+                module = "gptjax.bench.worker"  # where it lay until 7539928
+            environment["PYTHONPATH"] = checkout
+        command = [sys.executable, "-m", module, json.dumps(job)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.answer()  # it is ready
 
     def turn(self) -> dict[str, float]:
-        """The figures of one turn, its `seconds` among them."""
+        """Return the figures of one turn, its `seconds` among them."""
         self.process.stdin.write("turn\n")
         self.process.stdin.flush()
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """The next line that the process writes; raises UserError where it ended instead."""
+        """Return the next line that the process writes; raise UserError where it ended instead."""
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"the side {self.name} of the comparison ended with code {self.process.wait()}")
         return json.loads(line)
 
     def close(self) -> int:
-        """End the process; its peak memory in bytes."""
+        """End the process and return its peak memory in bytes."""
         self.process.stdin.close()
         peak = self.answer()["peak_bytes"]
         self.process.wait()
         return peak
 
 
-def compare(
-    ours: dict[str, Any], peer: dict[str, Any] | None, pairs: int, unit: str, per_turn: int
-) -> dict[str, Any]:
+def compare(ours: dict[str, Any], peer: str | None, pairs: int, unit: str, per_turn: int) -> dict[str, Any]:
     """Let both sides work in turn.
 
     Args:
-        ours, peer: jobs; None for no peer.
+        ours: our job.
+        peer: the other side's name, or the path of another checkout of this project; None for no other side.
         pairs: turns of each side that count; one more goes before, uncounted.
-        unit: what a turn makes, such as tokens.
+        unit: what a turn makes, such as "tokens".
         per_turn: how many of them.
 
     Returns:
         medians by side, in units a second, with peak memory in bytes; and of the pairs, ours / peer: every ratio,
         their median, lowest and highest.
     """
-    sides = [Side(job) for job in (ours, peer) if job is not None]
+    sides = [Side(ours)]
+    if peer is not None:
+        sides.append(Side(ours, checkout=peer) if is_checkout(peer) else Side({**ours, "side": peer}))
     for side in sides:
         side.turn()
     rates = [[per_turn / side.turn()["seconds"] for side in sides] for _ in range(pairs)]
@@ -79,8 +89,13 @@ def compare(
     return found
 
 
+def is_checkout(peer: str) -> bool:
+    """Return whether a peer is the path of a checkout of this project."""
+    return Path(peer, "gptjax").is_dir()
+
+
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with."""
+    """Return what the figures were measured on, and with."""
     versions = {}
     for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
         try:
@@ -99,12 +114,12 @@ def _cpu_model() -> str:
 
 
 def machine_line(m: dict[str, Any]) -> str:
-    """`machine`, for people."""
+    """Return `machine` as one line of text."""
     return f"{m['cpu']}, {m['cores']} cores, " + ", ".join(f"{k} {v}" for k, v in m["versions"].items())
 
 
 def show(title: str, found: dict[str, Any], sides: Sequence[str]) -> str:
-    """The result of `compare`, for people."""
+    """Return the result of `compare` as text."""
     lines = [title, machine_line(found["machine"])]
     for side in sides:
         row = found[side]
