@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import sys
+import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,11 @@ from etils import epath
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.commandline import split_words
-from gptjax.config import Config, RopeScaling
+from gptjax.config import Config, RopeScaling, free_keys
+from gptjax.configversions import FORMAT, NOW_SECTIONS, RENAMED, current_key, upgrade
 from gptjax.errors import UserError, nearest
 from gptjax.paths import user_path
 from gptjax.presets import PRESETS
-
-# What may differ between the runs that share a directory: it changes how a run is carried out, or how long,
-# and never which model comes out of a given step.
-FREE_ON_RESUME = (
-    *("workdir", "profile", "mesh", "distributed", "log", "checkpoint", "init_from", "train.total_steps"),
-    *("train.log_interval_steps", "train.eval_interval_steps", "train.eval_sequences", "data.cache_dir"),
-    *("data.prefetch_batches", "data.workers", "data.change_mixture", "model.scan_layers", "model.preset"),
-    *("model.attention", "model.remat", "model.remat_names"),
-)
-
 
 # Keys that name a path: `~` is a home directory in them, and elsewhere YAML's null.
 PATHS = ("workdir", "init_from", "data.path", "data.tokenizer", "data.cache_dir")
@@ -46,15 +38,19 @@ def load_config(args: list[str]) -> Config:
     if len(line.positionals) != 1:
         found = f"not {' and '.join(map(repr, line.positionals))}" if line.positionals else "and there is none"
         raise UserError(f"give one config file, such as configs/quickstart.yaml, {found}; --help lists every key")
-    options = [(key, user_path(value) if key in PATHS else value) for key, value in line.options]
+    options = [(_current(key, value), user_path(value) if key in PATHS else value) for key, value in line.options]
     file = user_path(line.positionals[0])
     values = _where_it_lies(read_yaml(file), file)
     # A preset of the command line must be there before the values that override it.
     presets = [value for key, value in options if key == "model.preset"]
     if presets:
         values["model"] = {**(values.get("model") or {}), "preset": presets[-1]}
+    values = _fill(values)
+    for key, value in (pair for pair in options if _in_optional_section(pair[0])):
+        _put_option(values, key, value)
+    options = [pair for pair in options if not _in_optional_section(pair[0])]
     words = line._replace(options=options, positionals=["-"]).words
-    config = _parse(parser, lambda: parser.parse_args(words, namespace=parser.parse_object(_fill(values))))
+    config = _parse(parser, lambda: parser.parse_args(words, namespace=parser.parse_object(values)))
     if config.workdir:
         return config
     return dataclasses.replace(config, workdir=os.path.join("runs", Path(file).stem))
@@ -122,7 +118,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def config_to_yaml(config: Config) -> str:
     """Every value of the config, as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump({"format": FORMAT, **_plain(dataclasses.asdict(config))}, sort_keys=False)
 
 
 # Where the data and the tokenizer lie; a checkpoint knows by its hashes whether they are the same.
@@ -130,7 +126,7 @@ PLACES = ("data.path", "data.tokenizer")
 
 
 def differing_keys(a: Config, b: Config, hashed: bool = False) -> dict[str, tuple[Any, Any]]:
-    """The keys, but for FREE_ON_RESUME, in which two configs differ, each with both values.
+    """Return the keys in which two configs differ and may not on resume, each with both values.
 
     The mixture is free where `b` asks for it.
 
@@ -138,7 +134,7 @@ def differing_keys(a: Config, b: Config, hashed: bool = False) -> dict[str, tupl
         hashed: whether a checkpoint's hashes are compared, too, so that data may lie elsewhere.
     """
     left, right = (_flatten(_plain(dataclasses.asdict(c))) for c in (a, b))
-    free = (*FREE_ON_RESUME, *(("data.mixture",) if b.data.change_mixture else ()))
+    free = (*free_keys(Config), *(("data.mixture",) if b.data.change_mixture else ()))
     if hashed:
         free = (*free, *PLACES)
         for values in (left, right):
@@ -185,44 +181,83 @@ def _with_user_paths(config: Config) -> Config:
 
 
 def _fill(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with its preset's values filled in; raises UserError for keys that no section has."""
-    for key, value in values.items():
-        _reject_unknown(key, _KEYS)
-        if key in _SECTIONS:
-            if not isinstance(value, dict):
-                raise UserError(f"{key}: {value!r} must be a section of `key: value` lines")
-            for inner, given in value.items():
-                name = f"{key}.{inner}"
-                _reject_unknown(name, _KEYS)
-                if given is None and name not in _MAY_BE_NULL:
-                    raise UserError(f"{name} is empty; give a value, or leave the key out")
-                for last in given if name == "model.rope_scaling" and isinstance(given, dict) else ():
-                    _reject_unknown(f"{name}.{last}", _KEYS)
+    """Return `values` with today's keys and the preset's values filled in.
+
+    Raises:
+        UserError: a key that no section has, an empty value, or an unknown preset.
+    """
+    values = upgrade(values)
+    _check_keys(values)
     preset = values.get("model", {}).get("preset")
     if preset is None:
         return {"config_file": "-", **values}
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"model.preset {preset!r} is not known{nearest(str(preset), PRESETS)}")
-    return {"config_file": "-", **values, "model": {**PRESETS[preset], **values["model"]}}
+    return {"config_file": "-", **values, "model": _merged(PRESETS[preset], values["model"])}
 
 
-_SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING}
-_KEYS = [f.name for f in dataclasses.fields(Config)]
-_KEYS += [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
-_KEYS += [f"model.rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)]
-# The options of train.py, each with whether it is a flag.
-CONFIG_OPTIONS = dict.fromkeys(_KEYS, False) | {
-    f"{name}.{field}": True
-    for name, cls in _SECTIONS.items()
-    for field, kind in typing.get_type_hints(cls).items()
-    if kind is bool
-}
-_MAY_BE_NULL = {
-    f"{name}.{field}"
-    for name, cls in _SECTIONS.items()
-    for field, kind in typing.get_type_hints(cls).items()
-    if type(None) in typing.get_args(kind)
-}
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values in which those of `above` win."""
+    both = {
+        key: _merged(below[key], above[key]) for key in below if _is_dict(below[key]) and _is_dict(above.get(key))
+    }
+    return {**below, **above, **both}
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _check_keys(values: dict[str, Any], prefix: str = "") -> None:
+    for key, given in values.items():
+        name = f"{prefix}{key}" if prefix else key
+        _reject_unknown(name, _KEYS)
+        if given is None and name not in _MAY_BE_NULL:
+            raise UserError(f"{name} is empty; give a value, or leave the key out")
+        if name not in _SECTIONS or given is None:
+            continue
+        if not isinstance(given, dict):
+            raise UserError(f"{name}: {given!r} must be a section of `key: value` lines")
+        _check_keys(given, f"{name}.")
+
+
+def _schema(section: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield (key, type, whether it is a section) of every value of a config, those of sections included."""
+    for name, kind in typing.get_type_hints(section).items():
+        parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        sections = [part for part in parts if dataclasses.is_dataclass(part)]
+        yield prefix + name, kind, bool(sections)
+        for inner in sections:
+            yield from _schema(inner, f"{prefix}{name}.")
+
+
+_KEYS = [key for key, _, _ in _schema(Config)]
+_SECTIONS = {key for key, _, is_section in _schema(Config) if is_section}
+_MAY_BE_NULL = {key for key, kind, _ in _schema(Config) if type(None) in typing.get_args(kind)}
+# The options of train.py, old names included, each with whether it is a flag.
+CONFIG_OPTIONS = {key: kind is bool for key, kind, _ in _schema(Config)}
+CONFIG_OPTIONS |= {old: CONFIG_OPTIONS[new] for old, new in {**NOW_SECTIONS, **RENAMED}.items()}
+CONFIG_OPTIONS |= {f"model.rope_scaling.{name}": False for name in typing.get_type_hints(RopeScaling)}
+
+
+def _current(key: str, value: str) -> str:
+    """Return today's name of an option."""
+    return current_key(key, plain=not value.startswith("{"))
+
+
+def _in_optional_section(key: str) -> bool:
+    """Return whether a key lies in a section that may be null; argparse cannot change a part of one."""
+    section = key.rpartition(".")[0]
+    return section in _SECTIONS and section in _MAY_BE_NULL
+
+
+def _put_option(values: dict[str, Any], key: str, text: str) -> None:
+    """Set a value of the command line in nested values."""
+    *sections, name = key.split(".")
+    for section in sections:
+        values[section] = dict(values.get(section) or {})
+        values = values[section]
+    values[name] = yaml.load(text, _StrictLoader)
 
 
 def _reject_unknown(key: Any, known: Iterable[str]) -> None:

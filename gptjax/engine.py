@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, RunConfig
 from gptjax.nn.attention import CACHE_AXES, CacheSlots, merge_heads, split_heads
 from gptjax.nn.backends import for_mesh, for_platform
 from gptjax.nn.layers import Cache
@@ -111,14 +111,12 @@ class Engine:
         end_ids: Sequence[int] = (),
         delete: bool = False,
     ):
-        open_choices = replace(config, attention="auto", remat="none", dropout=0.0)
-        self.config = (
-            for_platform(open_choices, jax.default_backend()) if mesh is None else for_mesh(open_choices, mesh)
-        )
+        self.config, run = replace(config, dropout=0.0), RunConfig()
+        run = for_platform(run, config, jax.default_backend()) if mesh is None else for_mesh(run, config, mesh)
         self.mesh, self.n_ids = mesh, config.vocab_size if n_ids is None else n_ids
         self.end_ids = np.array(sorted(end_ids), np.int32)
         self.params = split_layers(params, delete)
-        self.graphdef = abstract_model(self.config)[0]
+        self.graphdef = abstract_model(self.config, run)[0]
         self._logits = jax.jit(self._full_logits)
         self._empty = jax.jit(self._empty_state, static_argnames=("rows", "slots"))
         self._prefill = jax.jit(self._read_prompts)

@@ -143,6 +143,7 @@ class LanguageModel:
             room = T + 1 - max(len(windows[row]) for row in running)
             n = min(CHUNK, max_new_tokens - drawn, room)
             state, tokens, logprobs = self.engine.step(state, n)
+            tokens = tokens.copy()  # what the engine returns may be the device's own memory
             for i in range(n):
                 tokens[:, i] = last = np.where(tokens[:, i] < 0, last, tokens[:, i])
             yield tokens, logprobs

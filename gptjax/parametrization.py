@@ -3,7 +3,7 @@
 A weight's role is stated where the weight is declared (`nn/layers.py:param`). Optimizer, decay, freezing and the
 rules below follow from it.
 
-A model of `model.base_width` and `model.base_layers` is the standard one, bit for bit. One m times as wide and l
+A model of the config's base_width and base_layers is the standard one, bit for bit. One m times as wide and l
 times as deep departs from it by the powers of m and l below. muP follows the width alone: for it l is 1.
 
 Sources: Yang et al. 2022 (arXiv 2203.03466), table 8, in which input and output weights may be tied; Dey et al. 2025
@@ -65,8 +65,10 @@ def role_named(name: str) -> Role:
 
 def growth(cfg: ModelConfig) -> tuple[float, float]:
     """Return m and l; 1 for what the parametrization does not follow."""
-    wide, deep = cfg.parametrization != "standard", cfg.parametrization == "completep"
-    return cfg.d_model / cfg.base_width if wide else 1.0, cfg.n_layers / cfg.base_layers if deep else 1.0
+    base = cfg.parametrization
+    m = 1.0 if base.kind == "standard" else cfg.d_model / base.base_width
+    l = cfg.n_layers / base.base_layers if base.kind == "completep" else 1.0
+    return m, l
 
 
 def factor(cfg: ModelConfig, exponents: Exponents) -> float:
@@ -88,5 +90,6 @@ def size_factors(cfg: ModelConfig, weight: dict[str, Any]) -> dict[str, float]:
 
 def attention_multiplier(cfg: ModelConfig) -> float:
     """Return the queries' factor: scores fall with the head's width, not its root (Yang et al. 2022, def. 4.1)."""
-    wide = cfg.parametrization != "standard" and cfg.base_head_dim is not None
-    return (cfg.base_head_dim / cfg.d_head) ** 0.5 if wide else 1.0
+    base = cfg.parametrization
+    wide = base.kind != "standard" and base.base_head_dim is not None
+    return (base.base_head_dim / cfg.d_head) ** 0.5 if wide else 1.0

@@ -9,16 +9,16 @@ from typing import Any
 
 _GPT2 = {"vocab_size": 50257}
 _LLAMA: dict[str, Any] = {
-    "positions": "rope",
-    "norm": "rmsnorm",
-    "mlp": "swiglu",
+    "positions": {"kind": "rope"},
+    "norm": {"kind": "rmsnorm"},
+    "mlp": {"kind": "swiglu"},
     "bias": False,
 }
 _LLAMA3 = {
     **_LLAMA,
     "vocab_size": 128256,
     "context_length": 131072,
-    "rope_theta": 500000.0,
+    "positions": {"kind": "rope", "theta": 500000.0},
     "tie_embeddings": False,
 }
 
@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 8192,
         "n_heads": 64,
         "n_kv_heads": 8,
-        "d_mlp": 28672,
+        "mlp": {"kind": "swiglu", "width": 28672},
         "vocab_size": 32000,
         "context_length": 4096,
         "tie_embeddings": False,
@@ -44,8 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 4096,
         "n_heads": 32,
         "n_kv_heads": 8,
-        "d_mlp": 14336,
-        "rope_scaling": {"factor": 8.0},
+        "mlp": {"kind": "swiglu", "width": 14336},
+        "positions": {"kind": "rope", "theta": 500000.0, "scaling": {"factor": 8.0}},
     },
     "llama-3.1-70b": {
         **_LLAMA3,
@@ -53,8 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 8192,
         "n_heads": 64,
         "n_kv_heads": 8,
-        "d_mlp": 28672,
-        "rope_scaling": {"factor": 8.0},
+        "mlp": {"kind": "swiglu", "width": 28672},
+        "positions": {"kind": "rope", "theta": 500000.0, "scaling": {"factor": 8.0}},
     },
     "llama-3.1-405b": {
         **_LLAMA3,
@@ -62,8 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 16384,
         "n_heads": 128,
         "n_kv_heads": 8,
-        "d_mlp": 53248,
-        "rope_scaling": {"factor": 8.0},
+        "mlp": {"kind": "swiglu", "width": 53248},
+        "positions": {"kind": "rope", "theta": 500000.0, "scaling": {"factor": 8.0}},
     },
     "llama-3.2-1b": {
         **_LLAMA3,
@@ -71,8 +71,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 2048,
         "n_heads": 32,
         "n_kv_heads": 8,
-        "d_mlp": 8192,
-        "rope_scaling": {"factor": 32.0},
+        "mlp": {"kind": "swiglu", "width": 8192},
+        "positions": {"kind": "rope", "theta": 500000.0, "scaling": {"factor": 32.0}},
         "tie_embeddings": True,
     },
     "smollm2-135m": {
@@ -81,10 +81,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 576,
         "n_heads": 9,
         "n_kv_heads": 3,
-        "d_mlp": 1536,
+        "mlp": {"kind": "swiglu", "width": 1536},
         "vocab_size": 49152,
         "context_length": 8192,
-        "rope_theta": 100000.0,
+        "positions": {"kind": "rope", "theta": 100000.0},
     },
 }
 

@@ -78,8 +78,8 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
         check_divides(mesh, key, size, axis)
     check_model_divides(model, mesh)
 
-    cfg = replace(cfg, model=for_mesh(cfg.model, mesh))
-    graphdef, params, metadata = abstract_model(cfg.model)
+    cfg = replace(cfg, run=for_mesh(cfg.run, cfg.model, mesh))
+    graphdef, params, metadata = abstract_model(cfg.model, cfg.run)
     frozen = frozenset(path for path, weight in metadata.items() if is_frozen(cfg.optim, weight))
     if len(frozen) == len(metadata):
         raise UserError(f"optim.freeze {list(cfg.optim.freeze)} leaves no weight to train; take a role out of it")
@@ -134,7 +134,7 @@ def make_loss(t: Trainable) -> Callable[..., tuple[jax.Array, tuple[jax.Array, j
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None = None):
         model = bind(t.graphdef, params)
-        if cfg.model.attention == "ring":
+        if cfg.run.attention == "ring":
             positions = batch.get("positions", jnp.arange(cfg.model.context_length, dtype=jnp.int32)[None])
             order = zigzag(cfg.model.context_length, t.mesh.shape["context"])
             batch = {name: x[:, order] for name, x in {**batch, "positions": positions}.items()}

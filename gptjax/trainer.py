@@ -1,6 +1,5 @@
 """The training loop: one straight loop over batches, a compiled step, and a list of hooks."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -9,7 +8,7 @@ from functools import partial
 import jax
 
 from gptjax.closing import conclude, sample_text
-from gptjax.config import Config
+from gptjax.config import Config, override
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import DONE, STOPPED, UserError
@@ -97,7 +96,7 @@ def make_hooks(
     cfg = t.cfg
     tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
     return [
-        Profile(cfg.profile_steps, os.path.join(cfg.workdir, "profile")),
+        Profile(cfg.run.profile_steps, os.path.join(cfg.workdir, "profile")),
         Measure(cfg.train.log_interval_steps, clock, tokens_per_step, mfu_per_token_rate(t), cfg.workdir),
         Evaluate(cfg.train.eval_interval_steps, clock, evaluate),
         Write(report),
@@ -116,7 +115,7 @@ def with_vocabulary(cfg: Config, corpus: Corpus) -> Config:
     size = cfg.model.vocab_size or corpus.tokenizer.vocab_size
     if size < corpus.tokenizer.vocab_size:
         raise UserError(f"model.vocab_size {size} is less than the tokenizer's {corpus.tokenizer.vocab_size}")
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+    return override(cfg, {"model.vocab_size": size})
 
 
 def mfu_per_token_rate(t: Trainable) -> float | None:

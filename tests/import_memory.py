@@ -3,6 +3,7 @@
 python tests/import_memory.py DIR [DEVICES] [--out RUN]     onto so many virtual devices, fsdp; or `convert from-hf`
 """
 
+import dataclasses
 import os
 import sys
 import threading
@@ -44,7 +45,7 @@ def main() -> None:
 
     model = open_model(directory)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
-    form = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__ if name != "rope_scaling"}
+    form = dataclasses.asdict(model.config)
     train = {"batch_sequences": 8}
     trainable = make_trainable(config_from_dict({"model": form, "train": train, "workdir": "unused"}), mesh)
     size = 4 * count_params(model.config)["total"]

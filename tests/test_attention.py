@@ -116,10 +116,10 @@ def test_cudnn_is_what_a_gpu_gets(monkeypatch):
 
 
 def test_auto_is_the_table_on_every_mesh():
-    cfg = make_config(GPT2_LIKE).model
+    cfg = make_config(GPT2_LIKE)
     cpu = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
-    assert for_mesh(cfg, cpu).attention == BACKENDS["cpu"]["attention"]
-    assert trainable_on(make_config(GPT2_LIKE), 2, context=2).cfg.model.attention == "ring"
+    assert for_mesh(cfg.run, cfg.model, cpu).attention == BACKENDS["cpu"]["attention"]
+    assert trainable_on(make_config(GPT2_LIKE), 2, context=2).cfg.run.attention == "ring"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_remat_by_name_changes_nothing(remat, scan_layers):
     tokens = np.random.default_rng(0).integers(0, 61, (2, 16))
 
     def gradient(**values):
-        cfg = make_config({**GPT2_LIKE, "scan_layers": scan_layers, **values}).model
-        graphdef, params = abstract_model(cfg)[0], init_params(cfg, jax.random.key(0))
+        cfg = make_config(GPT2_LIKE, run={"scan_layers": scan_layers, **values})
+        graphdef, params = abstract_model(cfg.model, cfg.run)[0], init_params(cfg.model, jax.random.key(0))
         return jax.jit(jax.grad(lambda p: jnp.square(bind(graphdef, p)(tokens)[0][..., 0]).mean()))(params)
 
     jax.tree.map(
@@ -158,8 +158,8 @@ def test_remat_by_name_changes_nothing(remat, scan_layers):
 
 def test_named_remat_saves_what_it_names_and_no_more(capsys):
     def saved(**values):
-        cfg = make_config({**GPT2_LIKE, "scan_layers": False, **values}).model
-        graphdef, params = abstract_model(cfg)[0], init_params(cfg, jax.random.key(0))
+        cfg = make_config(GPT2_LIKE, run={"scan_layers": False, **values})
+        graphdef, params = abstract_model(cfg.model, cfg.run)[0], init_params(cfg.model, jax.random.key(0))
         jax.ad_checkpoint.print_saved_residuals(
             lambda p: bind(graphdef, p)(np.zeros((2, 16), np.int32))[0].sum(), params
         )

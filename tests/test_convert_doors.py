@@ -77,22 +77,22 @@ def test_of_two_rope_scalings_the_older_key_counts_as_in_transformers(llama):
     both = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     edit_config(llama, **both, rope_scaling={"type": "linear", "factor": 4.0})
     model = open_model(str(llama)).config
-    assert (model.rope_scaling.kind, model.rope_scaling.factor) == ("linear", 4.0)
-    assert model.rope_theta == 10000.0
+    assert (model.positions.scaling.kind, model.positions.scaling.factor) == ("linear", 4.0)
+    assert model.positions.theta == 10000.0
 
 
 def test_the_context_of_llama3_scaling_is_found_where_transformers_finds_it(llama):
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     edit_config(llama, rope_scaling=scaling)
-    assert open_model(str(llama)).config.rope_scaling.original_context == 128  # max_position_embeddings
+    assert open_model(str(llama)).config.positions.scaling.original_context == 128  # max_position_embeddings
     edit_config(llama, rope_scaling={**scaling, "original_max_position_embeddings": 64})
-    assert open_model(str(llama)).config.rope_scaling.original_context == 64
+    assert open_model(str(llama)).config.positions.scaling.original_context == 64
     edit_config(
         llama,
         rope_scaling={**scaling, "original_max_position_embeddings": 64},
         original_max_position_embeddings=32,
     )
-    assert open_model(str(llama)).config.rope_scaling.original_context == 32
+    assert open_model(str(llama)).config.positions.scaling.original_context == 32
 
 
 CHANGES = {  # keys that would change what is computed

@@ -345,7 +345,7 @@ def test_llama3s_rope_scaling_is_read_back_from_its_divisors(hf_directory, tmp_p
     assert divisors[0] == 1 < divisors[4] < 32 == divisors[-1]
     spec = json.loads((hf_directory / "tokenizer.json").read_text())
     write_gguf(tmp_path / "model.gguf", "F16", spec, divisors)
-    assert open_model(str(tmp_path / "model.gguf")).config.rope_scaling == RopeScaling("llama3", 32.0)
+    assert open_model(str(tmp_path / "model.gguf")).config.positions.scaling == RopeScaling("llama3", 32.0)
     write_gguf(tmp_path / "other.gguf", "F16", spec, divisors * 1.01)
     with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama 3\.1's"):
         open_model(str(tmp_path / "other.gguf"))

@@ -25,9 +25,9 @@ KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN}
 
 def run(model: dict, tokens, params=None, **inputs):
     """Logits and hidden states of a model with these config values."""
-    cfg = make_config(model).model
-    params = init_params(cfg, jax.random.key(0)) if params is None else params
-    bound = bind(abstract_model(cfg)[0], params)
+    cfg = make_config(model)
+    params = init_params(cfg.model, jax.random.key(0)) if params is None else params
+    bound = bind(abstract_model(cfg.model, cfg.run)[0], params)
     hidden, kv = bound(jnp.asarray(tokens), **inputs)
     return logits(bound, hidden), kv
 
@@ -143,11 +143,12 @@ class WithAux(nnx.Module):
 
 @pytest.mark.parametrize("other", [{}, {"scan_layers": True}, {"scan_layers": True, "remat": "full"}], ids=str)
 def test_what_blocks_return_besides_is_summed_over_the_layers(other):
-    cfg, tokens = make_config({**MODERN, **other}).model, some_tokens(2, 16)
+    made, tokens = make_config(MODERN, run=other), some_tokens(2, 16)
+    cfg = made.model
     params = some_params(MODERN)
 
     def size(params, n_layers=cfg.n_layers):
-        model = bind(abstract_model(cfg)[0], params)
+        model = bind(abstract_model(cfg, made.run)[0], params)
         assert model(tokens)[1] == {}
         model.blocks = WithAux(model.blocks)
         model.cfg = dataclasses.replace(cfg, n_layers=n_layers)
@@ -158,7 +159,7 @@ def test_what_blocks_return_besides_is_summed_over_the_layers(other):
     (total, weight), (of_first, one) = size(params), size(first, 1)
     assert (weight, one) == (cfg.n_layers, 1)
     rest, layers = split_layers(params)
-    model = bind(abstract_model(cfg)[0], {**rest, "blocks": layers[0]})
+    model = bind(abstract_model(cfg, made.run)[0], {**rest, "blocks": layers[0]})
     model.blocks = WithAux(model.blocks)
     inputs = Inputs(tokens)
     apart = model.apply_blocks(model.embed_inputs(inputs), inputs, layers=layers)[2]["size"]

@@ -10,6 +10,7 @@ from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
 
 from gptjax import parametrization
 from gptjax.apps.scaling.coordinates import at_width, change_of_activations, describe
+from gptjax.config import override
 from gptjax.configfile import config_from_dict
 from gptjax.convert.weights import without_multipliers
 from gptjax.errors import UserError
@@ -171,8 +172,8 @@ def test_gradients_shrink_as_adams_eps_does():
     def spread(width, layers):
         sizes = {"d_model": width, "n_heads": width // 16, "n_layers": layers, "scan_layers": True}
         model = {**GPT2_LIKE, **sizes, "tie_embeddings": False}
-        cfg = make_config({**model, "parametrization": "completep", "base_width": 64, "base_layers": 2}).model
-        graphdef = abstract_model(cfg)[0]
+        cfg = make_config({**model, "parametrization": "completep", "base_width": 64, "base_layers": 2})
+        graphdef, cfg = abstract_model(cfg.model, cfg.run)[0], cfg.model
 
         def loss(params):
             bound = bind(graphdef, params)
@@ -217,7 +218,7 @@ def check(corpus_file, tmp_path_factory):
     narrow = change_of_activations(cfg, 5)  # the same model under every parametrization
 
     def run(name: str) -> dict:
-        named = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, parametrization=name))
+        named = override(cfg, {"model.parametrization.kind": name})
         return describe([32, 128], [narrow, change_of_activations(at_width(named, 128), 5)])
 
     return run
@@ -236,7 +237,7 @@ def test_the_coordinate_check_sees_a_wrong_exponent(check, monkeypatch):
 
 
 def test_what_the_base_lacks_is_said():
-    with pytest.raises(UserError, match=r"model.parametrization mup needs model.base_width"):
+    with pytest.raises(UserError, match=r"model.parametrization.kind mup needs model.parametrization.base_width"):
         make_config({**GPT2_LIKE, "parametrization": "mup"})
-    with pytest.raises(UserError, match=r"completep needs model.base_layers"):
+    with pytest.raises(UserError, match=r"completep needs model.parametrization.base_layers"):
         make_config({**GPT2_LIKE, "parametrization": "completep", "base_width": 16})

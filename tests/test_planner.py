@@ -19,7 +19,7 @@ from gptjax.apps.plan.chips import CHIPS, parse_topology
 from gptjax.apps.plan.hlo import Program
 from gptjax.apps.plan.report import report
 from gptjax.apps.plan.worker import read_out_of_memory
-from gptjax.config import Config
+from gptjax.config import Config, override
 from gptjax.configfile import config_from_dict, load_config
 from gptjax.step import make_train_step
 
@@ -34,7 +34,7 @@ def llama(train: dict | None = None, **mesh: int) -> Config:
 
 
 def gpt2_xl(**overrides) -> Config:
-    return planning.changed(planning.prepared(load_config([str(ROOT / "configs/gpt2_1.5b.yaml")])), overrides)
+    return override(planning.prepared(load_config([str(ROOT / "configs/gpt2_1.5b.yaml")])), overrides)
 
 
 # What compilers printed: memory_analysis() of jax 0.10.2 with libtpu 0.0.42, of the project's own step.
@@ -82,7 +82,7 @@ def test_executed_flops_are_those_that_xla_counts_in_an_unrolled_step():
     batch = {name: jax.ShapeDtypeStruct((2, 256), kind, sharding=t.batch_sharding) for name, kind in kinds.items()}
     with jax.set_mesh(t.mesh):
         counted = make_train_step(t).compiled.lower(t.state, batch).compile().cost_analysis()["flops"]
-    assert executed_flops_per_token(cfg.model, False) * 512 == pytest.approx(counted, rel=0.15)
+    assert executed_flops_per_token(cfg, False) * 512 == pytest.approx(counted, rel=0.15)
 
 
 # HLO: two small programs as the TPU compiler wrote them, without metadata (tests/hlo).
@@ -203,11 +203,11 @@ def test_out_of_memory_becomes_a_verdict_with_a_suggestion_that_fits(monkeypatch
     answer = {"out_of_memory": {"of": "temporaries", "used_bytes": 27.88 * 2**30, "limit_bytes": 15.75 * 2**30}}
     monkeypatch.setattr(planning, "has_compiler", lambda topology: True)
     monkeypatch.setattr(planning, "compile_for", lambda cfg, topology: answer)
-    cfg, topology = gpt2_xl(**{"model.remat": "none"}), parse_topology("v5e:16x16")
+    cfg, topology = gpt2_xl(**{"run.remat": "none"}), parse_topology("v5e:16x16")
     plan = planning.make_plan(cfg, topology)
     assert not plan["fits"] and plan["total_bytes"] > 28 * 2**30
     suggestion = planning.suggest(cfg, topology)
-    assert estimate(planning.changed(cfg, suggestion), topology).total_bytes < 15.75 * 2**30
+    assert estimate(override(cfg, suggestion), topology).total_bytes < 15.75 * 2**30
     assert f"--{next(iter(suggestion))}" in "\n".join(report({**plan, "config": "-", "suggestion": suggestion}))
 
 
@@ -235,7 +235,7 @@ def test_a_compiler_that_dies_leaves_an_estimate_that_says_so(monkeypatch):
 def test_all_that_a_config_may_say_of_memory_can_be_planned(key, value, kept):
     """By default `named` keeps attention's output in every layer; what lies on the host costs the chip nothing."""
     topology = parse_topology("v5e:16x16")
-    configs = gpt2_xl(), gpt2_xl(**{f"model.{key}": value})
+    configs = gpt2_xl(), gpt2_xl(**{f"run.{key}": value})
     full, other = (planning.make_plan(cfg, topology, analytic=True)["memory"]["temporaries"] for cfg in configs)
     tokens, model = 1024 * 1024 / 256, configs[0].model
     assert other - full == pytest.approx(2 * tokens * model.n_layers * model.n_heads * model.d_head * kept)
@@ -267,7 +267,7 @@ def test_the_verdict_is_the_exit_code(remat, attention, code):
         ),
         (["--topology", "v5e:4x4", "--out", "x.yaml"], "add --search"),
         (["--topology", "v5e:4x4", "--serch"], "unknown option --serch"),
-        (["--topology", "v5e:4x4", "--model.remt", "full"], "did you mean '--model.remat'"),
+        (["--topology", "v5e:4x4", "--run.remt", "full"], "did you mean '--run.remat'"),
         (["--topology", "v5e:4x4", "--data.tokenizer", "char", "--model.vocab_size", "null"], "--model.vocab_size"),
     ],
 )

@@ -16,7 +16,7 @@ FLOORS = [
     ["paths", "console"],
     ["commandline"],
     ["checks", "cpu", "environment", "figures"],
-    ["config"],
+    ["config", "configversions"],
     ["parametrization", "checksums", "configfile", "hosts", "pages", "sharding", "tokenizers", "process", "faults"],
     ["nn.attention", "nn.convolution", "nn.products", "loss", "sampling", "optim", "checkpoint", "metrics"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],

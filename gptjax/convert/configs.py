@@ -9,13 +9,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, nested_values
 from gptjax.configfile import config_from_dict
 from gptjax.convert.families import FAMILIES, ROPE_TYPES, Family
 from gptjax.convert.foreign import another_head, unknown_family
 from gptjax.errors import UserError
 
-SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "context_length", "vocab_size")
+SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
 DERIVED_WHERE_NULL = ("num_key_value_heads", "head_dim", "n_inner")  # as their classes compute it
 DEFAULT_WINDOW, DEFAULT_FULL_LAYERS = 4096, 28  # `sliding_window` and `max_window_layers`, where there are none
 
@@ -90,18 +90,18 @@ def import_config(config: Mapping[str, Any]) -> Imported:
     for ours, theirs, default in family.keys:
         if ours != "bias":
             model[ours] = _value(ours, theirs, config.get(theirs, default), default)
-    form = {"positions", "norm", "mlp", "qk_norm"} & family.form.keys()
+    form = {"positions.kind", "norm.kind", "mlp.kind", "attention.qk_norm"} & family.form.keys()
     model |= {field: family.form[field] for field in form}
     model["bias"], absent = _import_biases(family, config)
-    if family.form["qkv_bias"] is True and not model["bias"]:
-        model["qkv_bias"] = True
-    if model["positions"] == "rope":
+    if family.form["attention.qkv_bias"] is True and not model["bias"]:
+        model["attention.qkv_bias"] = True
+    if model["positions.kind"] == "rope":
         model |= _import_rope(config)
     if (window := _window(family, config, model["n_layers"])) is not None:
         # Within its window, attention with one is attention without.
         model["context_length"] = min(model["context_length"], window)
     try:
-        return Imported(config_from_dict({"model": model}).model, absent)
+        return Imported(config_from_dict({"model": nested_values(model)}).model, absent)
     except UserError as error:
         raise UserError(f"config.json: {error}") from None
 
@@ -134,7 +134,7 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
             raise UserError(f"config.json: {key} {config[key]!r} cannot be run here, only {allowed[0]!r}")
     used = {theirs for _, theirs, _ in family.keys} | neutral.keys() | family.aliases.keys() | IRRELEVANT
     used |= {*READ_ELSEWHERE, "layer_types"}
-    if family.form["positions"] == "rope":
+    if family.form["positions.kind"] == "rope":
         used |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
     if family.window is not None:
         used |= {*family.window, "max_window_layers"}
@@ -220,4 +220,4 @@ def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
     scaling = {ours: given[theirs] for ours, theirs in names.items()}
     theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling} if scaling else None}
+    return {"positions.theta": theta, "positions.scaling": {"kind": kind, **scaling} if scaling else None}

@@ -5,11 +5,10 @@ To add one: a `Family`, and a line in `FAMILIES`.
 Sources: the configuration_*.py and modeling_*.py of `transformers` for the same `model_type`.
 """
 
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, override, plain_values
 from gptjax.errors import UserError
 
 
@@ -74,19 +73,19 @@ _GPT2 = Family(
         ("n_layers", "n_layer", 12),
         ("d_model", "n_embd", 768),
         ("n_heads", "n_head", 12),
-        ("d_mlp", "n_inner", None),
+        ("mlp.width", "n_inner", None),
         ("context_length", "n_positions", 1024),
         ("vocab_size", "vocab_size", 50257),
-        ("norm_eps", "layer_norm_epsilon", 1e-5),
+        ("norm.eps", "layer_norm_epsilon", 1e-5),
         ("tie_embeddings", "tie_word_embeddings", True),
     ),
     form={
-        "positions": "learned",
-        "norm": "layernorm",
-        "mlp": "gelu",
+        "positions.kind": "learned",
+        "norm.kind": "layernorm",
+        "mlp.kind": "gelu",
         "bias": True,
-        "qkv_bias": True,
-        "qk_norm": False,
+        "attention.qkv_bias": True,
+        "attention.qk_norm": False,
         "n_kv_heads": "n_heads",
         "head_dim": "d_model / n_heads",
     },
@@ -141,20 +140,20 @@ _LLAMA = Family(
         ("n_heads", "num_attention_heads", 32),
         ("n_kv_heads", "num_key_value_heads", None),
         ("head_dim", "head_dim", None),
-        ("d_mlp", "intermediate_size", 11008),
+        ("mlp.width", "intermediate_size", 11008),
         ("context_length", "max_position_embeddings", 2048),
         ("vocab_size", "vocab_size", 32000),
-        ("norm_eps", "rms_norm_eps", 1e-6),
+        ("norm.eps", "rms_norm_eps", 1e-6),
         ("tie_embeddings", "tie_word_embeddings", False),
         ("bias", "attention_bias", False),
         ("bias", "mlp_bias", False),
     ),
     form={
-        "positions": "rope",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "qk_norm": False,
-        "qkv_bias": "bias",
+        "positions.kind": "rope",
+        "norm.kind": "rmsnorm",
+        "mlp.kind": "swiglu",
+        "attention.qk_norm": False,
+        "attention.qkv_bias": "bias",
         "d_model": "a multiple of n_heads",
     },
     demands={"hidden_act": SILUS},
@@ -211,7 +210,7 @@ FAMILIES: dict[str, Family] = {
             rms_norm_eps=1e-5,
             max_position_embeddings=4096,
         ),
-        form={**_LLAMA.form, "mlp": "relu2"},
+        form={**_LLAMA.form, "mlp.kind": "relu2"},
         demands={"hidden_act": ("relu2",)},
     ),
     "mistral": _LLAMA._replace(
@@ -235,7 +234,7 @@ FAMILIES: dict[str, Family] = {
             max_position_embeddings=32768,
             vocab_size=151936,
         ),
-        form={**_ANY_HEADS, "bias": False, "qkv_bias": True},
+        form={**_ANY_HEADS, "bias": False, "attention.qkv_bias": True},
         window=("sliding_window", "use_sliding_window"),
     ),
     "qwen3": _LLAMA._replace(
@@ -250,7 +249,7 @@ FAMILIES: dict[str, Family] = {
             vocab_size=151936,
             head_dim=128,
         ),
-        form={**_ANY_HEADS, "bias": False, "qk_norm": True},
+        form={**_ANY_HEADS, "bias": False, "attention.qk_norm": True},
         demands={"hidden_act": SILUS, "attention_bias": (False,)},
         window=("sliding_window", "use_sliding_window"),
     ),
@@ -272,10 +271,10 @@ ROPE_TYPES: dict[str, dict[str, str]] = {
 def _facts(cfg: ModelConfig) -> dict[str, Any]:
     """A model's form, in the terms of `Family.form`."""
     even_heads = cfg.d_head * cfg.n_heads == cfg.d_model
-    qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+    qkv_bias = cfg.bias if cfg.attention.qkv_bias is None else cfg.attention.qkv_bias
     return {
-        **{name: getattr(cfg, name) for name in ("positions", "norm", "mlp", "bias", "qk_norm", *NOWHERE)},
-        "qkv_bias": "bias" if qkv_bias == cfg.bias else qkv_bias,
+        **plain_values(cfg),
+        "attention.qkv_bias": "bias" if qkv_bias == cfg.bias else qkv_bias,
         "n_kv_heads": "n_heads" if cfg.kv_heads == cfg.n_heads else cfg.kv_heads,
         "head_dim": "d_model / n_heads" if even_heads else cfg.d_head,
         "d_model": "a multiple of n_heads" if cfg.d_model % cfg.n_heads == 0 else cfg.d_model,
@@ -285,10 +284,10 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
 def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
     """The fields by which a model is not of a family's form, with both values for people."""
     facts, form = _facts(cfg), {**family.form, **NOWHERE}
-    if facts["qkv_bias"] == "bias" and family.form["qkv_bias"] != "bias":
-        facts["qkv_bias"] = cfg.bias
+    if facts["attention.qkv_bias"] == "bias" and family.form["attention.qkv_bias"] != "bias":
+        facts["attention.qkv_bias"] = cfg.bias
     # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.
-    spare = {"bias", "qkv_bias"} if family.form.get("bias") is True else set()
+    spare = {"bias", "attention.qkv_bias"} if family.form.get("bias") is True else set()
     return {
         field: f"model.{field} {_in_yaml(facts[field])} where {family.title} has {_in_yaml(wanted)}"
         for field, wanted in form.items()
@@ -320,19 +319,20 @@ def family_for(cfg: ModelConfig, origin: str | None = None) -> str:
 def exported_form(cfg: ModelConfig, kind: str) -> ModelConfig:
     """The same model with every tensor of the family: norms with weights, and biases where the family has them."""
     form = FAMILIES[kind].form
-    biases = {"bias": True, "qkv_bias": None} if form.get("bias") is True else {}
-    return dataclasses.replace(cfg, norm_weights=True, **biases)
+    biases = {"bias": True, "attention.qkv_bias": None} if form.get("bias") is True else {}
+    return override(cfg, {"norm.weights": True, **biases})
 
 
 def export_config(cfg: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
     """The config.json of a model; `transformers` 4 and 5 read it to the same model."""
     family = FAMILIES[kind]
-    resolved = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "d_mlp": cfg.mlp_width}
-    values = {theirs: resolved.get(ours, getattr(cfg, ours)) for ours, theirs, _ in family.keys}
+    resolved = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "mlp.width": cfg.mlp_width}
+    ours_values = plain_values(cfg) | resolved
+    values = {theirs: ours_values[ours] for ours, theirs, _ in family.keys}
     values |= {key: allowed[0] for key, allowed in family.demands.items()}
-    if cfg.positions == "rope":
-        scaling = cfg.rope_scaling
-        values["rope_theta"] = cfg.rope_theta
+    if cfg.positions.kind == "rope":
+        scaling = cfg.positions.scaling
+        values["rope_theta"] = cfg.positions.theta
         values["rope_scaling"] = scaling and {
             "rope_type": scaling.kind,
             **{theirs: getattr(scaling, ours) for ours, theirs in ROPE_TYPES[scaling.kind].items()},

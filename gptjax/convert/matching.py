@@ -143,7 +143,7 @@ def _about_shapes(family: Family, wrong: list[str], found: Mapping[str, Any], wa
     told = [f"{name} {found[name]} instead of {wanted[name]}" for name in wrong]
     first = re.sub(r"\.\d+\.", ".{}.", wrong[0])
     dims = next(tensor.dims for tensor in family.tensors.values() if tensor.name == first)
-    of_letter = {"V": "vocab_size", "D": "d_model", "N": "d_model", "F": "d_mlp", "T": "context_length"}
+    of_letter = {"V": "vocab_size", "D": "d_model", "N": "d_model", "F": "mlp.width", "T": "context_length"}
     of_letter |= {"H": "n_heads", "G": "n_kv_heads", "K": "head_dim"}
     fields = {of_letter[letter] for letter in dims if letter in of_letter}
     keys = ", ".join(theirs for ours, theirs, _ in family.keys if ours in fields)

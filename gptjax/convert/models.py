@@ -1,7 +1,6 @@
 """A model from wherever it lies: a run, a Hugging Face directory or id, a GGUF file. Weights are read last, onto the
 shardings that the caller names."""
 
-import dataclasses
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints, read_newest
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax.config import MeshConfig, ModelConfig, override, plain_values
 from gptjax.configfile import config_from_dict
 from gptjax.convert.configs import family_of, import_config
 from gptjax.convert.families import FAMILIES
@@ -106,7 +105,7 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
     model = open_model(path_or_id)
-    config = model.config if dtype is None else dataclasses.replace(model.config, dtype=dtype)
+    config = model.config if dtype is None else override(model.config, {"dtype": dtype})
     devices = None if mesh is None else _generation_mesh(config, mesh)
     params = model.read(on_first_device(config) if devices is None else on_mesh(config, devices))
     if dtype == "bfloat16":
@@ -214,9 +213,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # Fields in which a model may differ from the one it starts from: they change how it is run or trained.
-FREE = ("preset", "init", "dropout", "dtype", "attention", "remat", "remat_names", "scan_layers")
+FREE = ("preset", "init", "dropout", "dtype")
 # These change what it computes, as those who stretch a context or cap the logits want it: a note says so.
-NOTED = ("rope_theta", "rope_scaling", "logit_softcap")
+NOTED = ("positions.theta", "positions.scaling", "logit_softcap")
 
 
 def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) -> Model:
@@ -229,7 +228,7 @@ def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) ->
     given, now = (_resolved(cfg) for cfg in (model.config, wanted))
     differing = {field for field in given if given[field] != now[field]} - {*FREE, "context_length", "vocab_multiple"}
     fewer = now["context_length"] < given["context_length"] and not model.is_run
-    if wanted.positions == "learned" and given["context_length"] != now["context_length"] and not fewer:
+    if wanted.positions.kind == "learned" and given["context_length"] != now["context_length"] and not fewer:
         differing.add("context_length")
     if given["vocab_multiple"] != now["vocab_multiple"] and model.is_run:
         differing.add("vocab_multiple")
@@ -248,9 +247,9 @@ def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) ->
 
 
 def _resolved(cfg: ModelConfig) -> dict[str, Any]:
-    bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-    derived = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "d_mlp": cfg.mlp_width, "qkv_bias": bias}
-    return dataclasses.asdict(cfg) | derived
+    bias = cfg.bias if cfg.attention.qkv_bias is None else cfg.attention.qkv_bias
+    derived = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "mlp.width": cfg.mlp_width}
+    return plain_values(cfg) | derived | {"attention.qkv_bias": bias}
 
 
 def _tokenizer_of(model: Model) -> str:

@@ -167,15 +167,15 @@ def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
     """The weights of the standard model that computes the same: the parametrization's multipliers taken into them."""
-    queries = r"/query_norm/" if cfg.qk_norm else r"/query(_bias)?$"
+    queries = r"/query_norm/" if cfg.attention.qk_norm else r"/query(_bias)?$"
     multiplied = {
         r"^final_norm/": factor(cfg, MULTIPLIERS["output"]),
         r"^blocks/(attention/out|mlp/down)(_bias)?$": factor(cfg, MULTIPLIERS["residual"]),
         queries: attention_multiplier(cfg),
     }
-    if not cfg.norm_weights:  # what has no scale is given one, to carry the multiplier
+    if not cfg.norm.weights:  # what has no scale is given one, to carry the multiplier
         attention = params["blocks"]["attention"]
-        if cfg.qk_norm:
+        if cfg.attention.qk_norm:
             attention = {**attention, "query_norm": {"scale": jnp.ones((cfg.n_layers, cfg.d_head))}}
         blocks = {**params["blocks"], "attention": attention}
         params = {**params, "blocks": blocks, "final_norm": {"scale": jnp.ones(cfg.d_model)}}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, RunConfig
 from gptjax.errors import UserError
 from gptjax.nn.attention import Kernel, cached_attention, reference_attention
 from gptjax.nn.blocked import blocked_attention
@@ -17,7 +17,7 @@ from gptjax.nn.kernels import dot_product_attention, splash_attention
 from gptjax.nn.ring import ring_attention, ring_convolution
 from gptjax.sharding import check_divides
 
-# model.attention -> kernel; "cached" is what decoding uses, whatever the config says.
+# run.attention -> kernel; "cached" is what decoding uses, whatever the config says.
 ATTENTIONS: dict[str, Kernel] = {
     "auto": reference_attention,  # until `for_mesh` or `for_platform` chooses
     "reference": reference_attention,
@@ -45,19 +45,19 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 
 
-def for_platform(cfg: ModelConfig, platform: str) -> ModelConfig:
-    """Return the config with what `auto` and null leave open chosen for devices of a platform (BACKENDS)."""
-    chosen, attention = BACKENDS[platform], cfg.attention
+def for_platform(run: RunConfig, cfg: ModelConfig, platform: str) -> RunConfig:
+    """Return the run's config with what `auto` and null leave open chosen for devices of a platform (BACKENDS)."""
+    chosen, attention = BACKENDS[platform], run.attention
     if attention == "auto":
         attention = chosen["attention"]
         if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
             attention = "xla"  # the fused kernel does not compute these
-    scan_layers = chosen["scan_layers"] if cfg.scan_layers is None else cfg.scan_layers
-    return replace(cfg, attention=attention, scan_layers=scan_layers)
+    scan_layers = chosen["scan_layers"] if run.scan_layers is None else run.scan_layers
+    return replace(run, attention=attention, scan_layers=scan_layers)
 
 
-def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
-    """Return the config with what `auto` and null leave open chosen for a mesh's devices.
+def for_mesh(run: RunConfig, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
+    """Return the run's config with what `auto` and null leave open chosen for a mesh's devices.
 
     An abstract mesh has no devices: what needs one kind is allowed there, and `auto` is as on those that are here.
 
@@ -66,29 +66,35 @@ def for_mesh(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     parts = mesh.shape["context"]
-    if cfg.attention == "auto" and parts > 1:
-        cfg = replace(cfg, attention="ring")
-    cfg = for_platform(cfg, platform)
-    attention = cfg.attention
+    if run.attention == "auto" and parts > 1:
+        run = replace(run, attention="ring")
+    run = for_platform(run, cfg, platform)
+    attention = run.attention
     if isinstance(mesh, Mesh) and ATTENTION_NEEDS.get(attention, platform) != platform:
         raise UserError(
-            f"model.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "
+            f"run.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "
             f"{platform.upper()}s; make it auto"
         )
     if attention in ATTENTION_NEEDS and parts > 1:
-        raise UserError(f"model.attention {attention} does not cut sequences; make it ring, or mesh.context 1")
-    if attention == "ring" and cfg.context_length % (2 * parts):
+        raise UserError(f"run.attention {attention} does not cut sequences; make it ring, or mesh.context 1")
+    if attention == "ring":
+        _check_ring(cfg, parts)
+    return run
+
+
+def _check_ring(cfg: ModelConfig, parts: int) -> None:
+    """Raise UserError where a ring of so many devices cannot cut the model's sequences."""
+    if cfg.context_length % (2 * parts):
         raise UserError(
             f"model.context_length {cfg.context_length} cannot be cut into two chunks for each of mesh.context "
             f"{parts} devices; make it a multiple of {2 * parts}"
         )
     chunk = cfg.context_length // (2 * parts)
-    if attention == "ring" and cfg.conv_width is not None and cfg.conv_width - 1 > chunk:
+    if cfg.conv_width is not None and cfg.conv_width - 1 > chunk:
         raise UserError(
             f"model.conv_width {cfg.conv_width} reaches beyond one of the ring's chunks of {chunk} tokens; make it "
             f"at most {chunk + 1}, or model.context_length at least {2 * parts * (cfg.conv_width - 1)}"
         )
-    return cfg
 
 
 def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
@@ -96,13 +102,13 @@ def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     for key, size, axis in (
         ("model.n_heads", cfg.n_heads, "heads"),
         ("model.n_kv_heads", cfg.kv_heads, "kv_heads"),
-        ("model.d_mlp", cfg.mlp_width, "mlp"),
+        ("model.mlp.width", cfg.mlp_width, "mlp"),
         ("model.d_model", cfg.d_model, "embed"),
         ("model.vocab_multiple", cfg.padded_vocab, "vocab"),
     ):
         check_divides(mesh, key, size, axis)
 
 
-def scans_layers(cfg: ModelConfig) -> bool:
+def scans_layers(run: RunConfig) -> bool:
     """Return whether one block is compiled and looped over; null means everywhere but on a CPU."""
-    return jax.default_backend() != "cpu" if cfg.scan_layers is None else cfg.scan_layers
+    return jax.default_backend() != "cpu" if run.scan_layers is None else run.scan_layers

@@ -195,9 +195,9 @@ class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
 
     def __init__(self, cfg: ModelConfig, width: int, rngs: nnx.Rngs, kind: str | None = None):
-        self.kind, self.eps, self.dtype = kind or cfg.norm, cfg.norm_eps, cfg.dtype
-        self.scale = param(rngs, (width,), ("norm",), "norm", fill=1.0) if cfg.norm_weights else None
-        shifted = cfg.norm_weights and cfg.bias and self.kind == "layernorm"
+        self.kind, self.eps, self.dtype = kind or cfg.norm.kind, cfg.norm.eps, cfg.dtype
+        self.scale = param(rngs, (width,), ("norm",), "norm", fill=1.0) if cfg.norm.weights else None
+        shifted = cfg.norm.weights and cfg.bias and self.kind == "layernorm"
         self.bias = param_if(shifted, rngs, (width,), ("norm",), "bias")
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -223,13 +223,13 @@ class Attention(nnx.Module):
         self.out = param(
             rngs, (H, K, D), ("heads", "head_dim", "embed"), "matrix", init_std(cfg, "residual", H * K), n_in=2
         )
-        qkv_bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+        qkv_bias = cfg.bias if cfg.attention.qkv_bias is None else cfg.attention.qkv_bias
         self.query_bias = param_if(qkv_bias, rngs, (H, K), ("heads", "head_dim"), "bias")
         self.key_bias = param_if(qkv_bias, rngs, (G, K), ("kv_heads", "head_dim"), "bias")
         self.value_bias = param_if(qkv_bias, rngs, (G, K), ("kv_heads", "head_dim"), "bias")
         self.out_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
-        self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
-        self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.qk_norm else None
+        self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.attention.qk_norm else None
+        self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.attention.qk_norm else None
 
     def __call__(self, x: jax.Array, ctx: Context, kv: KeysValues | None) -> tuple[jax.Array, KeysValues]:
         """Map x [B, T, D] to the same shape.
@@ -276,12 +276,12 @@ class MLP(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.mlp_width
         std = init_std(cfg, "matrix", D)
-        self.kind, self.dtype = cfg.mlp, cfg.dtype
+        self.kind, self.dtype = cfg.mlp.kind, cfg.dtype
         self.up = param(rngs, (D, F), ("embed", "mlp"), "matrix", std)
-        self.gate = param(rngs, (D, F), ("embed", "mlp"), "matrix", std) if cfg.mlp == "swiglu" else None
+        self.gate = param(rngs, (D, F), ("embed", "mlp"), "matrix", std) if cfg.mlp.kind == "swiglu" else None
         self.down = param(rngs, (F, D), ("mlp", "embed"), "matrix", init_std(cfg, "residual", F))
         self.up_bias = param_if(cfg.bias, rngs, (F,), ("mlp",), "bias")
-        self.gate_bias = param_if(cfg.bias and cfg.mlp == "swiglu", rngs, (F,), ("mlp",), "bias")
+        self.gate_bias = param_if(cfg.bias and cfg.mlp.kind == "swiglu", rngs, (F,), ("mlp",), "bias")
         self.down_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:

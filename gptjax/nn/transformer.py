@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, RunConfig
 from gptjax.nn.attention import CacheSlots
 from gptjax.nn.backends import ATTENTIONS, make_convolution, scans_layers
 from gptjax.nn.layers import (
@@ -38,7 +38,7 @@ from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
 
-# model.remat -> (model.remat_names -> what of a block is kept for the backward pass).
+# run.remat -> (run.remat_names -> what of a block is kept for the backward pass).
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "dots": lambda names: jax.checkpoint_policies.save_only_these_names("dot"),
     "full": lambda names: jax.checkpoint_policies.nothing_saveable,
@@ -79,11 +79,11 @@ class Inputs(NamedTuple):
 class Transformer(nnx.Module):
     """A decoder-only transformer with pre-normalisation (Radford et al. 2019)."""
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, run: RunConfig | None = None):
         V, D = cfg.padded_vocab, cfg.d_model
-        self.cfg = cfg
+        self.cfg, self.run = cfg, run or RunConfig()
         self.embed = param(rngs, (V, D), ("vocab", "embed"), "embed", init_std(cfg, "embed"))
-        learned, T = cfg.positions == "learned", cfg.context_length
+        learned, T = cfg.positions.kind == "learned", cfg.context_length
         std = init_std(cfg, "position")
         self.positions = param(rngs, (T, D), ("position", "embed"), "position", std) if learned else None
         self.blocks = stack_layers(lambda rngs: Block(cfg, rngs), cfg.n_layers, rngs)
@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
             x; the cache of these positions, or the given one with them in it; and the blocks' auxiliary values,
             summed over the layers.
         """
-        cfg, ctx = self.cfg, self._context(inputs, cached=cache is not None)
+        run, ctx = self.run, self._context(inputs, cached=cache is not None)
         structure, state = nnx.split(self.blocks)
 
         def apply_block(x, layer):
@@ -152,14 +152,14 @@ class Transformer(nnx.Module):
             x, cache, aux = block(x, ctx._replace(dropout_key=key), cache)
             return x, (cache, aux)
 
-        if cfg.remat != "none":
+        if run.remat != "none":
             # Without a loop between them, the compiler would merge the second computation into the first.
-            policy = REMAT_POLICIES[cfg.remat](cfg.remat_names)
-            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=not scans_layers(cfg))
+            policy = REMAT_POLICIES[run.remat](run.remat_names)
+            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=not scans_layers(run))
         x = constrain(x, *STREAM)
         if layers is None:
-            unroll = 1 if scans_layers(cfg) else cfg.n_layers
-            stacked = (nnx.to_pure_dict(state), jnp.arange(cfg.n_layers), cache)
+            unroll = 1 if scans_layers(run) else self.cfg.n_layers
+            stacked = (nnx.to_pure_dict(state), jnp.arange(self.cfg.n_layers), cache)
             x, (cache, aux) = jax.lax.scan(apply_block, x, stacked, unroll=unroll)
             return x, cache, jax.tree.map(lambda values: values.sum(axis=0), aux)
         caches, aux_of_layers = [], []
@@ -177,10 +177,10 @@ class Transformer(nnx.Module):
     def _context(self, inputs: Inputs, cached: bool) -> Context:
         cfg, positions = self.cfg, inputs.row_positions
         rotation = None
-        if cfg.positions == "rope":
-            rotation = rotary_angles(positions, cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
-        kernel = ATTENTIONS["cached" if cached else cfg.attention]
-        convolve = make_convolution(cfg.attention, positions)
+        if cfg.positions.kind == "rope":
+            rotation = rotary_angles(positions, cfg.d_head, cfg.positions.theta, cfg.positions.scaling)
+        kernel = ATTENTIONS["cached" if cached else self.run.attention]
+        convolve = make_convolution(self.run.attention, positions)
         return Context(kernel, convolve, rotation, positions, inputs.segments, inputs.slots, inputs.dropout_key)
 
     def head_matrix(self) -> jax.Array:
@@ -188,8 +188,13 @@ class Transformer(nnx.Module):
         return self.embed[...].T if self.head is None else self.head[...]
 
 
-def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[str, ...], dict[str, Any]]]:
+def abstract_model(
+    cfg: ModelConfig, run: RunConfig | None = None
+) -> tuple[nnx.GraphDef, Params, dict[tuple[str, ...], dict[str, Any]]]:
     """Return the model without its values: structure, shapes, and each weight's metadata.
+
+    Args:
+        run: how the model is computed; None for the defaults.
 
     Returns:
         graphdef: static, hashable.
@@ -197,7 +202,7 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, dict[tuple[s
         metadata: by path; `axes`, `role`, `n_in` and `n_stacked` as `param` was given them (the axis "layers" is
             the first in blocks); `factors` are what the model's size makes of rate, decay and eps.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0))), nnx.Param)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), run)), nnx.Param)
     metadata = {}
     for path, variable in nnx.to_flat_state(state):
         weight = {name: variable.get_metadata()[name] for name in ("axes", "role", "n_in", "n_stacked")}

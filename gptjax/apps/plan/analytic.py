@@ -173,32 +173,32 @@ def estimate(
     axes = resolve_mesh(cfg, topology)
     if fused_attention is None:
         auto = BACKENDS[topology.chip.kind]["attention"]
-        fused_attention = (auto if cfg.model.attention == "auto" else cfg.model.attention) in FUSED
+        fused_attention = (auto if cfg.run.attention == "auto" else cfg.run.attention) in FUSED
     held = held or held_bytes(cfg, axes, topology.chip.kind == "tpu")
     tokens = cfg.train.batch_sequences * cfg.model.context_length
     collectives, dcn = _communication(cfg, axes, topology)
     return Costs(
         memory=_memory(cfg, held, axes, fused_attention),
         model_flops=tokens * model_flops_per_token(cfg.model),
-        executed_flops=tokens * executed_flops_per_token(cfg.model, fused_attention) / topology.n_chips,
+        executed_flops=tokens * executed_flops_per_token(cfg, fused_attention) / topology.n_chips,
         hbm_bytes=_hbm_bytes(cfg, axes, fused_attention),
         collectives=collectives,
         dcn_bytes=dcn,
     )
 
 
-def executed_flops_per_token(cfg: ModelConfig, fused_attention: bool) -> float:
+def executed_flops_per_token(cfg: Config, fused_attention: bool) -> float:
     """FLOPs of forward, backward and what remat computes again, with the vocabulary's padding.
 
     Attention: two matmuls forward and four backward, over the whole square. A fused kernel computes the scores again
     in its backward (five matmuls) and leaves the masked half out.
     """
-    blocks = weight_counts(cfg)["blocks"]
-    square = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * cfg.context_length  # one matmul of the scores' size
+    m, blocks = cfg.model, weight_counts(cfg.model)["blocks"]
+    square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
     share = 0.5 if fused_attention else 1.0
-    again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.remat, (2 * blocks, 2))  # named and offload spare some of full's
+    again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.run.remat, (2 * blocks, 2))  # named, offload: less
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
-    return 6 * (blocks + cfg.d_model * cfg.padded_vocab) + again[0] + matmuls * share * square
+    return 6 * (blocks + m.d_model * m.padded_vocab) + again[0] + matmuls * share * square
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
@@ -215,14 +215,14 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     stream = s.tokens * D * s.width
     kept = stream  # what a layer keeps for the backward pass
     qkv, hidden = s.tokens * (H + 2 * G) * m.d_head * s.width, s.tokens * F * s.width
-    n_hidden = 3 if m.mlp == "swiglu" else 2
+    n_hidden = 3 if m.mlp.kind == "swiglu" else 2
     streams = (8 if m.conv_width else 6) * stream  # norms, what convolutions make of them, sums
-    if m.remat == "dots":
+    if cfg.run.remat == "dots":
         kept += qkv + hidden * (n_hidden - 1) + 2 * stream
-    elif m.remat == "named":
+    elif cfg.run.remat == "named":
         parts = {"block_input": 0, "qkv": qkv, "attention": s.tokens * H * m.d_head * s.width, "mlp": hidden}
-        kept += sum(parts[name] for name in m.remat_names)
-    elif m.remat == "none":
+        kept += sum(parts[name] for name in cfg.run.remat_names)
+    elif cfg.run.remat == "none":
         kept += 2 * qkv + hidden * (n_hidden + 1) + streams + scores * (F32 + BF16 + 1)
     # In the backward pass of one layer: scores and their gradient, and the activations that were computed again.
     layer = scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full / F32 * s.width
@@ -246,8 +246,8 @@ def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
     m, s = cfg.model, _shape(cfg, axes)
     H, G, F = m.n_heads / s.tensor, m.kv_heads / s.tensor, m.mlp_width / s.tensor
     counts = weight_counts(m)
-    passes = 3 + {"none": 0, "dots": 0.5}.get(m.remat, 1)
-    arrays = 8 * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + (6 if m.mlp == "swiglu" else 4) * F
+    passes = 3 + {"none": 0, "dots": 0.5}.get(cfg.run.remat, 1)
+    arrays = 8 * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + (6 if m.mlp.kind == "swiglu" else 4) * F
     scores = 0 if fused else 3 * F32 * s.sequences * H * m.context_length**2 / axes["context"]
     weights = 3 * s.width * counts["blocks"] / m.n_layers / s.tensor
     layer = s.tokens * arrays * s.width + scores + weights
@@ -266,7 +266,7 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     n_tables = 1 if m.tie_embeddings else 2
     stream = s.tokens * m.d_model * s.width
     # The block's two sums forward and two backward; full remat needs the first of them again.
-    sums = m.n_layers * (5 if m.remat == "full" else 4) + 2
+    sums = m.n_layers * (5 if cfg.run.remat == "full" else 4) + 2
     head_grad = vocab / s.width * F32 * cfg.train.loss_chunks
     batch_parts = axes["data"] * axes["fsdp"]
     made = {

@@ -47,10 +47,11 @@ PUBLISHED = [
 def config_of(row: Published) -> Config:
     """The published run as a config of this project."""
     n_chips = parse_topology(row.topology).n_chips
-    model = {"preset": row.preset, "context_length": row.context_length, "dtype": "bfloat16", "remat": row.remat}
+    model = {"preset": row.preset, "context_length": row.context_length, "dtype": "bfloat16"}
     mesh = {"data": 1, "fsdp": n_chips // row.tensor, "tensor": row.tensor}
     train = {"batch_sequences": row.sequences_per_chip * n_chips, "loss_chunks": 1}
-    return config_from_dict({"model": {**model, "rope_scaling": None}, "mesh": mesh, "train": train, "workdir": "-"})
+    values = {"model": {**model, "positions": {"scaling": None}}, "run": {"remat": row.remat}}
+    return config_from_dict({**values, "mesh": mesh, "train": train, "workdir": "-"})
 
 
 def roofline_of(cfg: Config, topology: Topology, costs: Costs) -> Roofline:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from gptjax.config import Config
+from gptjax.config import Config, override
 from gptjax.configfile import load_config, read_yaml
 from gptjax.errors import DOES_NOT_FIT, UserError
 from gptjax.paths import UserPath, writing
@@ -63,7 +63,7 @@ def plan(
     if search:
         overrides, made, tried = planning.search(cfg, chips, analytic)
         made["overrides"] = overrides
-        cfg = planning.changed(cfg, overrides)
+        cfg = override(cfg, overrides)
     else:
         made = planning.make_plan(cfg, chips, analytic)
         made["suggestion"] = None if made["fits"] else planning.suggest(cfg, chips)

@@ -1,6 +1,5 @@
 """A plan: a config on a topology, with its costs from the compiler or by arithmetic, and the verdict."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from gptjax.apps.plan.chips import Topology
 from gptjax.apps.plan.compiler import compile_for, has_compiler
 from gptjax.apps.plan.roofline import roofline
 from gptjax.checks import divisors
-from gptjax.config import Config
+from gptjax.config import Config, override
 from gptjax.errors import UserError
 
 # Ids of the tokenizers that need no file.
@@ -29,8 +28,8 @@ def prepared(cfg: Config) -> Config:
         raise UserError(
             f"data.tokenizer {cfg.data.tokenizer!r} says nothing of the vocabulary's size; give --model.vocab_size"
         )
-    scan = True if cfg.model.scan_layers is None else cfg.model.scan_layers
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size, scan_layers=scan))
+    scan = True if cfg.run.scan_layers is None else cfg.run.scan_layers
+    return override(cfg, {"model.vocab_size": size, "run.scan_layers": scan})
 
 
 def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[s
         "mesh": resolve_mesh(cfg, topology),
         "method": method,
         "note": note,
-        "remat": cfg.model.remat,
+        "remat": cfg.run.remat,
         "microbatches": cfg.train.microbatches,
         "batch_sequences": cfg.train.batch_sequences,
         "tokens_per_step": tokens,
@@ -145,27 +144,19 @@ def summed(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(sums.values(), key=lambda row: -row["wire_bytes"])
 
 
-def changed(cfg: Config, overrides: dict[str, Any]) -> Config:
-    """The config with `section.key` values replaced."""
-    for name, value in overrides.items():
-        section, key = name.split(".")
-        cfg = dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **{key: value})})
-    return cfg
-
-
 def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
     """The smallest change of the config that fits by arithmetic, a tenth of the memory left free; None: none does."""
     axes, limit = resolve_mesh(cfg, topology), 0.9 * topology.chip.hbm_bytes
     whole = {"mesh.data": topology.num_slices, "mesh.fsdp": topology.n_chips // topology.num_slices // axes["tensor"]}
     per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"])
-    remats = [{}] if cfg.model.remat == "full" else [{}, {"model.remat": "full"}]
+    remats = [{}] if cfg.run.remat == "full" else [{}, {"run.remat": "full"}]
     parts = [2**k for k in range(int(math.log2(max(per_step, 1))) + 1) if per_step % 2**k == 0]
     for mesh in ({}, whole if axes["context"] == 1 else {}):
         for remat in remats:
             for count in parts:
                 overrides = {**mesh, **remat, **({"train.microbatches": count} if count > 1 else {})}
                 try:
-                    if overrides and estimate(changed(cfg, overrides), topology).total_bytes <= limit:
+                    if overrides and estimate(override(cfg, overrides), topology).total_bytes <= limit:
                         return overrides
                 except UserError:
                     continue
@@ -192,15 +183,15 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
     found = []
     for mesh in meshes_to_try(topology, resolve_mesh(cfg, topology)["context"]):
         try:
-            whole = changed(cfg, {**mesh, "train.microbatches": 1})
+            whole = override(cfg, {**mesh, "train.microbatches": 1})
             held = held_bytes(whole, resolve_mesh(whole, topology), topology.chip.kind == "tpu")
         except UserError:
             continue
         rows = cfg.train.batch_sequences // mesh["mesh.data"] // mesh["mesh.fsdp"]
         for remat in ("none", "dots", "full"):
             for count in (2**k for k in range(rows.bit_length()) if rows % 2**k == 0):
-                overrides = {**mesh, "model.remat": remat, "train.microbatches": count}
-                tried = changed(cfg, overrides)
+                overrides = {**mesh, "run.remat": remat, "train.microbatches": count}
+                tried = override(cfg, overrides)
                 costs = estimate(tried, topology, held=held)
                 if costs.total_bytes <= 0.95 * topology.chip.hbm_bytes:
                     line = calibration.roofline_of(tried, topology, costs)
@@ -225,7 +216,7 @@ def search(
     compiled = has_compiler(topology) and not analytic
     best = None
     for _, overrides, _ in ranked[: confirm if compiled else 1]:
-        plan = make_plan(changed(cfg, overrides), topology, analytic)
+        plan = make_plan(override(cfg, overrides), topology, analytic)
         if best is None or (plan["fits"], -plan["expected"]["step_s"]) > (
             best[1]["fits"],
             -best[1]["expected"]["step_s"],

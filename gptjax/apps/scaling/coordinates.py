@@ -8,7 +8,7 @@ import dataclasses
 import json as json_format
 from typing import Any, Literal
 
-from gptjax.config import Config
+from gptjax.config import Config, override
 from gptjax.configfile import load_config
 from gptjax.errors import UserError
 from gptjax.paths import UserPath, writing
@@ -31,7 +31,7 @@ def coord_check(
         config: a config file of train.py; its heads keep their width and grow in number, its MLP grows in proportion.
         widths: values of model.d_model, with commas between them.
         steps: at the full learning rate, all on one sequence.
-        parametrization: instead of the config's; without model.base_width the narrowest width is the base.
+        parametrization: instead of the config's; without base_width the narrowest width is the base.
         json: print one JSON object.
         out: a picture to draw, such as check.png.
     """
@@ -39,10 +39,13 @@ def coord_check(
     if len(set(values)) < 2 or min(values) < 1 or steps < 1:
         raise UserError(f"--widths {widths!r} --steps {steps}: give two widths or more, such as 64,128, and a step")
     cfg = load_config([config])
-    base = {"base_width": cfg.model.base_width or min(values), "base_layers": cfg.model.base_layers}
-    base["base_layers"] = base["base_layers"] or cfg.model.n_layers
-    name = parametrization or cfg.model.parametrization
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **base, parametrization=name))
+    given = cfg.model.parametrization
+    name = parametrization or given.kind
+    base = {
+        "base_width": given.base_width or min(values),
+        "base_layers": given.base_layers or cfg.model.n_layers,
+    }
+    cfg = override(cfg, {"model.parametrization": dataclasses.replace(given, kind=name, **base)})
     sizes = [at_width(cfg, width) for width in values]
     prepare_process()
     found = describe(values, [change_of_activations(size, steps) for size in sizes])
@@ -62,8 +65,8 @@ def at_width(cfg: Config, width: int) -> Config:
     if width * m.n_heads % m.d_model or width * m.kv_heads % m.d_model or width * m.mlp_width % m.d_model:
         raise UserError(f"--widths {width} does not hold whole heads of {m.d_head}; give multiples of it")
     heads, kv_heads, mlp = (n * width // m.d_model for n in (m.n_heads, m.kv_heads, m.mlp_width))
-    wide = {"n_heads": heads, "n_kv_heads": kv_heads, "d_mlp": mlp, "head_dim": m.d_head}
-    return dataclasses.replace(cfg, model=dataclasses.replace(m, d_model=width, **wide))
+    wide = {"d_model": width, "n_heads": heads, "n_kv_heads": kv_heads, "mlp.width": mlp, "head_dim": m.d_head}
+    return dataclasses.replace(cfg, model=override(m, wide))
 
 
 def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:

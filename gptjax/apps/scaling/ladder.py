@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 from gptjax.apps.scaling.study import Shape, Study
-from gptjax.config import CheckpointConfig, Config, ModelConfig
-from gptjax.configfile import FREE_ON_RESUME, load_config
+from gptjax.config import CheckpointConfig, Config, ModelConfig, free_keys, plain_values
+from gptjax.configfile import load_config
+from gptjax.configversions import original_key
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import UserError
 from gptjax.nn.transformer import abstract_model, count_params, flops_per_token
@@ -168,7 +169,7 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
 
 
 # What decides how a rung is carried out, and not what comes of it.
-NOT_IN_ID = {*FREE_ON_RESUME, "data.path"} - {"init_from", "train.total_steps", "train.eval_sequences"}
+NOT_IN_ID = {*free_keys(Config), "data.path"} - {"init_from", "train.total_steps", "train.eval_sequences"}
 
 
 def _rung_id(config: Config, fingerprint: str) -> str:
@@ -176,13 +177,12 @@ def _rung_id(config: Config, fingerprint: str) -> str:
 
     A value that is the default's does not enter it, so that ids outlive a new key.
     """
-    plain, usual, decides = dataclasses.asdict(config), dataclasses.asdict(Config()), {}
-    for section, value in plain.items():
-        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
-            name = f"{section}.{key}".rstrip(".")
-            default = usual[section][key] if key else usual[section]
-            if inner != default and not NOT_IN_ID & {section, name}:
-                decides[name] = inner
+    usual = plain_values(Config())
+    decides = {
+        original_key(key): value
+        for key, value in plain_values(config).items()
+        if value != usual[key] and not any(f"{key}.".startswith(f"{free}.") for free in NOT_IN_ID)
+    }
     return hashlib.sha256(f"{json.dumps(decides, sort_keys=True)}{fingerprint}".encode()).hexdigest()[:12]
 
 

@@ -1,0 +1,79 @@
+"""Every knob of a run, as frozen dataclasses with their checks. `configfile.py` reads and writes them.
+
+A config file states only what differs from the defaults. Nothing here imports JAX, because the number of virtual CPU
+devices must be fixed before JAX starts.
+"""
+
+from dataclasses import dataclass, field
+
+from gptjax.checks import check
+from gptjax.config.data import DataConfig, MixtureSource
+from gptjax.config.model import (
+    AttentionConfig,
+    MlpConfig,
+    ModelConfig,
+    NormConfig,
+    ParametrizationConfig,
+    PositionsConfig,
+    RopeScaling,
+)
+from gptjax.config.overrides import nested_values, override, plain_values
+from gptjax.config.resume import FREE, free_keys
+from gptjax.config.run import CheckpointConfig, DistributedConfig, LogConfig, MeshConfig, RunConfig
+from gptjax.config.training import OptimConfig, TrainConfig
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "LogConfig",
+    "MeshConfig",
+    "MixtureSource",
+    "MlpConfig",
+    "ModelConfig",
+    "NormConfig",
+    "OptimConfig",
+    "ParametrizationConfig",
+    "PositionsConfig",
+    "RopeScaling",
+    "RunConfig",
+    "TrainConfig",
+    "free_keys",
+    "nested_values",
+    "override",
+    "plain_values",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Args:
+        seed: of weights, data order and dropout.
+        workdir: the run's directory; null means runs/ and the config file's name.
+        init_from: the model whose weights this run starts from: the directory of a run, a Hugging Face directory or
+            id, or a .gguf file.
+    """
+
+    seed: int = 1337
+    workdir: str | None = field(default=None, metadata=FREE)
+    init_from: str | None = field(default=None, metadata=FREE)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig, metadata=FREE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
+
+    def __post_init__(self):
+        check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
+        rest, wanted = self.model.context_length % self.train.loss_chunks, "does not divide model.context_length"
+        check(rest == 0, "train.loss_chunks", self.train.loss_chunks, f"{wanted} {self.model.context_length}")
+        stop, total = self.run.profile_steps.stop, self.train.total_steps
+        check(stop <= total + 1, "run.profile", self.run.profile, f"must stop at {total + 1} or before")
