@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from gptjax import display
 from gptjax.figures import plan, runs, scaling
-from gptjax.figures.series import smooth, thin, top_of_range
+from gptjax.figures.series import column, smooth, thin, top_of_range
 from gptjax.figures.style import DARK, LIGHT, NARROW_IN, THEMES, Look, Sheet, quiet, to_bytes, to_inline
 from gptjax.figures.ticks import labels
 
@@ -281,6 +281,12 @@ def test_thinning_keeps_the_extremes_and_the_ends():
     assert {0.0, 54_321.0, 70_000.0, 99_999.0} <= set(thin_x)
     assert np.array_equal(thin_y, y[thin_x.astype(int)], equal_nan=True)
     assert thin(x[:10], y[:10], 1000)[0] is not None and len(thin(x[:10], y[:10], 1000)[0]) == 10
+
+
+def test_a_column_leaves_out_what_is_missing_and_breaks_at_nan():
+    rows = [{"step": 1, "a": 2.0}, {"step": 2, "a": None}, {"step": 3}, {"step": 4, "a": NAN}, {"step": "x", "a": 3}]
+    x, y = column(rows, "a")
+    assert x.tolist() == [1, 4] and y[0] == 2 and np.isnan(y[1])
 
 
 def test_smoothing_keeps_a_straight_line_and_fills_gaps():

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import display
-
 POINTS = 1200  # of a line; more than a figure has pixels
 
 
@@ -16,8 +14,13 @@ def column(rows: Sequence[Mapping[str, Any]], name: str, over: str = "step") -> 
 
     A value that is not finite stays as NaN, so that a line breaks there.
     """
-    pairs = [(row[over], row[name]) for row in rows if _number(row.get(name)) and display.finite(row.get(over))]
-    x, y = np.array(pairs, float).reshape(-1, 2).T
+    pairs = [(row[over], row[name]) for row in rows if name in row and over in row]
+    try:
+        x, y = np.array(pairs, float).reshape(-1, 2).T
+    except (TypeError, ValueError):  # something that is no number
+        pairs = [pair for pair in pairs if all(map(_number, pair))]
+        x, y = np.array(pairs, float).reshape(-1, 2).T
+    x, y = x[np.isfinite(x)], y[np.isfinite(x)]
     return x, np.where(np.isfinite(y), y, np.nan)
 
 
