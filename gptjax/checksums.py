@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from gptjax.files import size_of
+
 NAME = "checksums"  # how the names of the files that hold them begin
 WHOLE = f"{NAME}.json"  # the one that is written last, and covers the others
 READ_BYTES = 2**24
@@ -66,6 +68,6 @@ def damage_of(folder: epath.Path, file: str, wanted: list[int]) -> str | None:
     path = folder / file
     if not path.exists():
         return f"{file} is missing"
-    if path.stat().length != wanted[0]:
-        return f"{file} has {path.stat().length:,} bytes and not {wanted[0]:,}"
+    if size_of(path) != wanted[0]:
+        return f"{file} has {size_of(path):,} bytes and not {wanted[0]:,}"
     return None if checksum(path) == wanted else f"{file} does not match its checksum"

@@ -1,7 +1,9 @@
 """Metrics of a run: metrics.jsonl, trackers behind extras, other records by step, and the picture of the loss."""
 
+import glob
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -100,15 +102,37 @@ class TensorBoard:
 
 
 class WandB:
-    """A run at Weights & Biases; the same run again after a resume."""
+    """A run at Weights & Biases; the same run again after a resume.
 
-    def __init__(self, workdir: str, project: str, config: dict[str, Any]):
+    The run's id is drawn at random and kept in the run's directory: names of directories repeat, also between people
+    who share a project, and may hold characters that no id may.
+    """
+
+    ID_FILE = "wandb_id.txt"
+
+    def __init__(self, workdir: str, step: int, project: str, config: dict[str, Any]):
         try:
             import wandb
         except ImportError:
             raise UserError("log.trackers wandb needs: pip install 'gptjax[wandb]'") from None
+        folder = None if "://" in workdir else workdir
         name = Path(workdir).name
-        self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=workdir, config=config)
+        self.run = wandb.init(
+            project=project, name=name, id=self.run_id(workdir, step), resume="allow", dir=folder, config=config
+        )
+
+    @classmethod
+    def run_id(cls, workdir: str, step: int) -> str:
+        """Return the id of a run that resumes after `step`; one that begins anew gets a new id."""
+        path, name = epath.Path(workdir) / cls.ID_FILE, Path(workdir).name
+        if step and path.exists():
+            return path.read_text().strip()
+        earlier = (
+            step > 0 and "://" not in workdir and any(Path(workdir, "wandb").glob(f"*run-*-{glob.escape(name)}"))
+        )
+        found = name if earlier else uuid.uuid4().hex[:16]  # earlier: begun when the name was the id
+        write_atomically(path, found + "\n")
+        return found
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -121,7 +145,10 @@ def make_trackers(
     names: Sequence[str], workdir: str, step: int, project: str, config: dict[str, Any]
 ) -> list[Tracker]:
     """metrics.jsonl and the trackers that the config names, to go on after `step`."""
-    makers = {"tensorboard": lambda: TensorBoard(workdir, step), "wandb": lambda: WandB(workdir, project, config)}
+    makers = {
+        "tensorboard": lambda: TensorBoard(workdir, step),
+        "wandb": lambda: WandB(workdir, step, project, config),
+    }
     others = [makers[name]() for name in names]  # first, since one may not be installed, and JsonLines cuts its file
     return [(BucketLines if "://" in workdir else JsonLines)(workdir, step), *others]
 
@@ -150,7 +177,7 @@ def plot_loss(workdir: str) -> None:
     try:
         from gptjax.figures.runs import draw_loss
         from gptjax.figures.style import to_bytes
-    except ImportError:
+    except (ImportError, OSError):  # OSError: matplotlib finds no folder for its cache
         return
     rows, folder = read_metrics(workdir), epath.Path(workdir)
     if rows:

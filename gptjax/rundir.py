@@ -12,7 +12,7 @@ from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, 
 from gptjax.data.reading import readable
 from gptjax.environment import describe_environment
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
+from gptjax.files import size_of, write_atomically
 from gptjax.hosts import is_writer, together
 
 
@@ -27,7 +27,7 @@ def check_workdir(cfg: Config) -> None:
     metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
     if saved is not None:
         earlier = config_from_dict(saved[1]["config"])
-    elif path.exists() and metrics.exists() and metrics.stat().length:
+    elif path.exists() and metrics.exists() and size_of(metrics):
         try:
             earlier = config_from_dict(read_yaml(path))
         except UserError as error:

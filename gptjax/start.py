@@ -1,5 +1,7 @@
 """The state that a run starts from: its newest checkpoint, another model's weights, or random ones. And saving it."""
 
+import math
+import sys
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from gptjax.configfile import config_to_yaml
 from gptjax.convert import initial_model
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
+from gptjax.optim import learning_rate
 from gptjax.step import Trainable, TrainState, init_state
 from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
@@ -54,8 +57,25 @@ def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
     checkpoints.close()
     if found is None:
         return None
+    warn_of_another_rate(t.cfg, found[0], int(found[1].total_steps))
     total = jax.device_put(np.int32(t.cfg.train.total_steps), t.state.total_steps.sharding)
     return found[1]._replace(total_steps=total)
+
+
+def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
+    """Warn where a resume with another train.total_steps makes the learning rate jump.
+
+    With schedule wsd it does not before the decay begins; afterwards the schedule would rise again, or fall at once.
+    """
+    totals = (earlier_total, cfg.train.total_steps)
+    before, after = (float(learning_rate(cfg.optim, jnp.int32(step), jnp.int32(total))) for total in totals)
+    if jax.process_index() == 0 and not math.isclose(before, after, rel_tol=0.01):
+        print(
+            f"warning: train.total_steps {totals[1]} instead of {totals[0]} moves the learning rate at step {step} "
+            f"from {before:.3g} to {after:.3g}; to keep it, leave train.total_steps as it was, or resume from a "
+            "checkpoint before the decay (optim.schedule wsd)",
+            file=sys.stderr,
+        )
 
 
 def first_state(t: Trainable, corpus: Corpus) -> TrainState:

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import gptjax.environment
 from gptjax.environment import ProgramError, git_commit, run_program
+from gptjax.files import changed_at, size_of
 
 
 def program(folder: Path, name: str, body: str) -> None:
@@ -87,3 +88,18 @@ def test_a_machine_without_git_trains(tmp_path, tiny_run):
     done = run_script(*tiny_run, *flags, PATH=str(tmp_path / "empty"))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/env.json").read_text())["git_commit"] is None
+
+
+def test_files_of_an_owner_without_a_name_have_sizes_and_times(tmp_path, monkeypatch):
+    """In a container the user often has a number alone."""
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert size_of(path) == size_of(str(path)) == 5
+    assert changed_at(path) == int(path.stat().st_mtime)
+    found = [file for file in ROOT.glob("gptjax/**/*.py") if ".stat().length" in file.read_text()]
+    assert found == [ROOT / "gptjax/files.py"]

@@ -119,6 +119,13 @@ def test_names_that_are_no_paths_are_accepted(tmp_path):
     assert (tmp_path / "jobset.yaml").exists()
 
 
+def test_caches_lie_in_the_containers_home_and_not_in_that_of_this_machine(tmp_path):
+    VERBS["gke"](str(ROOT / "configs/llama_1b.yaml"), [BUCKET, "--data.path=/d"], **TPU, out=str(tmp_path))
+    config_map = next(yaml.safe_load_all((tmp_path / "jobset.yaml").read_text()))
+    for text in (config_map["data"]["config.yaml"], (tmp_path / "config.yaml").read_text()):
+        assert yaml.safe_load(text)["data"]["cache_dir"].startswith("~/")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Slurm
 

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
+from conftest import GPT2_LIKE, MODERN, make_config, trainable_on, without_zeros
+from flax import nnx
 
 from gptjax import parametrization
-from gptjax.apps.scaling.coordinates import at_width, change_of_activations, describe
+from gptjax.apps.scaling.coordinates import added_by, at_width, change_of_activations, describe
 from gptjax.config import override
 from gptjax.configfile import config_from_dict
 from gptjax.convert.weights import without_multipliers
 from gptjax.errors import UserError
-from gptjax.nn.transformer import abstract_model, bind, init_params, logits
+from gptjax.nn.transformer import Inputs, abstract_model, bind, init_params, logits
 from gptjax.optim import make_optimizer
 from gptjax.step import init_state, make_train_step
 
@@ -234,6 +235,31 @@ def test_coordinates_are_flat_under_mup_and_not_under_standard(check):
 def test_the_coordinate_check_sees_a_wrong_exponent(check, monkeypatch):
     monkeypatch.setitem(parametrization.ROLES, "matrix", parametrization.ROLES["matrix"]._replace(lr=-0.5))
     assert not check("mup")["flat"]
+
+
+def test_the_coordinate_check_measures_what_a_block_with_a_convolution_adds():
+    """With an MLP that adds nothing, all that a block adds is its attention's."""
+    cfg = make_config({**MODERN, "n_layers": 1, "scan_layers": True}).model
+    params = without_zeros(init_params(cfg, jax.random.key(0)))
+    params["blocks"]["mlp"]["down"] = jnp.zeros_like(params["blocks"]["mlp"]["down"])
+    params["blocks"]["attention_conv"] = jax.random.normal(
+        jax.random.key(2), params["blocks"]["attention_conv"].shape
+    )
+
+    class Recorded(nnx.Module):
+        def __init__(self, block):
+            self.block = block
+
+        def __call__(self, x, ctx, cache):
+            after, _, aux = self.block(x, ctx, cache)
+            return after, added_by(self.block, x, after, ctx), aux
+
+    model = bind(abstract_model(cfg)[0], params)
+    model.blocks = Recorded(model.blocks)
+    inputs = Inputs(jnp.arange(16)[None])
+    _, added, _ = model.apply_blocks(model.embed_inputs(inputs), inputs)
+    assert jnp.abs(added["attention"]).max() > 1e-3
+    np.testing.assert_allclose(added["mlp"], 0, atol=1e-5)
 
 
 def test_what_the_base_lacks_is_said():

@@ -319,11 +319,17 @@ def test_factors_are_the_least_squares_of_published_times():
 
 def test_search_ranks_what_fits_and_writes_a_config_that_plans(tmp_path):
     out = tmp_path / "best.yaml"
-    args = ["configs/gpt2_124m.yaml", "--topology", "v5e:2x4", "--search", "--analytic", "--out", str(out)]
+    own = ["--model.context_length", "512", "--optim.ema_decay=0.99", "--model.remat=full"]
+    args = ["configs/gpt2_124m.yaml", *own, "--topology", "v5e:2x4", "--search", "--analytic", "--out", str(out)]
     result = run_script("-m", "gptjax", "plan", *args)
     assert result.returncode == 0, result.stderr
-    assert "of" in result.stdout and "--mesh.fsdp" in result.stdout
     values = yaml.safe_load(out.read_text())
+    flags = re.search(r"the best of \d+ that fit by arithmetic: (--mesh\.fsdp.*|--mesh\.data.*)", result.stdout)[
+        1
+    ].split()
+    assert f"--mesh.fsdp {values['mesh']['fsdp']}" in " ".join(flags)
+    wanted = load_config(["configs/gpt2_124m.yaml", *own, *flags, "--workdir=runs/best"])
+    assert load_config([str(out)]) == wanted
     assert math.prod(values["mesh"][name] for name in ("data", "fsdp", "tensor")) == 8
     cfg, topology = planning.prepared(load_config([str(out)])), parse_topology("v5e:2x4")
     ranked = planning.candidates(cfg, topology)

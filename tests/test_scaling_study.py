@@ -336,7 +336,10 @@ def test_a_job_array_runs_every_rung_once(make_study, tmp_path):
     """Each task of either batch system, by a shell, with a stand-in for the command."""
     study = make_study()
     ids = [rung.id for rung in rungs_of(study)]
-    (tmp_path / "gptjax").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nexit 75\n')
+    # A rung has no peers: of those in its environment it must not know.
+    (tmp_path / "gptjax").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n[ -z "$JOB_COMPLETION_INDEX" ] && exit 75\n'
+    )
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     for name in ("gptjax", "scontrol"):
         (tmp_path / name).chmod(0o755)
@@ -347,9 +350,10 @@ def test_a_job_array_runs_every_rung_once(make_study, tmp_path):
     base = Path(load_study(study).base).resolve()
     assert base.is_relative_to(container["volumeMounts"][0]["mountPath"])
     for number in range(len(ids)):
-        task = env | {"SLURM_ARRAY_TASK_ID": str(number), "JOB_COMPLETION_INDEX": str(number)}
+        task = env | {"SLURM_ARRAY_TASK_ID": str(number)}
         assert subprocess.run(["bash", "-c", slurm("study", ids)], env=task, check=False).returncode == 75
-        assert subprocess.run(container["command"], env=task, check=False).returncode == 75
+        command, pod = container["command"], env | {"JOB_COMPLETION_INDEX": str(number)}
+        assert subprocess.run(command, env=pod, check=False).returncode == 75
     said = (tmp_path / "said").read_text().splitlines()
     assert [line.split()[-1] for line in said] == [i for i in ids for _ in range(2)]
     assert (tmp_path / "requeued").read_text().split()[1::2] == [f"7_{n}" for n in range(len(ids))]

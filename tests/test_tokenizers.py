@@ -99,6 +99,29 @@ def test_gpt2_has_the_published_ids(gpt2, tinyshakespeare):
     assert gpt2.decode(gpt2.encode(text).tolist()) == text
 
 
+def renamed(tokenizer, names: dict[str, str]) -> HuggingFaceTokenizer:
+    """The tokenizer with tokens of its vocabulary under each other's names."""
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    vocab = spec["model"]["vocab"]
+    spec["model"]["vocab"] = {names.get(token, token): id for token, id in vocab.items()}
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    return HuggingFaceTokenizer({"tokenizer.json": json.dumps(spec)})
+
+
+def test_parts_of_characters_and_special_tokens_are_told_apart(hf_directory):
+    """Alone the former all decode to U+FFFD, and the latter to nothing."""
+    ours = make_tokenizer(str(hf_directory / "tokenizer.json"), [])
+    first, second = (printable_bytes()[byte] for byte in (0xC3, 0xE2))
+    other = renamed(ours, {first: second, second: first})
+    assert ours.encode("é").tolist() != other.encode("é").tolist()
+    assert not same_ids(ours, other)
+    assert not same_ids(ours, renamed(ours, {"<|begin|>": "<|other|>"}))
+    assert same_ids(ours, renamed(ours, {}))
+    for tokenizer in (ByteTokenizer(), CharTokenizer("aé\ufffd")):
+        assert same_ids(HuggingFaceTokenizer(tokenizer_files(tokenizer)), tokenizer)
+
+
 def test_gpt2_agrees_with_its_files_run_by_another_library(gpt2, gpt2_cache):
     theirs = tokenizers.ByteLevelBPETokenizer(str(gpt2_cache / "encoder.json"), str(gpt2_cache / "vocab.bpe"))
     for text in [*TEXTS, "  ".join(map(chr, range(32, 3000)))]:

@@ -179,6 +179,7 @@ def new_folder(out: str) -> Iterator[Path]:
         raise UserError(f"--out {out!r} is there already and not empty; give a new folder")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same number, as in a container
         partial.mkdir(parents=True)
         yield partial
         os.replace(partial, path)

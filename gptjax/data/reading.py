@@ -15,6 +15,7 @@ from etils import epath
 
 from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
+from gptjax.files import size_of
 
 LONGEST_BYTES = 2**28  # of a line or a compressed text, so that memory stays bounded
 CHUNK_BYTES = 2**16
@@ -275,7 +276,7 @@ class readable:
 
 
 def _size(file: str) -> int:
-    return epath.Path(file).stat().length
+    return size_of(file)
 
 
 def _decode(data: bytes, file: str, complain: Callable[[str], None], offset: int) -> str | None:

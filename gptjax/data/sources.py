@@ -19,6 +19,7 @@ from etils import epath
 from gptjax.data.formats import SourceFile, divide, is_beside, recognise
 from gptjax.data.reading import Piece, Reading, import_pyarrow, readable, require_column
 from gptjax.errors import UserError
+from gptjax.files import size_of
 from gptjax.paths import user_path
 
 UNIT_BYTES = 2**24  # of a source: the work that is lost when a process is killed
@@ -197,7 +198,7 @@ def pieces_of(sources: list[list[SourceFile]], how: Reading, val_frac: float) ->
 def _cut(source: int, file: SourceFile, how: Reading, val_frac: float | None) -> Iterator[Piece]:
     """Cut one file; of the only one of a corpus, `val_frac` may be divided off."""
     path, format = file.path, file.format
-    size = epath.Path(path).stat().length
+    size = size_of(path)
     if format == "parquet":
         yield from _row_groups(source, path, size, how)
     elif format == "text" and how.separator is None:

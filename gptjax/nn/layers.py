@@ -324,14 +324,15 @@ class Block(nnx.Module):
         kv, recent = (None, (None, None)) if cache is None else cache
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         x = checkpoint_name(constrain(x, *STREAM), "block_input")
-        h, attention_recent = self._convolve(self.attention_norm(x), self.attention_conv, ctx, recent[0])
+        h, attention_recent = self.convolve(self.attention_norm(x), self.attention_conv, ctx, recent[0])
         y, kv = self.attention(h, ctx, kv)
         x = constrain(x + self.multiplier * dropout(y, self.rate, keys[0]), *STREAM)
-        h, mlp_recent = self._convolve(self.mlp_norm(x), self.mlp_conv, ctx, recent[1])
+        h, mlp_recent = self.convolve(self.mlp_norm(x), self.mlp_conv, ctx, recent[1])
         y, aux = self.mlp(h)
         x = x + self.multiplier * dropout(y, self.rate, keys[1])
         return x, Cache(kv, (attention_recent, mlp_recent)), aux
 
-    def _convolve(self, x, taps, ctx, recent):
+    def convolve(self, x, taps, ctx, recent):
+        """Convolve a norm's output with its taps, after the last inputs of earlier positions; None: no taps."""
         x = constrain(x, *WHOLE_STREAM)
         return (x, None) if taps is None else ctx.convolve(x, taps[...].astype(x.dtype), recent)

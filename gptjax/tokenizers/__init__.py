@@ -52,10 +52,34 @@ def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether every id stands for the same text in two tokenizers, whichever library runs them."""
+    """Return whether every id stands for the same text in two tokenizers, whichever library runs them.
+
+    Ids whose text alone does not tell them apart, which are parts of characters and special tokens, are compared by
+    their bytes or names.
+    """
     if NoTokenizer.kind in (a.kind, b.kind):
         return a.kind == b.kind
-    return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
+    if a.vocab_size != b.vocab_size:
+        return False
+    names = [{id: name for name, id in tokenizer.special_tokens.items()} for tokenizer in (a, b)]
+    for id in range(a.vocab_size):
+        text = a.decode([id])
+        if text != b.decode([id]):
+            return False
+        if text and "\ufffd" not in text:
+            continue
+        if names[0].get(id) != names[1].get(id) or (id not in names[0] and _spelling(a, id) != _spelling(b, id)):
+            return False
+    return True
+
+
+def _spelling(tokenizer: Tokenizer, id: int) -> bytes | None:
+    """Return the bytes of a token that is no special one; None for an id that names nothing."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return bytes([id])
+    if isinstance(tokenizer, CharTokenizer):
+        return tokenizer.alphabet[id].encode()
+    return tokenizer.spelling(id)
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:

@@ -13,8 +13,11 @@ from tokenizers.models import BPE
 
 from gptjax.errors import UserError
 from gptjax.tokenizers.auto import FILES, from_json, json_object, options_of, settle, token_text
+from gptjax.tokenizers.bpe import printable_bytes
 from gptjax.tokenizers.openai import TiktokenTokenizer, by_tiktoken
 from gptjax.tokenizers.plain import certain_length
+
+BYTE_OF = {character: byte for byte, character in enumerate(printable_bytes())}
 
 
 class HuggingFaceTokenizer:
@@ -108,6 +111,13 @@ class HuggingFaceTokenizer:
         if self._cleans_up:  # a space, and what follows it, may still be drawn to the word before
             return max(0, text.rfind(" "))
         return certain_length(text)
+
+    def spelling(self, id: int) -> bytes | None:
+        """Return a token's bytes; of a vocabulary that does not write them as GPT-2's does, its name in UTF-8."""
+        token = self._tokenizer.id_to_token(id)
+        if token is None or any(c not in BYTE_OF for c in token):
+            return None if token is None else token.encode()
+        return bytes(BYTE_OF[c] for c in token)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "files": self.files, "eos_ids": list(self.eos_ids)}

@@ -58,6 +58,10 @@ class TiktokenTokenizer:
 
     certain_length = staticmethod(certain_length)
 
+    def spelling(self, id: int) -> bytes | None:
+        """Return a token's bytes; None for an id that names nothing."""
+        return self._encoding.decode_single_token_bytes(id) if id < len(self._spec[2]) else None
+
     def to_dict(self) -> dict[str, Any]:
         name, pattern, ranks = self._spec
         tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from gptjax.apps.data_prep.commit import DOCUMENT, UnitFiles, find_duplicates, write_shards
@@ -38,7 +37,7 @@ from gptjax.data.reading import Piece, Reading, documents, readable
 from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, load_manifest
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, list_files, pieces_of, units_of
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
+from gptjax.files import changed_at, write_atomically
 from gptjax.paths import UserPath, local_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
@@ -200,7 +199,7 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
 def _newest(files: list[SourceFile]) -> int:
     """When the youngest of these files was changed; files are also as many, and as long, as they were."""
     with readable(files[0].path):
-        return max(int(epath.Path(file.path).stat().mtime) for file in files)
+        return max(changed_at(file.path) for file in files)
 
 
 def _identity(plan: dict[str, Any]) -> str:
@@ -223,6 +222,8 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
                 "to begin anew, or give another --out"
             )
         print(f"note: {work} is begun anew: sources or options have changed", file=sys.stderr)
+    if work.exists():  # a kill may have left it without a plan: between the lines below, or while it was removed
+        path.unlink(missing_ok=True)  # first, since nothing counts without it
         shutil.rmtree(work)
     work.mkdir()
     texts = (d.text for unit in plan["units"] for piece in unit for d in _readable_only(Piece(*piece), options))

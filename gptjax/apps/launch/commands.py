@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from gptjax.apps.launch.clusters import check_mesh, parse_slice
-from gptjax.apps.launch.container import VARIABLE, check_paths, parse_variables, parse_volumes
+from gptjax.apps.launch.container import VARIABLE, check_paths, for_container, parse_variables, parse_volumes
 from gptjax.apps.launch.gke import GkeJob, manifests
 from gptjax.apps.launch.slurm import SlurmJob, batch_script
 from gptjax.apps.launch.tpu_vm import TpuVmJob, script
@@ -132,6 +132,7 @@ def gke(
     cfg, name = read_run(config, flags)
     volumes = parse_volumes(volume)
     check_paths(cfg, volumes)
+    cfg = for_container(cfg)
     variables = parse_variables(env)
     if "PROCESS_ID" in variables:
         raise UserError("--env PROCESS_ID is what tells a pod its number; give another name")
@@ -180,6 +181,7 @@ def tpu_vm(
     cfg, name = read_run(config, flags)
     volumes = parse_volumes(volume)
     check_paths(cfg, volumes)
+    cfg = for_container(cfg)
     if strange := [text for text in secret or [] if not re.fullmatch(VARIABLE, text)]:
         raise UserError(f"--secret {strange[0]!r} is no name of a variable; give e.g. --secret WANDB_API_KEY")
     tpus = parse_slice(topology)

@@ -1,5 +1,7 @@
 """What a job's container is given from outside: environment variables, volumes, and the paths that exist in it."""
 
+import dataclasses
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +15,7 @@ from gptjax.tokenizers import TIKTOKEN_FILES
 CONFIG_FOLDER = "/etc/gptjax"  # where a pod finds the run's config
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"  # of a model, such as gpt2 or openai-community/gpt2
+HOME = os.path.expanduser("~")  # of this machine, which configs have in place of ~
 # Names that stand for no path.
 DATA_NAMES = (*DOWNLOADS, "shakespeare")
 TOKENIZER_NAMES = ("byte", "char", *TIKTOKEN_FILES)
@@ -90,6 +93,15 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
                 f"{key} {path} is a path on this machine and not in the container; give an absolute path of the "
                 "image or of a --volume, or a bucket's address"
             )
+
+
+def for_container(cfg: Config) -> Config:
+    """Return the config with a token cache below this machine's home directory moved to the container's."""
+    folder = cfg.data.cache_dir
+    if not folder.startswith(f"{HOME}/"):
+        return cfg
+    moved = f"~/{folder.removeprefix(f'{HOME}/')}"
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_dir=moved))
 
 
 def _is_mounted(path: str, volumes: dict[str, str]) -> bool:

@@ -75,7 +75,7 @@ def plan(
         if not json:
             print(f"\nthe best of {made['candidates']} that fit by arithmetic: {as_flags(overrides)}")
         if out is not None:
-            write_config(out, config, overrides)
+            write_config(out, config, flags, overrides)
     if html is not None:
         write_plan_page(html, cfg, chips, made, tried)
     if not made["fits"]:
@@ -99,11 +99,24 @@ def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tr
     write_page(path, plan_page(plan, chips, place_chips(cfg, chips), marks))
 
 
-def write_config(out: str, config: str, overrides: dict[str, object]) -> None:
-    """Write the config file with the overrides in place; raises UserError where it cannot be written."""
+def write_config(out: str, config: str, flags: list[str], overrides: dict[str, object]) -> None:
+    """Write the config file with all overrides in place: the user's own, and over them those that were found.
+
+    Args:
+        flags: the user's overrides, each as `--section.key=value`.
+        overrides: `section.key` -> value.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     values = read_yaml(config)
-    for name, value in overrides.items():
-        section, key = name.split(".")
-        values[section] = {**(values.get(section) or {}), key: value}
+    pairs = [flag.removeprefix("--").partition("=") for flag in flags]
+    for name, value in {**{name: yaml.safe_load(text) for name, _, text in pairs}, **overrides}.items():
+        *sections, key = name.split(".")
+        section = values
+        for part in sections:
+            section[part] = dict(section.get(part) or {})
+            section = section[part]
+        section[key] = value
     with writing(out) as path:
         path.write_text(yaml.safe_dump(values, sort_keys=False))

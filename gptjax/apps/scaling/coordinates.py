@@ -88,10 +88,8 @@ def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
             self.block = block
 
         def __call__(self, x, ctx, cache):
-            attention, _ = self.block.attention(self.block.attention_norm(x), ctx, cache)
             after, _, aux = self.block(x, ctx, cache)
-            mlp = (after - x) / self.block.multiplier - attention
-            return after, {"embedding": x, "attention": attention, "mlp": mlp, "residual stream": after}, aux
+            return after, {"embedding": x, **added_by(self.block, x, after, ctx), "residual stream": after}, aux
 
     # Few tokens, so that narrow models too are wide beside them: that is the limit of which muP speaks.
     train = dataclasses.replace(cfg.train, batch_sequences=1, microbatches=1)
@@ -115,6 +113,20 @@ def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
         state, _ = step(state, batch)
     moved = jax.tree.map(lambda a, b: jnp.sqrt(jnp.mean(jnp.square(a - b))), record(state.params), before)
     return {name: float(value) for name, value in moved.items()}
+
+
+def added_by(block: Any, x: Any, after: Any, ctx: Any) -> dict[str, Any]:
+    """Return what a block's attention and its MLP add to the residual stream, before the parametrization scales them.
+
+    Args:
+        block: an `nn.layers.Block`, without dropout.
+        x: [B, T, D], what goes into it.
+        after: [B, T, D], what leaves it.
+        ctx: of the positions.
+    """
+    h, _ = block.convolve(block.attention_norm(x), block.attention_conv, ctx, None)
+    attention, _ = block.attention(h, ctx, None)
+    return {"attention": attention, "mlp": (after - x) / block.multiplier - attention}
 
 
 def describe(widths: list[int], changes: list[dict[str, float]]) -> dict[str, Any]:

@@ -41,11 +41,12 @@ def gke(study: str, ids: list[str]) -> str:
     base = os.path.dirname(os.path.abspath(load_study(study).base))
     home = os.path.commonpath([os.path.abspath(study), base])
     run = f'exec gptjax scaling run {shlex.quote(os.path.abspath(study))} --rung "$1"'
-    command = f'set -- {" ".join(ids)}; shift "$JOB_COMPLETION_INDEX"; {run}'
+    # Each rung is a run of its own; with its number in the environment it would look for the others as its peers.
+    command = f'set -- {" ".join(ids)}; shift "$JOB_COMPLETION_INDEX"; unset JOB_COMPLETION_INDEX; {run}'
     container = {
         "name": "rung",
         "image": "gptjax",
-        "command": ["/bin/sh", "-c", command],
+        "command": ["/bin/sh", "-c", command.replace("$(", "$$(")],  # Kubernetes replaces $(NAME)
         "volumeMounts": [{"name": "study", "mountPath": home}],
     }
     job = {
