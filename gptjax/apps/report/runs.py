@@ -27,6 +27,7 @@ COLUMNS = {
 BESIDE = (
     "seed",
     "workdir",
+    "run.",
     "log.",
     "checkpoint.",
     "distributed.",
