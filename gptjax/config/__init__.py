@@ -49,13 +49,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """A run.
+    """A training run: everything that its config file may set.
 
     Args:
-        seed: of weights, data order and dropout.
-        workdir: the run's directory; null means runs/ and the config file's name.
-        init_from: the model whose weights this run starts from: the directory of a run, a Hugging Face directory or
-            id, or a .gguf file.
+        seed: seed of the initial weights, the order of the data and dropout; change it to repeat a run independently.
+        workdir: the run's directory, on a disk or in a bucket; null means runs/NAME, after the config file's name. A
+            run that the directory already holds is resumed.
+        init_from: start from the weights of this model instead of random ones: the directory of a run, a Hugging Face
+            directory or id, or a .gguf file; null means random weights.
     """
 
     seed: int = 1337

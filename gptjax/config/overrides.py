@@ -1,4 +1,4 @@
-"""Changing single values of a config by their keys."""
+"""Change single values of a config by their dotted keys."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def override(section: Section, values: Mapping[str, Any]) -> Section:
 
 
 def plain_values(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config as plain ones, by dotted key; a section's key does not stand by itself."""
+    """Return the plain values of a config by dotted key. Sections are flattened and have no entry of their own."""
     found: dict[str, Any] = {}
     plain = dataclasses.asdict(section)
     for field in dataclasses.fields(section):

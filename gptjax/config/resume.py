@@ -1,7 +1,7 @@
 """Which values may differ between the runs that share a directory.
 
-They change how a run is computed, or for how long, and never which model comes out of a given step. Each field says
-so where it is declared: `field(default=..., metadata=FREE)`.
+They change how a run is computed, or for how long, but not which weights a given step produces. A field declares this
+with `field(default=..., metadata=FREE)`.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ FREE = {"free_on_resume": True}  # metadata of a field, or of a section with all
 
 
 def free_keys(section: type, prefix: str = "") -> list[str]:
-    """Return the keys that are declared free; a section's key stands for all that is in the section."""
+    """Return the keys that may differ on resume; a section's key stands for every key inside it."""
     keys = []
     for field in dataclasses.fields(section):
         if field.metadata.get("free_on_resume"):

@@ -1,4 +1,7 @@
-"""How a run is carried out: devices, processes, checkpoints, logs. All of it may differ on resume."""
+"""The config sections that say how a run is carried out: kernels, mesh, processes, checkpoints, logs.
+
+All of them may differ on resume.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -12,14 +15,16 @@ class RunConfig:
     """How the model is computed.
 
     Args:
-        attention: the kernel of attention; auto means the best one for a run's devices and mesh
-            (nn/backends.py:BACKENDS).
-        remat: what the backward pass recomputes of a block: nothing, all but the matmuls' outputs, everything, all
-            but the tensors of remat_names (named), or the same with these kept in the host's memory (offload).
-        remat_names: block_input is the residual stream, qkv goes into attention, attention comes out of it, mlp is
-            the MLP's first product.
-        scan_layers: compile one block and loop over it; null means except on CPUs, where it is slower.
-        profile: START:STOP, the steps of which a profiler trace is written into the run's directory.
+        attention: the attention kernel; auto chooses the fastest one for the devices and the mesh. Name one to
+            compare kernels, or where auto's choice fails (docs/parallelism.md lists them).
+        remat: how much of a block the backward pass recomputes to save memory: none (fastest); dots, which stores
+            only the outputs of matmuls; full, which stores only the block's input; named, which stores the tensors of
+            remat_names; or offload, which stores those in the host's memory.
+        remat_names: tensors that named and offload store: block_input (the residual stream), qkv (the inputs of
+            attention), attention (its output), mlp (the MLP's first product).
+        scan_layers: compile one block and scan over the layers, which shortens compilation; null means true except on
+            CPUs, where a scan is slower.
+        profile: steps to profile, as START:STOP such as 10:15; the trace is written into the run's directory.
     """
 
     attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash", "ring"] = "auto"
@@ -30,7 +35,7 @@ class RunConfig:
 
     @property
     def profile_steps(self) -> range:
-        """The steps that `profile` names; empty without it."""
+        """Return the steps to profile; empty if `profile` is null."""
         if self.profile is None:
             return range(0)
         start, _, stop = self.profile.partition(":")
@@ -45,12 +50,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved, and when.
+    """Checkpoints: when they are written, and which are kept.
 
     Args:
-        save_interval_steps: steps between checkpoints.
-        keep_last: how many of the newest checkpoints are kept.
-        keep_best: whether the one with the lowest validation loss is kept besides.
+        save_interval_steps: steps between checkpoints; a killed run loses at most this many.
+        keep_last: number of most recent checkpoints to keep; keep at least 2, so that a damaged one can be skipped.
+        keep_best: also keep the checkpoint with the lowest validation loss.
     """
 
     save_interval_steps: int = 250
@@ -66,15 +71,19 @@ AXIS = {"mesh_axis": True}  # metadata of a field that is the size of a mesh axi
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are laid out; -1 on one axis means all that are left.
+    """The device mesh. The product of the axes is the number of devices; -1 on one axis means all remaining devices.
 
     Args:
-        data: copies of the model, each with its share of the batch.
-        fsdp: parts that weights and optimizer state are cut into, each with its share of the batch.
-        tensor: parts that heads, MLP and vocabulary are cut into.
-        context: parts that the sequence is cut into.
-        slices: groups of devices that only a data-centre network joins (TPU slices, GPU nodes), along `data`.
-        cpu_devices: virtual devices on a CPU; null means one.
+        data: data parallelism: replicas of the model, each with its share of the batch. Use it while the model fits
+            on one device.
+        fsdp: shards of weights and optimizer state, each device with its share of the batch. Raise it until the model
+            fits.
+        tensor: shards of heads, MLP and vocabulary. Use it within a fast interconnect, where fsdp alone leaves less
+            than one sequence a device.
+        context: shards of each sequence (ring attention). Use it for contexts that do not fit on one device.
+        slices: groups of devices joined only by a data-centre network (TPU slices, GPU nodes); mesh.data spans them
+            and must be a multiple of it.
+        cpu_devices: number of virtual CPU devices, to try a mesh without its hardware; null means one.
     """
 
     data: int = field(default=-1, metadata=AXIS)
@@ -86,7 +95,7 @@ class MeshConfig:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Size by axis name, -1 for what is left; in the order in which they are declared."""
+        """Return the axis sizes by name, in the order of declaration; -1 means all remaining devices."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("mesh_axis")}
 
     def __post_init__(self):
@@ -100,15 +109,17 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes. Under Slurm, on Kubernetes and on TPUs they find each other; elsewhere say who they are.
+    """Several processes. Slurm, Kubernetes and TPUs are detected; elsewhere, set the first three.
 
     Args:
-        coordinator: host:port of process 0.
-        num_processes: how many there are.
-        process_id: which one this is, from 0.
-        heartbeat_timeout_s: seconds of silence that make a process lost; the others end within twice as many.
-        stall_timeout_s: seconds without the end of a step (the first, which compiles, has six times as long) that
-            make a process write its threads' stacks and end; null means never.
+        coordinator: HOST:PORT of process 0, the same for all processes.
+        num_processes: total number of processes.
+        process_id: number of this process, from 0; it differs for each.
+        heartbeat_timeout_s: seconds without a heartbeat after which a process counts as lost; the others end within
+            twice this time. Raise it where hosts pause, as in live migration.
+        stall_timeout_s: seconds without a completed step (six times as many for the first, which compiles) after
+            which a process prints the stacks of its threads and ends; null means never. Raise it if an evaluation or
+            a checkpoint takes longer.
     """
 
     coordinator: str | None = None
@@ -130,13 +141,13 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where metrics go besides metrics.jsonl.
+    """Logging in addition to metrics.jsonl.
 
     Args:
-        trackers: any of tensorboard and wandb (extras of the same names).
-        project: the project's name at Weights & Biases.
-        sample_tokens: length of the sample that samples.jsonl keeps after each evaluation, for `gptjax report`; 0
-            keeps only the one at the end.
+        trackers: where metrics are logged as well: tensorboard, wandb, or both (pip extras of the same names).
+        project: name of the project at Weights & Biases.
+        sample_tokens: length in tokens of a sample that each evaluation adds to samples.jsonl, which `gptjax report`
+            shows; 0 samples only at the end of the run.
     """
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

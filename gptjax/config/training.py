@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, and the loop."""
+"""The config sections `optim` and `train`: optimizer, learning-rate schedule, batch and loop."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,25 +14,26 @@ class OptimConfig:
     Args:
         name: adamw for all weights, or muon for the blocks' matrices with adamw for the rest; docs/extending.md adds
             others.
-        peak_lr: the highest learning rate; with muon it is the matrices' rate.
-        lr_scales: factors on peak_lr by pattern of a weight's path (`embed`, `head`, ...); the first that
-            matches counts.
-        schedule: after the warm-up: cosine decay, linear decay, constant with a linear decay at the end
-            (wsd), or constant.
-        freeze: roles (`parametrization.ROLES`: matrix, embed, head, position, norm, bias, conv) whose weights stay as
-            they are, without gradients and moments.
-        warmup_steps: steps of linear rise from 0 to peak_lr.
-        decay_frac: with wsd, the last share of the steps over which the rate falls.
-        final_lr_frac: the rate at the end, as a share of peak_lr.
-        b1: decay of Adam's first moment.
-        b2: decay of Adam's second moment.
-        eps: added to Adam's denominator.
-        momentum: of Muon (Nesterov).
-        moments_dtype: in which the moments are kept between steps; bfloat16 halves their memory.
-        weight_decay: decoupled, times the learning rate, on matrices; norms, biases and embeddings of
-            positions are spared.
-        clip_norm: largest global norm of the gradient; null means no clipping.
-        ema_decay: keep an exponential moving average of the weights and evaluate it; null means none.
+        peak_lr: highest learning rate, reached after the warm-up; with muon, that of the matrices.
+        lr_scales: factors on peak_lr by regular expression of a weight's path, such as {embed: 0.2}; the first that
+            matches applies.
+        schedule: learning rate after the warm-up: cosine or linear decay over the whole run; wsd (constant, then a
+            linear decay over decay_frac of the steps), which lets a run be extended before the decay; or constant.
+        freeze: roles whose weights are not trained (`parametrization.ROLES`: matrix, embed, head, position, norm,
+            bias, conv); they have neither gradients nor moments.
+        warmup_steps: steps over which the learning rate rises linearly from 0 to peak_lr.
+        decay_frac: with wsd, the fraction of the steps, at the end, over which the learning rate decays.
+        final_lr_frac: learning rate at the end, as a fraction of peak_lr.
+        b1: decay rate of Adam's first moment.
+        b2: decay rate of Adam's second moment; lower it for short runs or large batches.
+        eps: value added to Adam's denominator.
+        momentum: Nesterov momentum of Muon.
+        moments_dtype: data type of the stored moments; bfloat16 halves their memory.
+        weight_decay: decoupled weight decay, times the learning rate, of the matrices; norms, biases and position
+            embeddings do not decay.
+        clip_norm: largest global norm of the gradient, above which it is scaled down; null means no clipping.
+        ema_decay: decay rate of an exponential moving average of the weights, which is evaluated and sampled in their
+            place; null means none.
     """
 
     name: str = "adamw"
@@ -74,17 +75,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop.
+    """Batch, length of the run, and how often it logs and evaluates.
 
     Args:
-        total_steps: optimizer steps of the whole run.
-        batch_sequences: sequences a step, over all devices and microbatches.
-        microbatches: parts that a step's batch is cut into, one after the other, to save memory.
-        loss_chunks: parts that the positions are cut into for the loss, so that all logits never exist at once.
-        z_loss: weight of the squared log of the softmax's denominator.
-        log_interval_steps: steps between lines of metrics.
-        eval_interval_steps: steps between evaluations.
-        eval_sequences: validation windows of an evaluation, spread evenly; null means all of them.
+        total_steps: optimizer steps of the whole run; raise it and resume to train longer.
+        batch_sequences: sequences in a step, over all devices and microbatches.
+        microbatches: number of microbatches whose gradients a step accumulates; raise it if activations do not fit in
+            memory.
+        loss_chunks: number of chunks of positions in which the loss is computed; raise it if the logits do not fit in
+            memory.
+        z_loss: weight of the squared log of the softmax's denominator; a value such as 1e-4 keeps logits from
+            drifting in long bfloat16 runs.
+        log_interval_steps: steps between lines of metrics.jsonl.
+        eval_interval_steps: steps between evaluations on the validation data.
+        eval_sequences: validation sequences of an evaluation, evenly spaced; null means all of them. Lower it if
+            evaluation takes too long.
     """
 
     total_steps: int = field(default=1000, metadata=FREE)
