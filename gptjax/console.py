@@ -125,6 +125,7 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as error:
                 code, text = describe_failure(error)
                 print(text, file=sys.stderr)
+                sys.excepthook = lambda *_: None  # what else fails in a library's threads only follows from it
                 raise SystemExit(code) from None
 
     return wrapper
