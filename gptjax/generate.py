@@ -143,9 +143,9 @@ class LanguageModel:
             room = T + 1 - max(len(windows[row]) for row in running)
             n = min(CHUNK, max_new_tokens - drawn, room)
             state, tokens, logprobs = self.engine.step(state, n)
-            tokens = tokens.copy()  # what the engine returns may be the device's own memory
-            for i in range(n):
-                tokens[:, i] = last = np.where(tokens[:, i] < 0, last, tokens[:, i])
+            counts = (tokens >= 0).sum(axis=1)  # what a row does not draw comes after what it does
+            last = np.where(counts > 0, tokens[np.arange(len(tokens)), counts - 1], last)
+            tokens = np.where(tokens >= 0, tokens, last[:, None])
             yield tokens, logprobs
             drawn += n
             ended = np.isin(last, self.tokenizer.eos_ids)
