@@ -147,16 +147,15 @@ def test_what_blocks_return_besides_is_summed_over_the_layers(other):
     cfg = made.model
     params = some_params(MODERN)
 
-    def size(params, n_layers=cfg.n_layers):
+    def size(params, cfg=cfg):
         model = bind(abstract_model(cfg, made.run)[0], params)
         assert model(tokens)[1] == {}
         model.blocks = WithAux(model.blocks)
-        model.cfg = dataclasses.replace(cfg, n_layers=n_layers)
         total, weight = model(tokens)[1]["size"]
         return total, weight
 
     first = {**params, "blocks": jax.tree.map(lambda w: w[:1], params["blocks"])}
-    (total, weight), (of_first, one) = size(params), size(first, 1)
+    (total, weight), (of_first, one) = size(params), size(first, dataclasses.replace(cfg, n_layers=1))
     assert (weight, one) == (cfg.n_layers, 1)
     rest, layers = split_layers(params)
     model = bind(abstract_model(cfg, made.run)[0], {**rest, "blocks": layers[0]})
