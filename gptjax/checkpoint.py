@@ -1,5 +1,6 @@
-"""Checkpoints (Orbax, asynchronous). Three items each: `params`; `rest`, what only training needs; `meta`, plain
-values (config, tokenizer, losses), so that one path is enough to sample from."""
+"""Checkpoints (Orbax, asynchronous). Three items each: `params`; `rest`, which only training needs; `meta`, plain
+values (config, tokenizer, losses), so that one path is enough to sample from.
+"""
 
 import json
 import logging
@@ -30,7 +31,9 @@ Result = TypeVar("Result")
 
 
 class PartWritten:
-    """What Orbax waits for last in a process: the checksums of the arrays that the process has written by then."""
+    """The last future that Orbax waits for in a process: it writes the checksums of the arrays that the process has
+    written.
+    """
 
     def __init__(self, folder: epath.Path):
         self.folder, self.process = folder, jax.process_index()
@@ -43,19 +46,19 @@ class PartWritten:
             write_checksums(self.folder, files, f"checksums.process_{self.process}.json")
 
     def cancel(self) -> None:
-        """Do nothing: nothing has begun."""
+        """Do nothing: nothing has started."""
 
 
 class CheckedArrays(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler of arrays, with checksums: each process sums up what it wrote, the first one the rest."""
+    """Orbax's handler of arrays, with checksums: each process hashes what it wrote, the first process the rest."""
 
     async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Any]:
-        """Begin to write, as the class above."""
+        """Start to write, and return the futures to wait for."""
         futures = await super().async_save(directory, *args, **kwargs)
         return [*(futures or []), PartWritten(directory)]
 
     def finalize(self, directory: epath.Path) -> None:
-        """Join what the processes wrote, and sum it up. One process calls it, after all have written."""
+        """Merge what the processes wrote, and write its checksums. One process calls it, after all have written."""
         super().finalize(directory)
         write_checksums(directory, [name for name in files_under(directory) if not name.startswith("ocdbt.process_")])
 
@@ -64,7 +67,7 @@ class CheckedJson(ocp.JsonCheckpointHandler):
     """Orbax's handler of plain values, with checksums."""
 
     def finalize(self, directory: epath.Path) -> None:
-        """Sum up what was written."""
+        """Write the checksums of the files."""
         super().finalize(directory)
         write_checksums(directory, list(files_under(directory)))
 
@@ -106,11 +109,13 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
 
     def steps(self) -> list[int]:
-        """Steps that have a finished checkpoint, the newest first."""
+        """Return the steps that have a finished checkpoint, the newest first."""
         return sorted(self.manager.all_steps(), reverse=True)
 
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to write; the arrays may be given away as soon as this returns. An imported model has no `rest`."""
+        """Start to write a checkpoint; the caller may donate the arrays once this returns. An imported model has no
+        `rest`.
+        """
         items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(meta)}
         if rest is not None:
             items["rest"] = ocp.args.PyTreeSave(rest)
@@ -122,7 +127,7 @@ class Checkpoints:
         assert begun, f"Orbax did not save step {step}; it has {self.steps()}"
 
     def damage(self, step: int, items: Sequence[str] = ITEMS, part: int = 0, parts: int = 1) -> str | None:
-        """Return what is wrong with a checkpoint's files; None: nothing.
+        """Return what is wrong with a checkpoint's files; None where nothing is.
 
         What older versions wrote has no checksums, and only its JSON is checked.
 
@@ -172,15 +177,15 @@ class Checkpoints:
         exchange(None)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The plain values of a checkpoint."""
+        """Return the plain values of a checkpoint."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """The weights, onto the shardings of `abstract` (a tree of ShapeDtypeStructs)."""
+        """Return the weights, on the shardings of `abstract` (a tree of ShapeDtypeStructs)."""
         return self._restore(step, params=abstract)["params"]
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-        """Weights and rest, onto the shardings of these abstract trees, whatever mesh wrote them."""
+        """Return weights and rest, on the shardings of these abstract trees, whatever mesh wrote them."""
         found = self._restore(step, params=params, rest=rest)
         return found["params"], found["rest"]
 
@@ -193,14 +198,14 @@ class Checkpoints:
         return found
 
     def close(self) -> None:
-        """Wait for what is being written, then let go."""
+        """Wait for pending writes, then close."""
         self.manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Finish the save in flight, whichever way a run ends; but wait for no process that may be lost."""
+        """Finish the pending save, however the run ends, but do not wait for a process that may be lost."""
         if error is None or isinstance(error, UserError) or jax.process_count() == 1:
             self.close()
 

@@ -1,4 +1,6 @@
-"""How a run ends early: a signal stops all processes after one step; a stuck or bereaved one leaves its stacks."""
+"""End a run early: a signal stops all processes after the same step; the watchdog ends a process that hangs, or that
+has lost another, and prints its stacks.
+"""
 
 import faulthandler
 import os
@@ -11,14 +13,14 @@ from jax.experimental import multihost_utils
 
 from gptjax.errors import UserError
 
-START_FACTOR = 6  # the first step has so many times as long as the others: it compiles
+START_FACTOR = 6  # times the limit of a step, for the first one, which compiles
 
 
 class StopSignal:
-    """While entered, SIGINT and SIGTERM only ask the loop to stop after the step; a second one ends the process.
+    """While active, SIGINT and SIGTERM request a stop after the current step; a second signal ends the process.
 
-    Several processes stop after the same step, whichever was told: JAX's preemption service takes SIGTERM, and has
-    them agree on a step that none has begun, without a collective in every step.
+    Several processes stop after the same step, whichever received the signal: JAX's preemption service handles
+    SIGTERM, and the processes agree on a step that none has begun, without a collective in every step.
     """
 
     def __init__(self):
@@ -34,7 +36,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def after(self, step: int) -> bool:
-        """Whether to stop after this step; every process asks once a step."""
+        """Return whether to stop after this step; every process calls it once a step."""
         return multihost_utils.reached_preemption_sync_point(step) if self.several else self.requested
 
     def _note(self, number, frame) -> None:
@@ -45,10 +47,12 @@ class StopSignal:
 
 
 class Watchdog:
-    """While entered, a process that gets nowhere ends, with every thread's stack on stderr: where no step has ended
-    for `timeout_s` (None: for ever), and, of several processes, at any error but the user's, since an orderly exit
-    waits for the others. The timer is faulthandler's, which Python's lock cannot stop; it runs from the first
-    `start_phase` on, since nobody knows how long a corpus takes to tokenize."""
+    """While active, a process that makes no progress ends with every thread's stack on stderr.
+
+    That is: no step has ended for `timeout_s` (None: no limit). With several processes it also ends at any error but
+    a UserError, since an orderly exit would wait for the others. The timer is faulthandler's, which runs even while
+    Python's lock is held. It starts at the first `start_phase`: the time to tokenize a corpus has no bound.
+    """
 
     def __init__(self, timeout_s: int | None):
         self.timeout_s, self.set_at = timeout_s, time.monotonic()
@@ -57,12 +61,12 @@ class Watchdog:
         return self
 
     def start_phase(self) -> None:
-        """Begin to wait anew, START_FACTOR times as long: what follows restores, compiles or draws."""
+        """Restart the timer with START_FACTOR times the limit: what follows restores, compiles or samples."""
         if self.timeout_s is not None:
             faulthandler.dump_traceback_later(START_FACTOR * self.timeout_s, exit=True)
 
     def step_done(self) -> None:
-        """Begin to wait anew, at most once a second."""
+        """Restart the timer, at most once a second."""
         if self.timeout_s is not None and time.monotonic() > self.set_at + 1:
             self.set_at = time.monotonic()
             faulthandler.dump_traceback_later(self.timeout_s, exit=True)

@@ -1,5 +1,5 @@
-"""What each host (process) of a run does: the rows of the batch that it reads, what it hands to JAX, who writes the
-run's files, and how all of them come to one decision.
+"""The part of each host (process) in a run: the rows of the batch that it reads, the arrays that it gives to JAX,
+which one writes the run's files, and how all of them reach one decision.
 
 A mesh gives a host rows that need not be contiguous, and several hosts the same rows where they hold other parts of
 the sequence or of the weights. So rows are always named one by one.
@@ -45,7 +45,7 @@ def rows_of_hosts(sharding: Sharding, shape: tuple[int, ...]) -> dict[int, np.nd
 
 
 def rows_of_this_host(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
-    """Return `rows_of_hosts` of the process that asks."""
+    """Return `rows_of_hosts` of this process."""
     return rows_of_hosts(sharding, shape)[jax.process_index()]
 
 
@@ -67,7 +67,7 @@ def part_of(local: np.ndarray, rows: np.ndarray, index: Index) -> np.ndarray:
 def global_batch(
     local: Mapping[str, np.ndarray], rows: np.ndarray, sharding: Sharding, batch_sequences: int
 ) -> dict[str, jax.Array]:
-    """Place the rows that this host has read on its devices, as its part of the global batch.
+    """Return the global batch, with the rows that this host has read placed on its devices.
 
     Args:
         local: arrays [len(rows), ...].

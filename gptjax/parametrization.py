@@ -1,4 +1,4 @@
-"""Roles: how a weight is treated, and how first values, rates and multipliers follow the model's size.
+"""Roles: how a weight is treated, and how initial values, rates and multipliers follow the model's size.
 
 A weight's role is stated where the weight is declared (`nn/layers.py:param`). Optimizer, decay, freezing and the
 rules below follow from it.

@@ -1,4 +1,5 @@
-"""Published models, as the values of `ModelConfig` that differ from its defaults (GPT-2's smallest); and devices.
+"""Published models, as the `ModelConfig` values that differ from its defaults (GPT-2's smallest); and devices' peak
+FLOP/s.
 
 Sources: GPT-2, Radford et al. 2019, table 2, and the released hparams.json; Llama 2, Touvron et al. 2023 (arXiv
 2307.09288), and the released config.json; Llama 3.1 and 3.2, Dubey et al. 2024 (arXiv 2407.21783), table 3, and the
@@ -102,6 +103,6 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device; None for a kind that is not in the table, such as a CPU."""
+    """Return the FLOP/s of one device; None for a kind that is not in the table, such as a CPU."""
     matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -1,4 +1,4 @@
-"""What a process must settle before JAX looks for devices: their number, its peers, and the compilation cache."""
+"""What a process sets before JAX looks for devices: their number, the other processes, and the compilation cache."""
 
 import faulthandler
 import os
@@ -12,10 +12,10 @@ from gptjax.errors import UserError
 
 
 def prepare_process(cpu_devices: int | None = None, distributed: DistributedConfig | None = None) -> None:
-    """Call it before anything imports JAX.
+    """Prepare this process for JAX; call it before anything imports JAX.
 
     Args:
-        cpu_devices: how many virtual devices a CPU shall show; None for one.
+        cpu_devices: number of virtual devices of the CPU; None for one.
         distributed: how to find the other processes, where the environment does not say; None for a single one.
 
     Raises:
@@ -26,16 +26,16 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
         cpu.keep_freed_memory()
     import jax
 
-    # A CPU's steps run one after another: each then finds the memory that the one before has freed.
+    # On a CPU, run one step at a time, so that each reuses the memory that the previous one has freed.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # JAX's key for a program leaves the cores out, and what was compiled for one core never uses a second.
+    # JAX's cache key omits the number of cores, and a program compiled for one core never uses a second.
     cache = os.path.expanduser(f"~/.cache/gptjax/xla-{cpu.count_cores()}-cores")
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     found = None if distributed is None else find_processes(distributed, os.environ)
     if distributed is None or found is None:
         return
-    faulthandler.enable()  # JAX aborts where a peer is lost: then every thread's stack goes to the log
+    faulthandler.enable()  # JAX aborts when a process is lost: print every thread's stack then
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     limits = {"heartbeat_timeout_seconds": distributed.heartbeat_timeout_s, "shutdown_timeout_seconds": 120}
     try:
@@ -43,22 +43,24 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"cannot join the other processes ({reason}); see that process 0 runs and can be reached, or say where "
-            "it is by distributed.coordinator, num_processes and process_id"
+            f"cannot join the other processes ({reason}); check that process 0 runs and is reachable, or set "
+            "distributed.coordinator, num_processes and process_id"
         ) from None
 
 
 def find_processes(distributed: DistributedConfig, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What to tell `jax.distributed.initialize`, which asks the cluster for the rest; None for a process on its own.
+    """Return the arguments of `jax.distributed.initialize`, which reads the rest from the cluster; None for one
+    process.
 
-    Flags win. Else the tasks of Slurm's srun, the pods of an indexed Kubernetes job, and TPU hosts have peers.
+    Flags take precedence. Otherwise the tasks of Slurm's srun, the pods of an indexed Kubernetes job, and TPU hosts
+    are processes of one run.
     """
     if distributed.coordinator is not None:
-        told = {"coordinator_address": distributed.coordinator, "num_processes": distributed.num_processes}
-        return {**told, "process_id": distributed.process_id, "cluster_detection_method": "deactivate"}
+        flags = {"coordinator_address": distributed.coordinator, "num_processes": distributed.num_processes}
+        return {**flags, "process_id": distributed.process_id, "cluster_detection_method": "deactivate"}
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        # JAX shows each task of Slurm one GPU; to a node's only task show all of them, which [] does.
-        alone = re.fullmatch(r"1(\(x\d+\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
-        devices = [] if alone else [int(environ["SLURM_LOCALID"])]
+        # JAX gives each Slurm task one GPU; [] gives all of them to the only task of a node.
+        is_only_task = re.fullmatch(r"1(\(x\d+\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+        devices = [] if is_only_task else [int(environ["SLURM_LOCALID"])]
         return {"cluster_detection_method": "slurm", "local_device_ids": devices}
     return {} if cpu.has_tpus() or "JOB_COMPLETION_INDEX" in environ else None

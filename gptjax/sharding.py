@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which logical axis lies on which mesh axis."""
+"""The device mesh, and the one table that maps each logical axis to a mesh axis."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 
 # Logical axis -> mesh axis or axes. Weights and activations name their axes; nothing else knows the mesh.
 # `pipeline` and `expert` will be two more mesh axes, for "layers" and for an axis "experts".
-RULES: dict[str, str | tuple[str, ...] | None] = {
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
     "layers": None,
     "vocab": "tensor",
@@ -33,7 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices: int = 1) -> Mesh:
-    """The mesh with these axis sizes, in this order; one size may be -1, for what is left.
+    """Return the mesh with these axis sizes, in this order; one size may be -1, for the remaining devices.
 
     Args:
         slices: how many groups of devices the first axis is laid across; neighbours on other axes share a group.
@@ -70,17 +70,17 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The partition of an array with these logical axes (None: not named, so not cut)."""
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    """Return the PartitionSpec of an array with these logical axes (None: not named, so not sharded)."""
+    return PartitionSpec(*(None if axis is None else AXIS_RULES[axis] for axis in axes))
 
 
 def sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
-    """`spec`, on a mesh."""
+    """Return `spec` on a mesh."""
     return NamedSharding(mesh, spec(axes))
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:
-    names = RULES[axis] or ()
+    names = AXIS_RULES[axis] or ()
     return (names,) if isinstance(names, str) else names
 
 
@@ -100,7 +100,7 @@ def check_divides(mesh: Mesh, what: str, size: int, axis: str) -> None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's layout, where a mesh is set (`jax.set_mesh`); elsewhere do nothing.
+    """Constrain an activation's sharding, where a mesh is set (`jax.set_mesh`); elsewhere do nothing.
 
     A dimension that the mesh does not divide stays whole, such as the one token of a step of decoding.
     """
@@ -116,7 +116,7 @@ def _divides(mesh: Mesh | AbstractMesh, size: int, axis: str | None) -> bool:
 
 
 def on_one_device() -> bool:
-    """Whether no mesh is set, or one of a single device."""
+    """Return whether no mesh is set, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 

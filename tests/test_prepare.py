@@ -174,7 +174,7 @@ def test_a_unit_that_was_interrupted_is_done_again_and_finished_ones_are_not(tmp
     monkeypatch.setattr(ByteTokenizer, "encode_batch", counted)
     with pytest.raises(Killed):
         made(tmp_path / "killed", source)
-    with pytest.raises(UserError, match="is not prepared to its end"):
+    with pytest.raises(UserError, match="is not completely prepared"):
         load_corpus(DataConfig(path=str(tmp_path / "killed")))
     made(tmp_path / "killed", source)
     assert sum(done) < 300 + 2 * max(done)
@@ -311,7 +311,7 @@ BAD = {
     "latin1.jsonl": ('{"text": "Käse"}\n'.encode("latin-1"), r"latin1.jsonl, line 1 is not UTF-8: byte 0xe4"),
     "half.jsonl": (b'{"text": "\\ud83d"}\n', r"half.jsonl, line 1 names half a character"),
     "latin1.txt": ("Käse".encode("latin-1"), r"latin1.txt is not UTF-8: byte 0xe4 at offset 1"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20], r"cut.jsonl.gz: .*ends in the middle"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20], r"cut.jsonl.gz: .*compressed and truncated"),
     "not.jsonl.gz": (b"not compressed", r"not.jsonl.gz, line 1 is not JSON"),
     "cut.parquet": (b"PAR1 and no more", r"cannot read .*cut.parquet"),
     "empty.jsonl": (b"", r"is empty: there is no text"),
@@ -330,7 +330,7 @@ def test_bad_sources_are_named_and_nothing_is_left_to_trust(tmp_path, name):
         made(tmp_path / "out", tmp_path / name, val_frac=1e-9)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    unfinished = r"is not prepared to its end|is not a folder that gptjax data prepare finished"
+    unfinished = r"is not completely prepared|is not a folder that gptjax data prepare finished"
     with pytest.raises(UserError, match=unfinished):
         inspect(str(tmp_path / "out"))
 

@@ -9,7 +9,7 @@ from gptjax.nn.transformer import count_params
 
 
 def model_card(model: Model, family: str, dtype: str) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads."""
+    """Return a model card: Markdown with the front matter that the Hugging Face hub reads."""
     config, size = model.meta.get("config", {}), count_params(model.config)["total"]
     name = model.path.resolve().name
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gptjax", "---"]
@@ -68,7 +68,7 @@ def _training(model: Model, config: dict[str, Any]) -> list[str]:
 
 
 def _last_metrics(path: Path, step: int) -> dict[str, float]:
-    """The last value of every metric up to a step; empty where there is no such file."""
+    """Return the last value of every metric up to a step; empty where there is no such file."""
     last: dict[str, float] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -127,7 +127,7 @@ def _import_biases(family: Family, config: Mapping[str, Any]) -> tuple[bool, tup
 
 
 def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
-    """Refuse keys by which the model is one that cannot be run here, and note those that nobody knows."""
+    """Raise UserError for keys under which a model cannot be run here; print a note for unknown keys."""
     neutral = {**NEUTRAL_VALUES, **family.demands}
     for key, allowed in neutral.items():
         if config.get(key, allowed[0]) not in allowed:

@@ -1,4 +1,6 @@
-"""Models into runs, and runs out into Hugging Face directories. Both are written beside their place, then renamed."""
+"""Import models as runs, and export runs as Hugging Face directories. Both are written to a temporary folder, then
+renamed.
+"""
 
 import base64
 import contextlib
@@ -30,24 +32,24 @@ from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe, p
 from gptjax.tokenizers.auto import files_beside
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
-END = "<|endoftext|>"  # the name that the byte tokenizer's end of a document is given
+END = "<|endoftext|>"  # name of the byte tokenizer's end of a document
 
 
 def import_model(path_or_id: str, out: str) -> None:
-    """Write a Hugging Face model or a GGUF file as a run: config.yaml, its tokenizer, and a checkpoint at step 0.
+    """Write a Hugging Face model or a GGUF file as a run: config.yaml, tokenizer, and a checkpoint at step 0.
 
     Raises:
         UserError: as `open_model`; `out` is not empty or cannot be written.
     """
     model = open_model(path_or_id)
     if model.is_run:
-        raise UserError(f"{path_or_id!r} is a run already; give a Hugging Face directory or id, or a .gguf file")
+        raise UserError(f"{path_or_id!r} is already a run; give a Hugging Face directory or id, or a .gguf file")
     with new_folder(out) as folder:
         files = tokenizer_files(model.tokenizer)
         if ends := end_tokens(model.tokenizer):
             files["generation_config.json"] = json.dumps(ends) + "\n"  # read again with the tokenizer beside it
         data = {"tokenizer": os.path.join(out, "tokenizer.json")} if files else {}
-        # The config is one to train on with: it starts from these weights and speaks in these ids.
+        # This config continues training: it starts from these weights and has these ids.
         out = user_path(out)
         values = {"model": dataclasses.asdict(model.config), "data": data, "init_from": out, "workdir": out}
         config = config_to_yaml(config_from_dict(values))
@@ -75,7 +77,7 @@ def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "fl
     generation = {**ends, **origin.get("generation", {}), **end_tokens(model.tokenizer)}
     with new_folder(out) as folder:
         params = without_multipliers(model.config, model.read(on_first_device(model.config)))
-        shapes = {name: held.shape for name, held in layout.tensors.items()}
+        shapes = {name: tensor.shape for name, tensor in layout.tensors.items()}
         write_safetensors(folder, shapes, DTYPES[dtype], lambda name: write_value(layout, params, name))
         for name, values in {"config.json": config, "generation_config.json": generation}.items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
@@ -85,7 +87,7 @@ def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "fl
 
 
 def _files_for(tokenizer: Tokenizer, kind: str) -> dict[str, str]:
-    """The tokenizer's files beside a model of this type; print a note where AutoTokenizer would not follow them."""
+    """Return the tokenizer's files for a model of this type; print a note where AutoTokenizer would ignore them."""
     files = tokenizer_files(tokenizer)
     if not files:
         return files
@@ -105,7 +107,7 @@ def end_tokens(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files, by name, from which `AutoTokenizer` makes equal ids; none for a model without a tokenizer."""
+    """Return the files, by name, from which `AutoTokenizer` makes equal ids; none for a model without a tokenizer."""
     return _TOKENIZER_FILES[tokenizer.kind](tokenizer)
 
 
@@ -123,7 +125,7 @@ def _byte_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 def _char_files(tokenizer: Tokenizer) -> dict[str, str]:
     alphabet = tokenizer.to_dict()["alphabet"]
-    # Without merges every character stays alone. One outside the alphabet is dropped: here it is an error instead.
+    # Without merges every character is a token. A character outside the alphabet is dropped; our tokenizer raises.
     made = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     made.decoder = tokenizers.decoders.Fuse()
     return _own_files(made.to_str())
@@ -149,7 +151,7 @@ def _tiktoken_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts whose merge makes a token: what byte-pair encoding by the lower ranks alone leaves of it."""
+    """Return the two parts whose merge makes a token: those left by byte-pair encoding with only the lower ranks."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
@@ -169,17 +171,17 @@ _TOKENIZER_FILES: dict[str, Callable[[Any], dict[str, str]]] = {
 
 @contextlib.contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A folder that is renamed to `out` when all went well, and removed when not.
+    """Yield a temporary folder that is renamed to `out` on success, and removed on failure.
 
     Raises:
-        UserError: `out` is there already and not empty, or cannot be written.
+        UserError: `out` exists and is not empty, or cannot be written.
     """
     path = local_path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--out {out!r} is there already and not empty; give a new folder")
+        raise UserError(f"--out {out!r} exists and is not empty; give a new folder")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same number, as in a container
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id, as in a container
         partial.mkdir(parents=True)
         yield partial
         os.replace(partial, path)

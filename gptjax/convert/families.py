@@ -64,7 +64,7 @@ class Family(NamedTuple):
 # The names of one function in `transformers` (activations.py).
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 SILUS = ("silu", "swish")
-NOWHERE = {"logit_softcap": None, "conv_width": None}  # what no family has
+IN_NO_FAMILY = {"logit_softcap": None, "conv_width": None}  # what no family has
 
 _GPT2 = Family(
     title="GPT-2",
@@ -269,7 +269,7 @@ ROPE_TYPES: dict[str, dict[str, str]] = {
 
 
 def _facts(cfg: ModelConfig) -> dict[str, Any]:
-    """A model's form, in the terms of `Family.form`."""
+    """Return a model's form, in the terms of `Family.form`."""
     even_heads = cfg.d_head * cfg.n_heads == cfg.d_model
     qkv_bias = cfg.bias if cfg.attention.qkv_bias is None else cfg.attention.qkv_bias
     return {
@@ -282,8 +282,8 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
-    """The fields by which a model is not of a family's form, with both values for people."""
-    facts, form = _facts(cfg), {**family.form, **NOWHERE}
+    """Return the fields in which a model differs from a family's form, each with both values for the user."""
+    facts, form = _facts(cfg), {**family.form, **IN_NO_FAMILY}
     if facts["attention.qkv_bias"] == "bias" and family.form["attention.qkv_bias"] != "bias":
         facts["attention.qkv_bias"] = cfg.bias
     # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.
@@ -300,7 +300,7 @@ def _in_yaml(value: Any) -> str:
 
 
 def family_for(cfg: ModelConfig, origin: str | None = None) -> str:
-    """The `model_type` under which a model can be exported; `origin`, where it came from, if that still fits.
+    """Return the `model_type` under which a model can be exported; `origin`, where it came from, if that still fits.
 
     Raises:
         UserError: no family has this form. It names the fields that stand in the way of the nearest.
@@ -317,14 +317,16 @@ def family_for(cfg: ModelConfig, origin: str | None = None) -> str:
 
 
 def exported_form(cfg: ModelConfig, kind: str) -> ModelConfig:
-    """The same model with every tensor of the family: norms with weights, and biases where the family has them."""
+    """Return the same model with every tensor of the family: norms with weights, and biases where the family has
+    them.
+    """
     form = FAMILIES[kind].form
     biases = {"bias": True, "attention.qkv_bias": None} if form.get("bias") is True else {}
     return override(cfg, {"norm.weights": True, **biases})
 
 
 def export_config(cfg: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
-    """The config.json of a model; `transformers` 4 and 5 read it to the same model."""
+    """Return the config.json of a model; `transformers` 4 and 5 read it to the same model."""
     family = FAMILIES[kind]
     resolved = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "mlp.width": cfg.mlp_width}
     ours_values = plain_values(cfg) | resolved

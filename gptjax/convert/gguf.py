@@ -125,7 +125,7 @@ def _is_readable(tensor: Any) -> bool:
 
 
 def _unpermute(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows as Hugging Face has them, a head's first halves of the rotary pairs before its second halves.
+    """Return rows in Hugging Face's order: a head's first halves of the rotary pairs before its second halves.
 
     llama.cpp turns neighbours, so its converter interleaves the halves: [H, 2, K/2] became [H, K/2, 2].
     """

@@ -26,7 +26,7 @@ def _modern(digits: str) -> str:
 
 
 def _cased(digits: str, ending: str) -> str:
-    """Words cut where lower case turns to upper case, as GPT-4o's and Mistral's Tekken do."""
+    """Return the pattern of words cut where lower case turns to upper case, as GPT-4o's and Mistral's Tekken do."""
     letters, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
     words = f"{letters}{upper}*{lower}+{ending}|{letters}{upper}+{lower}*{ending}"
     return f"{words}|{digits}" + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
@@ -134,7 +134,7 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _read(fields: dict[str, Any], usual: Mapping[str, int]) -> Vocabulary:
-    """`usual` holds the ids of roles that the file does not name."""
+    """Return the vocabulary of a file's metadata; `usual` gives the ids of roles that the file does not name."""
     tokens = fields.get("tokens")
     if tokens is None:
         raise UserError("its metadata lack tokenizer.ggml.tokens; convert the model anew")
@@ -161,7 +161,7 @@ def end_ids(vocabulary: Vocabulary) -> list[int]:
 
 
 def _byte_level(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabulary]:
-    """Byte-level BPE, GPT-2's kind."""
+    """Return a byte-level BPE, as GPT-2 has."""
     vocabulary, name = _read(fields, {}), fields.get("pre", "default")
     if name not in CUTS:
         raise UserError(
@@ -189,7 +189,7 @@ def _byte_level(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabular
 
 
 def _sentencepiece(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabulary]:
-    """SentencePiece's BPE, Llama 2's kind: pairs are merged in the order of their scores.
+    """Return a SentencePiece BPE, as Llama 2 has: pairs are merged in the order of their scores.
 
     The characters of every token are tokens, too: SentencePiece trains no other vocabulary.
     """
@@ -210,7 +210,7 @@ def _sentencepiece(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabu
 
 
 def _pairs(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the highest score of what they make first."""
+    """Return all pairs of tokens that make a token, by falling score of the token that they make."""
     found = [
         (-scores[id], id, cut, token)
         for token, id in vocab.items()
@@ -221,14 +221,14 @@ def _pairs(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str,
 
 
 def _add_special(made: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
-    """Tokens that are no text, and text that is never cut, which is found in documents, too."""
+    """Add the tokens that are no text, and the texts that are never cut, also inside documents."""
     kinds = {CONTROL: True, UNKNOWN: True, USER_DEFINED: False}
     pairs = [(token, type) for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True) if type in kinds]
     made.add_tokens([AddedToken(token, special=kinds[type], normalized=False) for token, type in pairs if token])
 
 
 def _surround(made: tokenizers.Tokenizer, vocabulary: Vocabulary, usual_bos: bool) -> None:
-    """Put the begin and end tokens around a prompt, where the file or its kind want them."""
+    """Add the begin and end tokens around a prompt, where the file or its kind requires them."""
     fields, named, tokens = vocabulary.fields, vocabulary.named, vocabulary.tokens
     first = [tokens[named["bos"]]] if fields.get("add_bos_token", usual_bos) and "bos" in named else []
     last = [tokens[named["eos"]]] if fields.get("add_eos_token", False) and "eos" in named else []

@@ -18,7 +18,7 @@ MOVED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "g
 
 
 def find_model(path_or_id: str) -> Path:
-    """The file or folder of a model.
+    """Return the file or folder of a model.
 
     Raises:
         UserError: it is neither here nor in the cache, and cannot be downloaded.
@@ -30,13 +30,15 @@ def find_model(path_or_id: str) -> Path:
 
 
 def _is_id(name: str) -> bool:
-    """`org/name`, or a name alone; and no folder of ours before the slash, which would make it a path."""
+    """Return whether a name is an id of the hub, `org/name` or a name without a slash, and not a path into an
+    existing folder.
+    """
     owner, slash, _ = name.partition("/")
     return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name)) and not (slash and Path(owner).is_dir())
 
 
 def cache_folder() -> Path:
-    """Where huggingface_hub keeps models, by its own rules."""
+    """Return where huggingface_hub keeps models, by its own rules."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
 

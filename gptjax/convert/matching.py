@@ -14,14 +14,14 @@ import numpy as np
 
 from gptjax.convert.families import Family
 from gptjax.convert.foreign import foreign_tensors, quantization, wrapping
-from gptjax.convert.weights import Layout, Source
+from gptjax.convert.weights import Layout, TensorSource
 from gptjax.errors import UserError
 
 # Heads beside the one for the next token, which change nothing in it: GPT-2's for choices, and values of TRL.
 OTHER_HEADS = ("multiple_choice_head.", "v_head.", "value_head.")
 
 
-def match_tensors(layout: Layout, source: Source, config: Mapping[str, Any]) -> Layout:
+def match_tensors(layout: Layout, source: TensorSource, config: Mapping[str, Any]) -> Layout:
     """Give the source's tensors the names of the family, and return the layout with the head that the source has.
 
     Raises:
@@ -35,7 +35,7 @@ def match_tensors(layout: Layout, source: Source, config: Mapping[str, Any]) -> 
     return layout
 
 
-def _match_names(layout: Layout, source: Source) -> None:
+def _match_names(layout: Layout, source: TensorSource) -> None:
     """Add the prefix of the family's names, or remove it, where the name that results is one that the model has."""
     prefix, head = layout.family.prefix, layout.family.tensors["head"].name
     wanted = {*layout.tensors, head}
@@ -56,7 +56,7 @@ def _match_names(layout: Layout, source: Source) -> None:
     source.rename(names)
 
 
-def _match_head(layout: Layout, source: Source) -> Layout:
+def _match_head(layout: Layout, source: TensorSource) -> Layout:
     """Return the layout of a model whose head is its own where the file has another than the embedding.
 
     As `transformers` ties them: both in the file and different, they are two; the head alone is the embedding, too.
@@ -79,7 +79,7 @@ def _match_head(layout: Layout, source: Source) -> Layout:
     return Layout(layout.family, untied, layout.absent)
 
 
-def _check_tensors(layout: Layout, source: Source) -> None:
+def _check_tensors(layout: Layout, source: TensorSource) -> None:
     wanted = {name: held.shape for name, held in layout.tensors.items()}
     found, family = source.shapes, layout.family
     ignored = family.ignored

@@ -1,5 +1,6 @@
-"""A model from wherever it lies: a run, a Hugging Face directory or id, a GGUF file. Weights are read last, onto the
-shardings that the caller names."""
+"""Open a model from a run, a Hugging Face directory or id, or a GGUF file. Weights are read last, onto the shardings
+that the caller names.
+"""
 
 import json
 import math
@@ -22,7 +23,7 @@ from gptjax.convert.gguf import read_gguf
 from gptjax.convert.hub import find_model
 from gptjax.convert.matching import match_tensors
 from gptjax.convert.safetensors import SafetensorsFolder
-from gptjax.convert.weights import Layout, Source, read_params
+from gptjax.convert.weights import Layout, TensorSource, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.backends import check_model_divides
@@ -56,7 +57,7 @@ class Model(NamedTuple):
 
 
 def open_model(path_or_id: str | os.PathLike[str]) -> Model:
-    """The model of a run's directory, a Hugging Face directory or id, or a GGUF file.
+    """Return the model of a run's directory, a Hugging Face directory or id, or a GGUF file.
 
     Raises:
         UserError: there is no model, or one that is damaged or cannot be run here.
@@ -178,8 +179,8 @@ def _open_huggingface(folder: Path) -> Model:
     return _open_tensors(folder, config, source, tokenizer)
 
 
-def _open_tensors(path: Path, config: dict[str, Any], source: Source, tokenizer: Tokenizer) -> Model:
-    """A model from a config.json's values, tensors under its family's names, and a tokenizer."""
+def _open_tensors(path: Path, config: dict[str, Any], source: TensorSource, tokenizer: Tokenizer) -> Model:
+    """Return a model from a config.json's values, tensors under its family's names, and a tokenizer."""
     try:
         imported = import_config(config)
         layout = Layout(FAMILIES[config["model_type"]], imported.model, imported.absent)
@@ -200,7 +201,7 @@ def _open_tensors(path: Path, config: dict[str, Any], source: Source, tokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; raises UserError where it holds none."""
+    """Return a file's JSON object; raise UserError where it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -213,30 +214,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # Fields in which a model may differ from the one it starts from: they change how it is run or trained.
-FREE = ("preset", "init", "dropout", "dtype")
+MAY_DIFFER = ("preset", "init", "dropout", "dtype")
 # These change what it computes, as those who stretch a context or cap the logits want it: a note says so.
-NOTED = ("positions.theta", "positions.scaling", "logit_softcap")
+DIFFER_WITH_NOTE = ("positions.theta", "positions.scaling", "logit_softcap")
 
 
 def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) -> Model:
-    """The model from whose weights a run of this config can start.
+    """Return the model from whose weights a run of this config can start.
 
     Raises:
         UserError: the model or its tokenizer is another one than the run's.
     """
     model = open_model(path_or_id)
     given, now = (_resolved(cfg) for cfg in (model.config, wanted))
-    differing = {field for field in given if given[field] != now[field]} - {*FREE, "context_length", "vocab_multiple"}
+    differing = {field for field in given if given[field] != now[field]} - {
+        *MAY_DIFFER,
+        "context_length",
+        "vocab_multiple",
+    }
     fewer = now["context_length"] < given["context_length"] and not model.is_run
     if wanted.positions.kind == "learned" and given["context_length"] != now["context_length"] and not fewer:
         differing.add("context_length")
     if given["vocab_multiple"] != now["vocab_multiple"] and model.is_run:
         differing.add("vocab_multiple")
-    if strange := [f"model.{f} {given[f]} there, {now[f]} here" for f in given if f in differing - {*NOTED}]:
+    if strange := [
+        f"model.{f} {given[f]} there, {now[f]} here" for f in given if f in differing - {*DIFFER_WITH_NOTE}
+    ]:
         raise UserError(
             f"init_from {path_or_id!r} is a model of another shape or form: {', '.join(strange)}; set these as there"
         )
-    for field in differing & {*NOTED}:
+    for field in differing & {*DIFFER_WITH_NOTE}:
         print(f"note: init_from {path_or_id!r} has model.{field} {given[field]}, and this run {now[field]}")
     if model.tokenizer.kind != NoTokenizer.kind and not same_ids(model.tokenizer, tokenizer):
         raise UserError(

@@ -142,7 +142,7 @@ def _read_sharded(index: Path) -> dict[str, Entry]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one file, after every claim of its header is checked against the file's true length.
+    """Return the tensors of one file, after every claim of its header is checked against the file's true length.
 
     Raises:
         UserError: a file cut short, or a header that does not describe it.

@@ -1,4 +1,4 @@
-"""A family's tensors to our weights, straight onto their shardings, and back, one tensor at a time."""
+"""Convert a family's tensors to our weights, directly onto their shardings, and back, one tensor at a time."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -30,26 +30,26 @@ PARTS = 3  # of a fused tensor: query, key and value
 Path = tuple[str, ...]
 
 
-class Source(Protocol):
-    """Tensors somewhere on disk, under the names of the family."""
+class TensorSource(Protocol):
+    """Tensors on disk, under the names of the family."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The tensors' shapes, by name."""
+        """Return the tensors' shapes, by name."""
 
     @property
     def unreadable(self) -> Mapping[str, str]:
-        """The dtypes, by name, of tensors that hold no plain floats."""
+        """Return the dtypes, by name, of tensors that hold no plain floats."""
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give tensors, by their names so far, other names."""
+        """Rename tensors: a mapping from their present names to the new ones."""
 
     def read(self, name: str) -> np.ndarray:
         """Return the values, of any float type."""
 
 
-class Held(NamedTuple):
-    """A tensor: its shape, the layer it belongs to (None: to none), and the weights that lie in it."""
+class TensorLayout(NamedTuple):
+    """A tensor's shape, the layer it belongs to (None: to none), and the paths of the weights that it holds."""
 
     shape: tuple[int, ...]
     layer: int | None
@@ -78,14 +78,14 @@ class Layout:
         self.tensors = self._tensors(path for path in metadata if not self.is_absent(path))
 
     def place(self, path: Path) -> Tensor:
-        """Where a weight lies."""
+        """Return the tensor, and the part of it, that holds a weight."""
         return self.family.tensors[".".join(path)]
 
     def is_absent(self, path: Path) -> bool:
-        """Whether a weight is a bias that is not on disk."""
+        """Return whether a weight is a bias that is not on disk."""
         return path[-1].endswith("bias") and ".".join(path).startswith(self.absent)
 
-    def _tensors(self, paths: Iterable[Path]) -> dict[str, Held]:
+    def _tensors(self, paths: Iterable[Path]) -> dict[str, TensorLayout]:
         parts: dict[str, list[Path]] = {}
         for path in paths:
             parts.setdefault(self.place(path).name, []).append(path)
@@ -94,11 +94,11 @@ class Layout:
             dims = self.place(held[0]).dims.split(",")
             shape = tuple(math.prod(self._size(held[0], letter) for letter in dim) for dim in dims)
             for layer in range(self.cfg.n_layers) if "{}" in name else (None,):
-                found[name.format(layer)] = Held(shape, layer, held)
+                found[name.format(layer)] = TensorLayout(shape, layer, held)
         return dict(sorted(found.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer))
 
     def view(self, path: Path, tensor: np.ndarray) -> np.ndarray:
-        """A tensor's part for a weight, as a view in the order of our axes."""
+        """Return a tensor's part for a weight, as a view in the order of our axes."""
         dims, part = self.place(path).dims.replace(",", ""), self.place(path).part
         unfolded = tensor.reshape([self._size(path, letter) for letter in dims])
         if part is not None:
@@ -111,14 +111,14 @@ class Layout:
 
 
 def leaf_at(tree: Any, path: Path) -> Any:
-    """The leaf of a nested dict under these keys."""
+    """Return the leaf of a nested dict under these keys."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def read_params(layout: Layout, source: Source, abstract: Params) -> Params:
-    """The weights, each device holding its shards alone.
+def read_params(layout: Layout, source: TensorSource, abstract: Params) -> Params:
+    """Return the weights; each device holds only its own shards.
 
     A weight's shards that belong to this host are filled layer by layer from views of the tensors: beside them,
     memory holds no more than one tensor.
@@ -136,7 +136,7 @@ def read_params(layout: Layout, source: Source, abstract: Params) -> Params:
     return params
 
 
-def _read_weight(layout: Layout, source: Source, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read_weight(layout: Layout, source: TensorSource, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     stacked = path[0] == "blocks"
     of_device = {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
@@ -158,7 +158,7 @@ def _read_weight(layout: Layout, source: Source, path: Path, leaf: jax.ShapeDtyp
 
 
 def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Zeros at an address that JAX's CPU devices take as it is, so that they need no copy."""
+    """Return zeros at an address that JAX's CPU devices accept without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -166,7 +166,9 @@ def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
-    """The weights of the standard model that computes the same: the parametrization's multipliers taken into them."""
+    """Return the weights of the standard model that computes the same: the parametrization's multipliers are folded
+    into them.
+    """
     queries = r"/query_norm/" if cfg.attention.qk_norm else r"/query(_bias)?$"
     multiplied = {
         r"^final_norm/": factor(cfg, MULTIPLIERS["output"]),
@@ -185,7 +187,7 @@ def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
 
 
 def write_value(layout: Layout, params: Params, name: str) -> np.ndarray:
-    """A tensor of the family, float32. What the model lacks is what changes nothing: scales of 1, biases of 0."""
+    """Return a tensor of the family, float32. Weights that the model lacks are neutral: scales of 1, biases of 0."""
     shape, layer, paths = layout.tensors[name]
     tensor = np.full(shape, 1.0 if paths[0][-1] == "scale" else 0.0, np.float32)
     for path in paths:

@@ -1,5 +1,5 @@
-"""Corpora to batches (Grain). A batch is a function of (seed, step) alone, so a run can go on from any step and on
-any number of hosts and workers; which rows a host reads is decided last.
+"""Turn corpora into batches, by Grain. A batch is a function of (seed, step) alone, so a run can resume at any step
+and on any number of hosts and workers; which rows a host reads is decided last.
 
 An example is a dictionary of one row: tokens and targets [T] int32, weights [T] float32 (0 where nothing is to be
 learnt), and of packed documents also positions and segments [T] int32.
@@ -18,7 +18,7 @@ from gptjax.data.mixture import Assignment
 from gptjax.data.shards import Split
 from gptjax.errors import UserError
 
-FOREVER = 2**48  # steps; a length that Grain can slice and no run reaches
+ENDLESS_STEPS = 2**48  # a length that Grain can slice and no run reaches
 
 Example = dict[str, np.ndarray]
 
@@ -32,12 +32,12 @@ class Examples(Protocol):
 
 
 class Windows:
-    """Windows of T + 1 tokens side by side, cut anywhere: concatenate and split.
+    """Adjacent windows of T + 1 tokens of the concatenated documents, cut without regard to documents.
 
     Args:
         tokens: a sequence of ids that can be sliced.
-        moving_seed: of the offset at which an epoch's windows start, so that no cut between them stays where it is;
-            None: always at the first token.
+        moving_seed: seed of the offset at which the windows of each epoch start, so that the cuts between them move;
+            None: all epochs start at the first token.
 
     Raises:
         UserError: fewer tokens than one window.
@@ -69,10 +69,10 @@ class Windows:
 
 
 class PackedRows:
-    """Rows of whole documents, as `gptjax data prepare --pack_length` laid them.
+    """Rows of whole documents, as `gptjax data prepare --pack_length` packs them.
 
-    Positions begin anew with each document, segments number them from 0, and attention stays inside a segment. What
-    is left of a row has weight 0, and a segment of its own, the last.
+    Positions restart at each document, segments number the documents from 0, and attention stays inside a segment.
+    The unused rest of a row has weight 0 and the last segment, its own.
 
     Raises:
         UserError: the rows have another length than the context.
@@ -95,7 +95,7 @@ class PackedRows:
 
 
 def packed_example(ids: np.ndarray, lengths: np.ndarray, context_length: int) -> Example:
-    """Documents side by side, and the number of tokens of each, as one row. Their last tokens are targets only."""
+    """Return documents as one row. The last token of each document is only a target."""
     ends = np.cumsum(lengths)
     used = len(ids) - len(lengths)
     predicts = np.ones(len(ids), bool)
@@ -115,7 +115,9 @@ def packed_example(ids: np.ndarray, lengths: np.ndarray, context_length: int) ->
 
 
 class Endless:
-    """Examples without end: example n is a function of (seed, n). An epoch visits all, in an order of its own."""
+    """Examples without end: example n is a function of (seed, n). Each epoch visits all of them, in an order of its
+    own.
+    """
 
     def __init__(self, examples: Examples, seed: int):
         self.examples = examples
@@ -139,21 +141,23 @@ class Mixed:
 def training_examples(
     corpus: Corpus, cfg: DataConfig, context_length: int, batch_sequences: int, seed: int
 ) -> Endless | Mixed:
-    """The examples of a run, without end; raises UserError for a source that is too short or packed otherwise."""
+    """Return the endless training examples of a run; raise UserError for a source that is too short or packed
+    differently.
+    """
     endless = []
     for number, source in enumerate(corpus.sources):
-        own = seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        source_seed = seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         if isinstance(source.train, Split):
-            endless.append(Endless(PackedRows(source.train, context_length, source.pack_length), own))
+            endless.append(Endless(PackedRows(source.train, context_length, source.pack_length), source_seed))
         else:
-            endless.append(Endless(Windows(source.train, context_length, "training", own), own))
+            endless.append(Endless(Windows(source.train, context_length, "training", source_seed), source_seed))
     if not cfg.mixture:
         return endless[0]
     return Mixed(endless, Assignment(cfg.mixture_schedule, batch_sequences, seed))
 
 
 def as_batch(examples: list[Example]) -> dict[str, np.ndarray]:
-    """Rows side by side, [B, T] each."""
+    """Return rows stacked into arrays [B, T]."""
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
@@ -161,32 +165,35 @@ class Batches:
     """The training batches of one host.
 
     Args:
-        examples: without end.
+        examples: endless.
         batch_sequences: rows of the global batch: step s has the examples s B ... (s + 1) B - 1.
-        rows: indices of those of them that this host reads, in the order in which it wants them.
+        rows: indices in the global batch of the rows that this host reads, in the order of its batch.
     """
 
     def __init__(self, examples: Endless | Mixed, batch_sequences: int, rows: Sequence[int] | np.ndarray):
         self.examples, self.batch_sequences, self.rows = examples, batch_sequences, [int(row) for row in rows]
 
     def __len__(self) -> int:
-        return FOREVER
+        return ENDLESS_STEPS
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """This host's rows of the batch of a step."""
+        """Return this host's rows of the batch of a step."""
         first = step * self.batch_sequences
         return as_batch([self.examples[first + row] for row in self.rows])
 
     def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> grain.DatasetIterator:
-        """The batches from a step on, made ready by a thread, or by so many processes, each with its own steps.
-        Close it, so that these end."""
+        """Return an iterator over the batches from a step on; close it, which ends its thread or its worker
+        processes.
+        """
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         batches = grain.MapDataset.source(self)[start_step:].to_iter_dataset(options)
         if workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain hands its own ones to the processes, and absl wants them settled
-            each = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
-            batches = batches.mp_prefetch(each)
+                flags.FLAGS.mark_as_parsed()  # Grain passes its own flags to the processes, and absl requires parsed flags
+            options_of_workers = grain.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)
+            )
+            batches = batches.mp_prefetch(options_of_workers)
         return iter(batches)
 
 
@@ -198,12 +205,12 @@ def validation_batches(
     rows: Sequence[int] | np.ndarray,
     pack_length: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Windows side by side from the start of the validation tokens, or packed rows; the same at every evaluation.
+    """Yield adjacent windows from the start of the validation tokens, or packed rows; the same at every evaluation.
 
     Args:
-        batch_sequences: rows of a global batch; the last one is filled up with rows of weight 0.
-        limit: how many windows, evenly spread; None for all.
-        rows: indices of those of a global batch that this host reads, in the order in which it wants them.
+        batch_sequences: rows of a global batch; the last one is padded with rows of weight 0.
+        limit: number of windows, evenly spread; None for all.
+        rows: indices in a global batch of the rows that this host reads, in the order of its batch.
 
     Raises:
         UserError: fewer tokens than one window.

@@ -1,4 +1,6 @@
-"""What a run reads: prepared folders, or texts that are tokenized now and kept on disk under a fingerprint."""
+"""What a run reads: prepared folders, or texts that are tokenized at the start and cached on disk under a
+fingerprint.
+"""
 
 import hashlib
 import json
@@ -23,9 +25,9 @@ from gptjax.errors import UserError
 from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
-FORMAT = 3  # of the cache; raise it when the same sources come to give other tokens
+CACHE_FORMAT = 3  # increase it when the same sources give other tokens
 DOCUMENT_END = "\n"  # after a document where the tokenizer has no token for that
-TEXTS_AT_ONCE = 64  # which a tokenizer spreads over the cores
+TEXTS_AT_ONCE = 64  # a tokenizer distributes these over the cores
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class Source:
     """One source as token ids.
 
     Attributes:
-        name: in the metrics of a mixture.
-        train, val: ids side by side, mapped from disk; a Split where documents are packed into rows.
-        val_predictions: how many validation tokens are predicted.
+        name: its name in the metrics of a mixture.
+        train, val: concatenated ids, mapped from disk; a Split where documents are packed into rows.
+        val_predictions: number of validation tokens that are targets.
         val_bytes: length of the validation text in UTF-8, for bits per byte.
-        tokenizer: what made the ids.
-        fingerprint: hash of the documents and the tokenizer, wherever they lie.
-        older_fingerprint: what earlier versions wrote into checkpoints for the same tokens; None: the same.
-        notes: lines for the user on what is left out, and on what names of files decided.
+        tokenizer: the tokenizer that made the ids.
+        fingerprint: hash of the documents and the tokenizer, independent of their path.
+        older_fingerprint: the hash that earlier versions wrote into checkpoints for the same tokens; None: the same.
+        notes: lines for the user about what is left out, and about what the names of files decided.
         pack_length: positions of a packed row; None where documents are not packed.
     """
 
@@ -57,7 +59,7 @@ class Source:
 
     @property
     def train_tokens(self) -> int:
-        """Number of training tokens."""
+        """Return the number of training tokens."""
         return len(self.train.tokens if isinstance(self.train, Split) else self.train)
 
 
@@ -66,8 +68,8 @@ class Corpus:
     """The sources of a run: one, or those of a mixture.
 
     Attributes:
-        shares: weight of each source's validation loss in the whole; they are the mixture's first weights, also after
-            those have changed, so that the figure keeps its meaning.
+        shares: weight of each source's validation loss in val/loss: the mixture's first weights, also after those have
+            changed, so that the metric stays comparable.
     """
 
     sources: tuple[Source, ...]
@@ -75,12 +77,12 @@ class Corpus:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What made the ids, the same for all sources."""
+        """Return the tokenizer, which is the same for all sources."""
         return self.sources[0].tokenizer
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all sources' documents, and of the tokenizer."""
+        """Return the hash of all sources' documents and of the tokenizer."""
         return _joined([source.fingerprint for source in self.sources])
 
     def is_that_of(self, fingerprint: str) -> bool:
@@ -90,16 +92,16 @@ class Corpus:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the user on all sources."""
+        """Return the notes of all sources, for the user."""
         return [note for source in self.sources for note in source.notes]
 
     @property
     def train_tokens(self) -> int:
-        """Number of training tokens of all sources."""
+        """Return the number of training tokens of all sources."""
         return sum(source.train_tokens for source in self.sources)
 
     def validation_metrics(self, losses: list[float]) -> dict[str, float]:
-        """val/loss and val/bpb from the loss of each source in nats a token; of several also val/loss/NAME."""
+        """Return val/loss and val/bpb from each source's loss in nats a token; for a mixture also val/loss/NAME."""
         bits = [s.val_predictions / s.val_bytes / np.log(2) for s in self.sources]
         metrics = {
             "val/loss": sum(share * loss for share, loss in zip(self.shares, losses, strict=True)),
@@ -117,10 +119,10 @@ def _joined(fingerprints: list[str]) -> str:
 
 
 def load_corpus(cfg: DataConfig) -> Corpus:
-    """The corpus that a config names.
+    """Return the corpus that a config names.
 
     Raises:
-        UserError: sources that are missing, empty, damaged or not UTF-8, tokenizers at odds, or a cache that
+        UserError: sources that are missing, empty, damaged or not UTF-8, different tokenizers, or a cache that
             cannot be written.
     """
     if not cfg.mixture:
@@ -142,11 +144,11 @@ def load_corpus(cfg: DataConfig) -> Corpus:
 
 def _load_source(cfg: DataConfig, path: str, name: str) -> Source:
     if "://" not in path and is_prepared(path):
-        return _prepared(cfg, Path(user_path(path)), name)
-    return _tokenized(cfg, path, name)
+        return _prepared_source(cfg, Path(user_path(path)), name)
+    return _tokenized_source(cfg, path, name)
 
 
-def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
+def _prepared_source(cfg: DataConfig, folder: Path, name: str) -> Source:
     manifest = load_manifest(folder)
     check_files(folder, manifest)
     tokenizer = load_tokenizer(folder, manifest)
@@ -155,8 +157,8 @@ def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
         wanted = make_tokenizer(cfg.tokenizer, []) if Path(user_path(cfg.tokenizer)).exists() else None
         if wanted is None or wanted.to_dict() != tokenizer.to_dict():
             raise UserError(
-                f"data.tokenizer {cfg.tokenizer} is not what {folder} was prepared with: {made_with}; leave it out, "
-                "or prepare the data anew"
+                f"data.tokenizer {cfg.tokenizer} is not what {folder} was prepared with: {made_with}; remove the key, "
+                "or prepare the data again"
             )
     packed = manifest["options"]["pack_length"]
     train, val = (Split(folder, manifest, half) for half in ("train", "val"))
@@ -172,14 +174,14 @@ def _prepared(cfg: DataConfig, folder: Path, name: str) -> Source:
     )
 
 
-def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
+def _tokenized_source(cfg: DataConfig, path: str, name: str) -> Source:
     files, notes = list_files(path)
     named = cfg.tokenizer or "char"
-    tokenizer = None if named == "char" else make_tokenizer(named, [])  # char: whatever the text contains
+    tokenizer = None if named == "char" else make_tokenizer(named, [])  # char: its alphabet comes from the text
     spec = named if tokenizer is None else tokenizer.to_dict()
     fingerprint, older = _fingerprints(cfg, path, files, spec)
     if separates(tokenizer, files):
-        older = fingerprint  # which knew no separator
+        older = fingerprint  # earlier versions had no separator, so no checkpoint of theirs has these tokens
     folder = Path(user_path(cfg.cache_dir)) / fingerprint
     if not _is_whole(folder):
         end = [DOCUMENT_END] if separates(tokenizer, files) else []
@@ -199,26 +201,28 @@ def _tokenized(cfg: DataConfig, path: str, name: str) -> Source:
 
 
 def separates(tokenizer: Tokenizer | None, files: list[SourceFile], separator: str | None = None) -> bool:
-    """Return whether DOCUMENT_END stands after each document: where there are several, and no token ends one.
+    """Return whether DOCUMENT_END follows each document: there are several, and no token ends a document.
 
     Args:
         tokenizer: None for the characters of the corpus.
         separator: as in `Reading`.
     """
     several = len(files) > 1 or any(not file.format.startswith("text") for file in files) or separator is not None
-    plays = all(file.format == "play" for file in files)  # which bring their own
+    plays = all(file.format == "play" for file in files)  # whose reader appends an end
     return (tokenizer is None or tokenizer.eos_id is None) and several and not plays
 
 
 def _fingerprints(
     cfg: DataConfig, path: str, files: list[SourceFile], tokenizer: str | dict[str, Any]
 ) -> tuple[str, str]:
-    """Return the hash of everything that decides the tokens; and the one that versions before FORMAT 3 computed.
+    """Return the hash of everything that decides the tokens, and the hash that versions before CACHE_FORMAT 3
+    computed.
 
-    Theirs has the files' names in it; it is the first again where they read the same files otherwise.
+    The older hash includes the files' names. It equals the first hash where those versions read the files
+    differently.
     """
     options = [tokenizer, cfg.text_field, cfg.val_frac]
-    digest = hashlib.sha256(json.dumps([FORMAT, *options]).encode())
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, *options]).encode())
     older = hashlib.sha256(json.dumps([2, path == "shakespeare", *options]).encode())
     same = True
     for file in files:
@@ -234,7 +238,7 @@ def _fingerprints(
 
 
 def _texts(cfg: DataConfig, files: list[SourceFile]) -> Iterator[tuple[str, bool]]:
-    """Texts, and whether a document ends with each."""
+    """Yield each text, and whether a document ends with it."""
     how = Reading(cfg.text_field)
     for piece in pieces_of([files], how, val_frac=0):
         yield from documents(piece, how)
@@ -290,10 +294,10 @@ def _tokenize(cfg: DataConfig, path: str, files: list[SourceFile], folder: Path,
             for name, half in zip(("train", "val"), halves, strict=True):
                 half.tofile(os.path.join(work, f"{name}.bin"))
             Path(work, "meta.json").write_text(json.dumps(meta))
-            # Each at once, over a damaged one or over the same file of a process that was first and may be reading.
+            # Replace each file atomically: a damaged one, or the same one of a faster process, which may be reading it.
             for name in ("train.bin", "val.bin", "meta.json"):
                 os.replace(os.path.join(work, name), folder / name)
     except OSError as error:
         raise UserError(
-            f"cannot write the token cache {folder}: {error.strerror}; set data.cache_dir to a folder of yours"
+            f"cannot write the token cache {folder}: {error.strerror}; set data.cache_dir to a writable folder"
         ) from None

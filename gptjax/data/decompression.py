@@ -22,10 +22,10 @@ def decompressed(chunks: Iterator[bytes], new: Callable[[], Any]) -> Iterator[by
     """Decompress members, or frames, one after another.
 
     Args:
-        new: makes a decompressor, a value of DECOMPRESSORS.
+        new: returns a new decompressor, a value of DECOMPRESSORS.
 
     Raises:
-        EOFError: the data end in the middle.
+        EOFError: the data is truncated.
     """
     decompressor = None
     for data in chunks:
@@ -35,4 +35,4 @@ def decompressed(chunks: Iterator[bytes], new: Callable[[], Any]) -> Iterator[by
             data = decompressor.unused_data if decompressor.eof else b""  # the next member, or frame
             decompressor = None if decompressor.eof else decompressor
     if decompressor is not None:
-        raise EOFError("it is compressed and ends in the middle; fetch it anew")
+        raise EOFError("it is compressed and truncated; download it again")

@@ -1,4 +1,6 @@
-"""What a file is, by its first bytes and its name; and what in a folder is no document, or belongs to a split."""
+"""Recognise a file's format by its first bytes and its name; and which names in a folder are no documents, or name a
+split.
+"""
 
 import json
 import re
@@ -11,7 +13,7 @@ from etils import epath
 from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
 
-HEAD_BYTES = 2**12  # by which a file is recognised
+HEAD_BYTES = 2**12  # read to recognise a file
 
 
 class SourceFile(NamedTuple):
@@ -38,7 +40,7 @@ SUFFIXES = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
-# First bytes of what cannot be read, and the way out.
+# First bytes of files that cannot be read -> what they are, and the remedy.
 REFUSED = {
     b"BZh": "is compressed by bzip2: bunzip2 it, or compress it by gzip or zstd instead",
     b"\xfd7zXZ\0": "is compressed by xz: unxz it, or compress it by gzip or zstd instead",
@@ -49,7 +51,7 @@ REFUSED = {
     b"PK\x05\x06": "is an empty zip archive; give the files themselves",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive: unpack it into a folder, and give that",
     b"Rar!": "is a rar archive: unpack it into a folder, and give that",
-    b"%PDF": "is a PDF document: take its text out, by pdftotext for instance",
+    b"%PDF": "is a PDF document: extract its text, for instance by pdftotext",
     b"SQLite format 3\0": "is an SQLite database: write its table as JSON lines, and give that",
     b"\xff\xfe": "is UTF-16: iconv -f UTF-16 -t UTF-8 converts it",
     b"\xfe\xff": "is UTF-16: iconv -f UTF-16 -t UTF-8 converts it",
@@ -61,7 +63,7 @@ def recognise(path: str) -> str:
     """Return a file's format, from its first bytes, and from its name where these are text.
 
     Raises:
-        UserError: an archive, another way of compression, or anything else that holds no text.
+        UserError: an archive, an unsupported compression, or another file without text.
     """
     with epath.Path(path).open("rb") as stream:
         head = stream.read(HEAD_BYTES)
@@ -75,12 +77,12 @@ def recognise(path: str) -> str:
                 raise UserError(f"cannot read {path}: {error}") from None
     for magic, instead in REFUSED.items():
         if head.startswith(magic):
-            raise UserError(f"{path} {'holds what ' if packed else ''}{instead}")
+            raise UserError(f"{path} {'contains a file that ' if packed else ''}{instead}")
     if head[257:262] == b"ustar":
         raise UserError(f"{path} is a tar archive: unpack it into a folder by tar -xf, and give that")
     kind = next((kind for magic, kind in BINARY.items() if head.startswith(magic)), None)
     if kind is not None and packed is not None:
-        raise UserError(f"{path} is a compressed {kind.capitalize()} file, which is not read: decompress it")
+        raise UserError(f"{path} is a compressed {kind.capitalize()} file, which cannot be read: decompress it")
     kind = kind or _kind_of_text(path, head, packed)
     return kind + (f".{packed}" if packed else "")
 
@@ -91,17 +93,19 @@ def _kind_of_text(path: str, head: bytes, packed: str | None) -> str:
     kind = SUFFIXES.get(PurePath(stem).suffix, "text")
     if kind in ("parquet", "arrow"):
         if head:
-            raise UserError(f"{path} is no {kind.capitalize()} file, although it is called one; fetch it anew")
+            raise UserError(
+                f"{path} has the name of a {kind.capitalize()} file, but not its content; download it again"
+            )
         return kind
     if b"\0" in head:
-        raise UserError(f"{path} holds NUL bytes, so it is no text; take it out of the folder, or convert it")
+        raise UserError(f"{path} contains NUL bytes, so it is not text; remove it from the folder, or convert it")
     if kind == "jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" and not _is_line_of_json(head):
         return "json"
     return kind
 
 
 def _is_line_of_json(head: bytes) -> bool:
-    """Whether the first line is a JSON value, with another line after it."""
+    """Return whether the first line is a JSON value, with another line after it."""
     line, end, rest = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     try:
         json.loads(line)
@@ -113,12 +117,12 @@ def _is_line_of_json(head: bytes) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Folders
 
-# What `datasets`, Hugging Face's hub, Spark and fsspec leave beside the rows.
+# Files that `datasets`, Hugging Face's hub, Spark and fsspec write beside the rows.
 BESIDE = re.compile(
     r"\..*|_(SUCCESS|metadata|common_metadata|temporary|delta_log|(committed|started)_.*)|dataset_infos?\.json|dataset_dict\.json|state\.json|.*\.(lock|crc|md5|sha256)|(MD5|SHA256)SUMS",
     re.IGNORECASE,
 )
-# Of the folder itself, not of those in it, where such a file may be a document.
+# In the source folder itself; in a folder below it, such a file may be a document.
 ABOUT = re.compile(r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION|CHANGELOG)([.-].*)?", re.IGNORECASE)
 
 # The words by which the library `datasets` finds splits in names.
@@ -132,7 +136,7 @@ _SPLIT = re.compile(rf"(?:^|(?<=[-._ 0-9]))({_WORDS})(?=[-._ 0-9]|$)")
 
 
 def is_beside(name: str, top: bool) -> bool:
-    """Return whether a name in a folder is none of its documents.
+    """Return whether a file in a folder is not one of its documents.
 
     Args:
         top: whether the folder is the source itself.
@@ -141,7 +145,7 @@ def is_beside(name: str, top: bool) -> bool:
 
 
 def split_of(path: str) -> str | None:
-    """Return the split, a key of SPLITS, that a path inside a folder names: its last part first."""
+    """Return the split, a key of SPLITS, that a path inside a folder names; the last part decides first."""
     for part in reversed(PurePath(path.lower()).parts):
         found = _SPLIT.search(part)
         if found:
@@ -150,10 +154,10 @@ def split_of(path: str) -> str | None:
 
 
 def divide(files: list[SourceFile], folder: str) -> tuple[list[SourceFile], list[str]]:
-    """Give files their split where their names divide the folder: where some are for training, and some are not.
+    """Set the split of files where their names divide the folder: some are for training, and some are not.
 
     Returns:
-        the files of training and validation; and what is to be said of it.
+        the files of training and validation; and notes about it for the user.
     """
     splits = [split_of(file.path.removeprefix(folder)) for file in files]
     counts = {split: splits.count(split) for split in SPLITS}
@@ -164,5 +168,5 @@ def divide(files: list[SourceFile], folder: str) -> tuple[list[SourceFile], list
         names = ["val" if split == "val" else "train" for split in splits if split != "test"]
         kept = [file._replace(split=name) for file, name in zip(kept, names, strict=True)]
     how = f"{counts['val']} files for validation by name" if counts["val"] else "a share of them is for validation"
-    left = f"; {counts['test']} for testing are left out" if counts["test"] else ""
-    return kept, [f"{folder.rstrip('/')}: {len(kept) - counts['val']} files for training, {how}{left}"]
+    omitted = f"; {counts['test']} for testing are left out" if counts["test"] else ""
+    return kept, [f"{folder.rstrip('/')}: {len(kept) - counts['val']} files for training, {how}{omitted}"]

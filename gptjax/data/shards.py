@@ -1,11 +1,11 @@
-"""The files that `gptjax data prepare` writes and a run reads: token ids side by side, mapped into memory.
+"""The files that `gptjax data prepare` writes and a run reads: token ids without separators, mapped into memory.
 
 A prepared folder has `manifest.json`, written last; `tokenizer.spec.json`, which is the tokenizer as plain data; and
 for each shard of a split three files of little-endian integers without header:
 
     train-00000.tokens      ids, uint16 or uint32
     train-00000.documents   where each document ends, in tokens, int64
-    train-00000.rows        packed data only: where each row ends, in documents, int64
+    train-00000.rows        only in packed data: where each row ends, in documents, int64
 """
 
 import hashlib
@@ -20,21 +20,19 @@ from gptjax.errors import UserError
 from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
 
-FORMAT = 1  # of the manifest; raise it when older data is read wrongly
+MANIFEST_FORMAT = 1  # increase it when older data would be read wrongly
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.spec.json"
-WORK = "work"  # folder inside while it is being prepared: the plan, and what units of work gave
-CHECKED_BYTES = (
-    2**30
-)  # a split of at most so many bytes is hashed before use; of a larger one only sizes are compared
+WORK = "work"  # subfolder during preparation: the plan, and the results of the units of work
+CHECKED_BYTES = 2**30  # data of at most this size is hashed before use; of larger data only sizes are compared
 
 
 class Tokens:
-    """Token ids of several files, as one sequence. Slices are read from a memory map; processes that get a copy of
-    this object map the files anew.
+    """Token ids of several files, as one sequence. Slices are read from a memory map; a process that receives a copy
+    of this object maps the files again.
 
     Args:
-        files: paths with the number of tokens of each.
+        files: pairs of a path and its number of tokens.
         vocab_size: ids are checked to lie below it when they are read.
     """
 
@@ -50,7 +48,7 @@ class Tokens:
         return {**self.__dict__, "_maps": {}}
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Ids of a slice, [n]; raises UserError where one is beyond the vocabulary."""
+        """Return the ids of a slice, [n]; raise UserError where one is beyond the vocabulary."""
         start, stop, _ = part.indices(len(self))
         pieces = []
         at = start
@@ -77,7 +75,7 @@ class Split:
     """The training or the validation half of a prepared folder.
 
     Attributes:
-        tokens: all its ids, documents side by side.
+        tokens: all its ids, documents concatenated.
         documents, rows: their number; rows is 0 where the data is not packed.
         text_bytes: length of its documents in UTF-8.
     """
@@ -97,7 +95,7 @@ class Split:
         return {**self.__dict__, "_maps": {}}
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a packed row, and how many of them each of its documents has."""
+        """Return the ids of a packed row, and the number of ids of each of its documents."""
         number = int(np.searchsorted(self._row_ends, index, side="right"))
         local = index - int(self._row_ends[number]) + self.shards[number]["rows"]
         first, last = _between(self._map(number, "rows"), local)
@@ -107,7 +105,7 @@ class Split:
         return self.tokens[base + begin : base + int(ends[-1])], np.diff(ends, prepend=begin)
 
     def document_ends(self, number: int) -> np.ndarray:
-        """Where the documents of a shard end, in tokens of that shard."""
+        """Return where the documents of a shard end, in tokens of that shard."""
         return self._map(number, "documents")
 
     def _map(self, number: int, kind: str) -> np.ndarray:
@@ -122,29 +120,31 @@ def _between(ends: np.ndarray, index: int) -> tuple[int, int]:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path is a folder that `gptjax data prepare` finished; raises UserError where it only began."""
+    """Return whether a path is a folder that `gptjax data prepare` finished; raise UserError if unfinished."""
     folder = Path(user_path(path))
     if (folder / MANIFEST).is_file():
         return True
     if (folder / WORK / "plan.json").exists():
-        raise UserError(f"{folder} is not prepared to its end; run the same gptjax data prepare again")
+        raise UserError(f"{folder} is not completely prepared; run the same gptjax data prepare again")
     return False
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder; raises UserError where it is damaged or of another version."""
+    """Return the manifest of a prepared folder; raise UserError where it is damaged or of another version."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        format = manifest["format"]
+        found = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged ({error}); prepare the data again") from None
-    if format != FORMAT:
-        raise UserError(f"{folder} has format {format} and this version reads {FORMAT}; prepare the data again")
+    if found != MANIFEST_FORMAT:
+        raise UserError(
+            f"{folder} has format {found} and this version reads {MANIFEST_FORMAT}; prepare the data again"
+        )
     return manifest
 
 
 def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a prepared folder; raises UserError where it is not the one that the manifest names."""
+    """Return the tokenizer of a prepared folder; raise UserError where it is not the one that the manifest names."""
     path = folder / TOKENIZER
     try:
         data = path.read_bytes()
@@ -159,7 +159,7 @@ def check_files(folder: Path, manifest: dict[str, Any], hashes: bool | None = No
     """Compare every shard with the manifest.
 
     Args:
-        hashes: whether to read all of it; None does so for up to CHECKED_BYTES, and else compares sizes alone.
+        hashes: whether to compare checksums, not only sizes; None compares those of up to CHECKED_BYTES in total.
 
     Raises:
         UserError: a file that is missing, or of another length or content.
@@ -170,7 +170,7 @@ def check_files(folder: Path, manifest: dict[str, Any], hashes: bool | None = No
         for shard in split["shards"]
         for kind, facts in shard["files"].items()
     ]
-    remedy = "copy it anew, or prepare the data again"
+    remedy = "copy it again, or prepare the data again"
     for path, facts in files:
         try:
             found = os.stat(path).st_size
@@ -178,9 +178,11 @@ def check_files(folder: Path, manifest: dict[str, Any], hashes: bool | None = No
             raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
         if found != facts["bytes"]:
             raise UserError(f"{path} has {found:,} bytes, not {facts['bytes']:,}; {remedy}")
-    if sum(facts["bytes"] for _, facts in files) > CHECKED_BYTES if hashes is None else not hashes:
+    if hashes is None:
+        hashes = sum(facts["bytes"] for _, facts in files) <= CHECKED_BYTES
+    if not hashes:
         return
     for path, facts in files:
         with path.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
-                raise UserError(f"{path} has another checksum than when it was written; {remedy}")
+                raise UserError(f"{path} has changed since it was written: its checksum differs; {remedy}")

@@ -1,4 +1,4 @@
-"""What users bring: files, folders of them, buckets, and corpora by name; cut into units of work.
+"""What users provide: files, folders, buckets, and corpora by name; cut into units of work.
 
 Sources are cut into units of about UNIT_BYTES before anything is read, so that the work is the same pieces in the
 same order whoever does it.
@@ -105,7 +105,7 @@ def _recognised(path: epath.Path) -> SourceFile:
 
 
 def fetch(name: str) -> Path:
-    """The file of a named download: kept from before, or fetched now. Its hash is checked either way.
+    """Return the file of a named download, fetched unless it is cached. Its hash is checked in both cases.
 
     Raises:
         UserError: it cannot be fetched, or is not what was published.
@@ -177,7 +177,7 @@ def _saved_files(state: epath.Path) -> list[str] | None:
 
 
 def pieces_of(sources: list[list[SourceFile]], how: Reading, val_frac: float) -> Iterator[Piece]:
-    """Files cut into pieces of about UNIT_BYTES where their format allows it.
+    """Yield the pieces of files, of about UNIT_BYTES each where the format can be cut.
 
     The only document of a corpus, one text file, is divided at 1 - val_frac of its bytes, as nanoGPT does.
 
@@ -212,12 +212,16 @@ def _cut(source: int, file: SourceFile, how: Reading, val_frac: float | None) ->
 
 
 def _overlaps_itself(separator: str) -> bool:
-    """Whether two places for a separator can overlap, so that a file read from its middle would be cut elsewhere."""
+    """Return whether two occurrences of a separator can overlap: a file read from its middle would then be cut
+    differently.
+    """
     return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
 
 
 def _text_pieces(source: int, file: str, size: int, share: int | None) -> Iterator[Piece]:
-    """A text file, cut where it is longer than TEXT_BYTES, and at `share` between training and validation."""
+    """Yield the pieces of a text file: cut where it is longer than TEXT_BYTES, and at `share`, where validation
+    begins.
+    """
     ends = [*range(TEXT_BYTES, size, TEXT_BYTES), size]
     start = 0
     with epath.Path(file).open("rb") as stream:
@@ -229,8 +233,10 @@ def _text_pieces(source: int, file: str, size: int, share: int | None) -> Iterat
 
 
 def _place_to_cut(stream: Any, offset: int) -> int:
-    """Where near an offset a text can be cut without changing its tokens: before a line's end that follows a letter
-    or a digit, since the tokenizers' words begin there anyway; else after any line's end, else between characters."""
+    """Return an offset near this one at which a text can be cut without changing its tokens: before a line end that
+    follows a letter or a digit, since the tokenizers' words begin there anyway; else after any line end, else between
+    characters.
+    """
     stream.seek(offset)
     data = stream.read(2**20)
     found = re.search(rb"(?<=[A-Za-z0-9])\n(?=[^\s])", data) or re.search(rb"(?<=\n)", data)
@@ -238,7 +244,7 @@ def _place_to_cut(stream: Any, offset: int) -> int:
 
 
 def _whole_character(stream: Any, offset: int) -> int:
-    """The first offset from this one on that does not split a character of UTF-8."""
+    """Return the first offset from this one on that does not split a UTF-8 character."""
     stream.seek(offset)
     data = stream.read(4)
     return offset + next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
@@ -260,7 +266,7 @@ def _row_groups(source: int, file: str, size: int, how: Reading) -> Iterator[Pie
 
 
 def units_of(pieces: Iterator[Piece]) -> list[list[Piece]]:
-    """Pieces grouped so that each unit of work reads at least UNIT_BYTES, as far as there are that many."""
+    """Return pieces grouped so that each unit of work reads at least UNIT_BYTES, as far as there are that many."""
     units: list[list[Piece]] = []
     held = UNIT_BYTES
     for piece in pieces:

@@ -85,7 +85,7 @@ def param(
     """Declare a float32 weight.
 
     Args:
-        axes: a logical axis (`sharding.RULES`) for each dimension.
+        axes: a logical axis (`sharding.AXIS_RULES`) for each dimension.
         role: one of `parametrization.ROLES`; optimizer, decay and freezing follow from it.
         std: standard deviation of its first value, which is normal.
         fill: its first value where `std` is 0.

@@ -17,7 +17,7 @@ from gptjax.nn.attention import AttentionInput, KeysValues, as_cache, float32_pr
 from gptjax.nn.convolution import causal_convolution
 from gptjax.sharding import by_shard
 
-AXIS = "context"  # the mesh axis, as sharding.RULES has it for "length"
+AXIS = "context"  # the mesh axis, as sharding.AXIS_RULES has it for "length"
 
 
 def zigzag(length: int, n: int) -> np.ndarray:

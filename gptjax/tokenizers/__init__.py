@@ -47,7 +47,7 @@ KINDS = {
 
 
 def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` described."""
+    """Return the tokenizer that `to_dict` described."""
     return KINDS[spec["kind"]](spec)
 
 
@@ -83,7 +83,7 @@ def _spelling(tokenizer: Tokenizer, id: int) -> bytes | None:
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that a config names; `texts` is the corpus, from which `char` takes its alphabet.
+    """Return the tokenizer that a config names; `texts` is the corpus, from which `char` takes its alphabet.
 
     Raises:
         UserError: a name that is neither known nor the path of a tokenizer.

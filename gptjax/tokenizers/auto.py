@@ -171,7 +171,9 @@ def _order(role: tuple[str, Any]) -> int:
 
 
 def _extra_tokens(files: Mapping[str, str], options: Mapping[str, Any]) -> Any:
-    """Special tokens without a role: a list, or an object by role. tokenizer_config.json's stand before the map's."""
+    """Return special tokens without a role, from a list or an object by role; tokenizer_config.json's precede the
+    map's.
+    """
     config = json_object(files, "tokenizer_config.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if "added_tokens_decoder" in config or isinstance(extra, dict):
@@ -232,7 +234,7 @@ def from_json(text: str) -> tokenizers.Tokenizer:
 
 
 def _class_of_vocabulary(files: Mapping[str, str]) -> str:
-    """The class of vocab.json and merges.txt without a tokenizer.json: GPT-2's, where the files name none."""
+    """Return the class for vocab.json and merges.txt without a tokenizer.json: GPT-2's, where the files name none."""
     config = json_object(files, "config.json")
     declared = json_object(files, "tokenizer_config.json").get("tokenizer_class") or config.get("tokenizer_class")
     if declared is None and config.get("model_type") is None:
@@ -244,7 +246,7 @@ def _class_of_vocabulary(files: Mapping[str, str]) -> str:
 
 
 def _rebuilt(name: str, files: Mapping[str, str], facts: Facts) -> tokenizers.Tokenizer:
-    """The tokenizer of a class that takes only vocabulary and merges from the files."""
+    """Return the tokenizer of a class that takes only vocabulary and merges from the files."""
     if "tokenizer.json" in files:
         model = json_object(files, "tokenizer.json").get("model", {})
         vocab, pairs = model.get("vocab"), model.get("merges")
@@ -376,7 +378,7 @@ def files_beside(files: Mapping[str, str], model_type: str) -> tuple[dict[str, s
 
 
 def _form(made: tokenizers.Tokenizer) -> Any:
-    """The JSON of a tokenizer, for comparing: an empty text means none, and offsets do not count."""
+    """Return a tokenizer's JSON for comparison, in which an empty text means none and offsets are omitted."""
     return _without_offsets(json.loads(made.to_str()))
 
 

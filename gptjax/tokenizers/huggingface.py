@@ -98,7 +98,9 @@ class HuggingFaceTokenizer:
         return _without_loose_spaces(text) if self._cleans_up else text
 
     def _decode_with_bytes(self, ids: Iterable[int]) -> str:
-        """`decode` where some tokens are single bytes: the library gives up a whole run of them for a wrong one."""
+        """Return `decode` where some tokens are single bytes: the library drops a whole run of them for one wrong
+        byte.
+        """
         special = set(self.special_tokens.values())
         tokens = [self._tokenizer.id_to_token(int(i)) for i in ids if i not in special]
         whole: list[str] = []
@@ -127,7 +129,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def _whole_characters(tokens: list[str]) -> list[str]:
-    """Tokens of single bytes, with one U+FFFD in the place of those that make no character."""
+    """Return tokens of single bytes as text, with one U+FFFD in place of bytes that make no character."""
     data = bytes(int(token[3:5], 16) for token in tokens)
     found: list[str] = []
     start = 0
@@ -142,7 +144,7 @@ def _whole_characters(tokens: list[str]) -> list[str]:
 
 
 def _without_ids(texts: Sequence[str], error: Exception) -> UserError:
-    """What to raise for a text with characters that the vocabulary lacks, where it lacks an unknown token, too."""
+    """Return the error for characters that the vocabulary lacks, where it has no unknown token."""
     start = "".join(texts)[:40]
     return UserError(f"this tokenizer has no ids for a text that begins {start!r} ({error}); use another tokenizer")
 

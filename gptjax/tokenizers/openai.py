@@ -84,7 +84,7 @@ TIKTOKEN_FILES = {
 
 
 def published_tokenizer(name: str) -> TiktokenTokenizer:
-    """One of TIKTOKEN_FILES: from the folder that the environment's TIKTOKEN_CACHE_DIR names, or from the network.
+    """Return one of TIKTOKEN_FILES, from the folder that TIKTOKEN_CACHE_DIR names or from the network.
 
     The folder holds the files under their own names, or as tiktoken itself keeps them.
 
@@ -110,8 +110,9 @@ def published_tokenizer(name: str) -> TiktokenTokenizer:
 
 @contextmanager
 def _under_tiktokens_names(urls: Sequence[str]) -> Iterator[None]:
-    """Where TIKTOKEN_CACHE_DIR holds files under their own names, show them to tiktoken as it expects them: under
-    the SHA-1 of their addresses. It removes what it finds damaged, so it is shown links."""
+    """Show tiktoken the files of TIKTOKEN_CACHE_DIR under the names that it expects: the SHA-1 of their addresses. It
+    removes files that it finds damaged, so it is given links.
+    """
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder or not all(Path(folder, url.rpartition("/")[2]).exists() for url in urls):
         yield
@@ -136,7 +137,8 @@ def _import_tiktoken() -> Any:
 
 
 def by_tiktoken(documents: tokenizers.Tokenizer) -> TiktokenTokenizer | None:
-    """The same ids by tiktoken, several times as fast, of a byte-level BPE cut as GPT-2's; else None.
+    """Return an encoder that gives the same ids by tiktoken, several times as fast, for a byte-level BPE cut as
+    GPT-2's; else None.
 
     tiktoken merges any neighbours whose bytes are a token. Those are the merges that a BPE lists, in its order, where
     ids rise with the merges and each token's text, left to the merges, becomes that token.

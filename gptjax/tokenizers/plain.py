@@ -28,22 +28,26 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids, int32 [n]. Raises UserError for text that has no ids."""
+        """Return the ids, int32 [n]; raise UserError for text that has no ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of documents to learn from: names of special tokens in them are text, and end nothing."""
+        """Return the ids of documents to train on: names of special tokens in them are text, and end nothing."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """`encode`, with the special tokens that the model expects around a text (often one before it)."""
+        """Return the ids of a prompt, with the special tokens that the model expects around it (often one before)."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD, special tokens nothing."""
+        """Return the text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD, special tokens are
+        omitted.
+        """
 
     def certain_length(self, text: str) -> int:
-        """How many characters of a decoded text no further id can change; the others may be bytes of a character."""
+        """Return how many characters of a decoded text no further id can change; the others may be parts of a
+        character.
+        """
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with `kind`, from which `tokenizer_from_dict` makes an equal tokenizer."""
+        """Return plain JSON values, with `kind`, from which `tokenizer_from_dict` makes an equal tokenizer."""
 
 
 def certain_length(text: str) -> int:

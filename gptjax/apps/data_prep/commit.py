@@ -1,4 +1,4 @@
-"""From tokenized units to shards: duplicates are found in bounded memory, and documents copied in order."""
+"""Turn tokenized units into shards: duplicates are found in bounded memory, and documents are copied in order."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ DOCUMENT = np.dtype([("hash", "<u8", 2), ("tokens", "<i8"), ("text_bytes", "<i8"
 
 
 class UnitFiles:
-    """What the tokenizing of a unit leaves: ids, one DOCUMENT for each document, and a marker, written last."""
+    """The files of a tokenized unit: ids, one DOCUMENT for each document, and a marker, written last."""
 
     def __init__(self, work: Path, number: int):
         self.tokens, self.documents, self.marker = (
@@ -30,23 +30,25 @@ class UnitFiles:
         )
 
     def whole(self) -> bool:
-        """Whether the unit is done."""
+        """Return whether the unit is finished."""
         return self.marker.exists()
 
     def facts(self) -> Iterator[np.ndarray]:
-        """The documents' facts, some thousands at a time."""
+        """Yield the documents' facts, some thousands at a time."""
         with self.documents.open("rb") as stream:
             while len(some := np.fromfile(stream, DOCUMENT, count=2**16)):
                 yield some
 
     @staticmethod
     def dtype(vocab_size: int) -> np.dtype:
-        """Of token ids on disk."""
+        """Return the dtype of token ids on disk."""
         return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
     @contextmanager
     def writing(self, vocab_size: int) -> Iterator[Callable[[Sequence[np.ndarray], np.ndarray], None]]:
-        """A function that appends documents: their ids, and their facts. The files appear when all went well."""
+        """Yield a function that appends documents: their ids, and their facts. The files are renamed into place on
+        success.
+        """
         temporary = [path.with_name(f"{path.name}.{os.getpid()}") for path in (self.tokens, self.documents)]
         try:
             with temporary[0].open("wb") as tokens, temporary[1].open("wb") as documents:
@@ -66,7 +68,7 @@ class UnitFiles:
 
 
 def find_duplicates(work: Path, units: Sequence[UnitFiles], counts: Sequence[int]) -> tuple[np.ndarray, int]:
-    """Mark every document whose text came earlier.
+    """Mark every document whose text occurred earlier.
 
     Hashes are dealt to files by their value, so that equal ones meet, and each file is sorted on its own: memory is
     bounded by BUCKET_DOCUMENTS (up to 256 times as many documents), and the marks lie in a file mapped into memory.
@@ -117,7 +119,7 @@ def write_shards(
     vocab_size: int,
     pack_length: int | None,
 ) -> dict[str, Any]:
-    """Copy the documents of a split into shards; those of an earlier attempt are written over.
+    """Write the documents of a split as shards, over those of an earlier attempt.
 
     Returns:
         the manifest's entry: counts, and each shard's files with size and SHA-256.
@@ -162,7 +164,7 @@ def write_shards(
 def _chunks(
     unit: UnitFiles, offset: int, lengths: np.ndarray, keep: np.ndarray, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of the kept documents, about CHUNK_TOKENS at a time, and each document's number of tokens.
+    """Yield the tokens of the kept documents, about CHUNK_TOKENS at a time, and each document's number of tokens.
 
     Args:
         offset: where in the unit's tokens the first of these documents begins.
@@ -179,7 +181,7 @@ def _chunks(
 
 
 class Shard:
-    """Files of a shard while they are written; they get their names when they are whole and on disk."""
+    """The files of a shard during writing; they are renamed into place when they are complete and on disk."""
 
     def __init__(self, folder: Path, name: str, packed: bool):
         self.folder, self.name = folder, name
@@ -195,7 +197,7 @@ class Shard:
         return str(self.folder / f"{self.name}.{kind}")
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray | None) -> None:
-        """Add documents: ids side by side, lengths in tokens, and of packed ones how many each row has."""
+        """Append documents: ids, lengths in tokens, and for packed ones the number of documents in each row."""
         self._write("tokens", tokens)
         self._write("documents", self.tokens + np.cumsum(lengths, dtype="<i8"))
         if rows is not None:
@@ -210,7 +212,7 @@ class Shard:
         self.digests[kind].update(data)
 
     def close(self) -> dict[str, Any]:
-        """Put the files in place; returns the manifest's entry."""
+        """Rename the files into place, and return the manifest's entry."""
         files = {}
         for kind, stream in self.streams.items():
             stream.flush()

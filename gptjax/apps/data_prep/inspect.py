@@ -1,4 +1,4 @@
-"""`gptjax data inspect`: what a prepared folder holds, and what looks wrong with it."""
+"""`gptjax data inspect`: what a prepared folder contains, and what looks wrong with it."""
 
 import hashlib
 import json as json_library
@@ -30,7 +30,7 @@ def inspect(
     verify: bool = False,
     json: bool = False,
 ) -> None:
-    """Say what a prepared folder holds: documents, lengths, frequent tokens, and windows as the model sees them.
+    """Print what a prepared folder contains: documents, lengths, frequent tokens, and windows as the model sees them.
 
     Args:
         folder: what gptjax data prepare wrote.
@@ -68,20 +68,21 @@ def inspect(
 
 
 def document_lengths(half: Split) -> np.ndarray:
-    """Tokens of the documents (of the parts of documents, in packed data); of at most SAMPLED_DOCUMENTS of each
-    shard."""
+    """Return the lengths in tokens of the documents (of their parts, in packed data), of at most SAMPLED_DOCUMENTS a
+    shard.
+    """
     ends = [half.document_ends(number)[:SAMPLED_DOCUMENTS] for number in range(len(half.paths))]
     return np.concatenate([np.diff(some, prepend=0) for some in ends])
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """How many documents have from so many tokens up to twice as many."""
+    """Return how many documents have a length in each interval from a power of two up to the next."""
     classes = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
     return [{"from": 2**i, "below": 2 ** (i + 1), "documents": int(n)} for i, n in enumerate(classes) if n]
 
 
 def frequent_tokens(half: Split, tokenizer: Tokenizer, top: int) -> list[dict[str, Any]]:
-    """The most frequent tokens of SAMPLED_TOKENS, with their share of all."""
+    """Return the most frequent tokens of SAMPLED_TOKENS, with their share of all."""
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     parts = 64
     step = max(1, len(half.tokens) // parts)
@@ -102,7 +103,7 @@ def frequent_tokens(half: Split, tokenizer: Tokenizer, top: int) -> list[dict[st
 
 
 def warnings(half: Split, manifest: dict[str, Any], lengths: np.ndarray) -> list[str]:
-    """What a user would want to know before training on it."""
+    """Return what a user should know before training on a folder."""
     said = []
     counts = manifest["counts"]
     for key, what in (("duplicates", "repeated others and were dropped"), ("bad", "could not be read")):
@@ -120,7 +121,9 @@ def warnings(half: Split, manifest: dict[str, Any], lengths: np.ndarray) -> list
 
 
 def repeated_openings(half: Split) -> float:
-    """Share of the documents of at least OPENING tokens whose first ones are those of another, too."""
+    """Return the share of the documents of at least OPENING tokens whose first OPENING tokens another document
+    shares.
+    """
     openings: dict[bytes, int] = {}
     for number in range(len(half.paths)):
         base = int(half.tokens.ends[number]) - half.shards[number]["tokens"]
@@ -133,7 +136,7 @@ def repeated_openings(half: Split) -> float:
 
 
 def shown_windows(half: Split, tokenizer: Tokenizer, count: int, length: int, seed: int) -> Iterator[list[str]]:
-    """Windows as the model reads them, each as the texts of its documents, special tokens by their names."""
+    """Yield windows as the model reads them, each as the texts of its documents, special tokens by their names."""
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -159,7 +162,7 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer, names: dict[int, str]) -> str:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """Return the same as text for a reader."""
     made_by = f"tokenizer {found['tokenizer']['name']}, licence {found['licence'] or 'not stated'}"
     lines = [
         f"{found['folder']} ({found['split']}): {found['tokens']:,} tokens in {found['documents']:,} documents, "

@@ -1,4 +1,4 @@
-"""Documents to rows of a fixed length, so that few positions stay empty and few documents are cut."""
+"""Pack documents into rows of a fixed length, so that few positions stay empty and few documents are cut."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing (Ding et al. 2024, arXiv 2404.10830, section 3).
+    """Return a best-fit decreasing bin packing (Ding et al. 2024, arXiv 2404.10830, section 3).
 
     Each item, the longest first, goes where it leaves the least room; a new bin is opened only where none has room.
 
@@ -40,7 +40,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(
     documents: Iterator[tuple[np.ndarray, np.ndarray]], capacity: int, pool_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows of documents; a document of n tokens takes n - 1 positions, since its last one is only predicted.
+    """Yield rows of documents; a document of n tokens takes n - 1 positions, since its last token is only a target.
 
     A document that is longer than a row is cut, each part beginning with the token that the one before ended with,
     so that every token but the first is predicted once. Documents of a single token are left out.

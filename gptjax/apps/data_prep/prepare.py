@@ -1,4 +1,4 @@
-"""`gptjax data prepare`: sources to shards of token ids, on all cores, to be gone on with after any interruption.
+"""`gptjax data prepare`: tokenize sources into shards of token ids, on all cores, resumable after any interruption.
 
 Three phases, each a function of the sources alone, so that neither the number of workers nor a kill changes a byte:
 
@@ -34,7 +34,7 @@ from gptjax.apps.data_prep.commit import DOCUMENT, UnitFiles, find_duplicates, w
 from gptjax.data.corpus import DOCUMENT_END, separates
 from gptjax.data.formats import SourceFile
 from gptjax.data.reading import Piece, Reading, documents, readable
-from gptjax.data.shards import FORMAT, MANIFEST, TOKENIZER, WORK, check_files, load_manifest
+from gptjax.data.shards import MANIFEST, MANIFEST_FORMAT, TOKENIZER, WORK, check_files, load_manifest
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, list_files, pieces_of, units_of
 from gptjax.errors import UserError
 from gptjax.files import changed_at, write_atomically
@@ -47,7 +47,7 @@ ORIGIN = ".plan"  # file there: which plan the output is of, times of its source
 
 
 class Options(NamedTuple):
-    """What besides sources and tokenizer decides about the output.
+    """What decides the output, besides sources and tokenizer.
 
     Attributes:
         val_frac: share of the documents that are for validation.
@@ -76,7 +76,7 @@ def prepare(
     workers: int | None = None,
     json: bool = False,
 ) -> None:
-    """Tokenize text into shards that training reads. The same command goes on after an interruption.
+    """Tokenize text into shards that training reads. The same command resumes after an interruption.
 
     Args:
         sources: text, .jsonl, .parquet or .arrow files, plain, .gz or .zst; folders of them, saved Hugging Face
@@ -105,13 +105,13 @@ def _json(values: Any) -> str:
 
 
 def summary(out: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's counts, without its files."""
+    """Return a manifest's counts, without its files."""
     splits = {name: {**facts, "shards": len(facts["shards"])} for name, facts in manifest["splits"].items()}
     return {"out": out, "counts": manifest["counts"], "splits": splits, "fingerprint": manifest["fingerprint"]}
 
 
 def describe(out: str, manifest: dict[str, Any]) -> str:
-    """The same in words."""
+    """Return a manifest's counts as text."""
     lines = [f"{out} is prepared (tokenizer {manifest['tokenizer']['name']}):"]
     for name, facts in manifest["splits"].items():
         line = f"  {name:5} {facts['tokens']:,} tokens in {facts['documents']:,} documents"
@@ -130,7 +130,7 @@ def prepare_data(
     options: Options,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """`prepare` from Python; returns the manifest.
+    """Run `prepare` from Python, and return the manifest.
 
     Raises:
         UserError: sources that cannot be read, options at odds, a full disk, or a folder that holds other data.
@@ -161,7 +161,7 @@ def prepare_data(
 
 
 def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str, Any]:
-    """Everything that the output depends on, as plain values: sources, options, and the units of work.
+    """Return everything that the output depends on, as plain values: sources, options, and the units of work.
 
     Raises:
         UserError: a source that cannot be read.
@@ -175,7 +175,7 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
     units = units_of(pieces_of(files, options.reading, options.val_frac))
     sizes = [sum(p.size for unit in units for p in unit if p.source == i) for i in range(len(sources))]
     return {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "tokenizer": tokenizer,
         "tokenizer_spec": None if made is None else _identity(made.to_dict()),
         "options": {
@@ -197,7 +197,7 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
 
 
 def _newest(files: list[SourceFile]) -> int:
-    """When the youngest of these files was changed; files are also as many, and as long, as they were."""
+    """Return when the newest of these files was changed. (The plan also has the number and the sizes of the files.)"""
     with readable(files[0].path):
         return max(changed_at(file.path) for file in files)
 
@@ -207,7 +207,7 @@ def _identity(plan: dict[str, Any]) -> str:
 
 
 def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Options) -> None:
-    """Write plan and tokenizer down, or see that they are those of the work that is there.
+    """Write the plan and the tokenizer, or check that the existing work has the same plan.
 
     Raises:
         UserError: the work that is there is another, and of more than SPARED_BYTES.
@@ -238,7 +238,7 @@ def _readable_only(piece: Piece, options: Options) -> Iterator[Any]:
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
-    """Turn what a filesystem says about the output into a UserError."""
+    """Raise a UserError for an error of the filesystem about the output."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -253,7 +253,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it when the process ends, however that happens."""
+    """Hold the lock of a folder; the system releases it when the process ends, for whatever reason."""
     with (folder / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -267,7 +267,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def tokenize_units(work: Path, plan: dict[str, Any], options: Options, workers: int) -> None:
-    """Have every unit tokenized that is not yet.
+    """Tokenize every unit that is not finished yet.
 
     Raises:
         UserError: a document that cannot be read, a full disk, or a worker that was killed.
@@ -312,7 +312,7 @@ def _result(future: Future) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this worker end when its parent is killed, and use one thread, since there is a worker for each core."""
+    """Make this worker exit when its parent is killed, and use one thread, since there is a worker for each core."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -330,7 +330,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options, separated: bool) -> None:
-    """Tokenize one unit; its files appear whole, the marker last.
+    """Tokenize one unit. Its files are renamed into place whole, the marker last.
 
     Args:
         separated: whether DOCUMENT_END stands after each document, in the place of an end-of-text token.
@@ -388,7 +388,7 @@ def _batches(items: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 class Progress:
-    """How much is read, how fast, and how long the rest takes: a bar on a terminal, lines elsewhere."""
+    """Reports how much is read, how fast, and the remaining time: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, total_bytes: int, done_bytes: int):
         self.bar = tqdm(
@@ -451,7 +451,7 @@ def commit(folder: Path, plan: dict[str, Any], options: Options) -> dict[str, An
                 f"--val_frac {options.val_frac}, or give a --separator if a text file holds many documents"
             )
     manifest: dict[str, Any] = {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "tokenizer": {
             "name": plan["tokenizer"],
             "kind": tokenizer.kind,

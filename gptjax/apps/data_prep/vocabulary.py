@@ -24,7 +24,7 @@ def train_tokenizer(
     separator: str | None = None,
     max_mb: int = 1000,
 ) -> None:
-    """Learn a byte-level BPE from text and write it as a tokenizer.json, which --tokenizer takes.
+    """Train a byte-level BPE on text and write it as a tokenizer.json, which --tokenizer takes.
 
     Args:
         sources: as of gptjax data prepare.
@@ -55,7 +55,7 @@ def train_tokenizer(
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """A byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019) learnt from texts.
+    """Return a byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019) trained on texts.
 
     The same texts in the same order give the same merges. Text is cut into words as GPT-2 does; every text has ids,
     since each byte has one. <|endoftext|> has the last id. A word longer than LONGEST_WORD is learnt from in parts,

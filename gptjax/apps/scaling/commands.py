@@ -1,4 +1,4 @@
-"""The verbs of `gptjax scaling` that make runs; `predict/commands.py` has those that read them."""
+"""The verbs of `gptjax scaling` that make runs; `predict/commands.py` has the verbs that read them."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _write(path: Path, values: Any) -> None:
 
 
 def _load(directory: str) -> tuple[Any, list[Any]]:
-    """The study of a directory, and its rungs."""
+    """Return the study of a directory, and its rungs."""
     prepare_process()
     from gptjax.apps.scaling.ladder import make_rungs
     from gptjax.apps.scaling.study import load_study
@@ -33,7 +33,7 @@ def _load(directory: str) -> tuple[Any, list[Any]]:
 
 
 def plan(study: UserPath, probe: bool = False, json: bool = False) -> None:
-    """Show a study's rungs, what they cost, and what is wrong with them; train nothing.
+    """Show a study's rungs, their cost, and what is wrong with them; train nothing.
 
     Args:
         study: the study's directory.
@@ -56,7 +56,7 @@ def plan(study: UserPath, probe: bool = False, json: bool = False) -> None:
 
 
 def _write_plan(study: UserPath, rungs: list[Any]) -> None:
-    """plan.json, from which the verbs that fit learn what is held out."""
+    """Write plan.json, from which the verbs that fit read which rungs are held out."""
     from gptjax.apps.scaling.ladder import plan_rows
 
     _write(Path(study, "plan.json"), plan_rows(rungs))
@@ -65,7 +65,7 @@ def _write_plan(study: UserPath, rungs: list[Any]) -> None:
 def run(
     study: UserPath, rung: str | None = None, emit: Literal["slurm", "gke"] | None = None, no_forecast: bool = False
 ) -> None:
-    """Carry out the rungs that have no result yet, the longest last; a killed study goes on.
+    """Run the rungs that have no result yet, the longest last; the same command resumes a killed study.
 
     Args:
         study: the study's directory.
@@ -107,7 +107,7 @@ def run(
 
 
 def status(study: UserPath, json: bool = False) -> None:
-    """Show how far each rung is.
+    """Show the progress of each rung.
 
     Args:
         study: the study's directory.

@@ -60,7 +60,7 @@ def coord_check(
 
 
 def at_width(cfg: Config, width: int) -> Config:
-    """The config with another d_model: as many times the heads and the MLP's width. UserError for parts of heads."""
+    """Return the config with another d_model, heads and MLP in proportion; raise UserError where heads do not divide."""
     m = cfg.model
     if width * m.n_heads % m.d_model or width * m.kv_heads % m.d_model or width * m.mlp_width % m.d_model:
         raise UserError(f"--widths {width} does not hold whole heads of {m.d_head}; give multiples of it")
@@ -70,7 +70,7 @@ def at_width(cfg: Config, width: int) -> Config:
 
 
 def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
-    """Root mean square, by kind of layer, of what so many steps on one sequence change in its activations."""
+    """Return the root mean square change of a sequence's activations over some steps on it, by kind of layer."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -130,7 +130,7 @@ def added_by(block: Any, x: Any, after: Any, ctx: Any) -> dict[str, Any]:
 
 
 def describe(widths: list[int], changes: list[dict[str, float]]) -> dict[str, Any]:
-    """The changes by kind of layer, the slopes of their logs against the width's, and whether all are near 0."""
+    """Return the changes by kind of layer, the slopes of their logs over the log width, and whether all are near 0."""
     import numpy as np
 
     rms = {name: [change[name] for change in changes] for name in changes[0]}

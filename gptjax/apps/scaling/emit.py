@@ -1,4 +1,4 @@
-"""Batch systems: a study's rungs as a Slurm job array, or as an indexed Job of Kubernetes (GKE).
+"""Emit a study's rungs for a batch system: as a Slurm job array, or as an indexed Job of Kubernetes (GKE).
 
 Each task carries out one rung by `gptjax scaling run DIR --rung ID`; a task that is stopped with everything saved
 (exit code 75) is taken up again, and a finished rung costs a second task nothing.
@@ -16,7 +16,7 @@ AT_ONCE = 16  # tasks; an array of hundreds should not fill a queue at once
 
 
 def slurm(study: str, ids: list[str]) -> str:
-    """A script for sbatch. Time, partition and devices are the cluster's: give them to sbatch."""
+    """Return a script for sbatch. Time, partition and devices depend on the cluster: give them to sbatch."""
     return f"""#!/bin/bash
 #SBATCH --job-name=scaling
 #SBATCH --array=0-{len(ids) - 1}%{AT_ONCE}
@@ -34,7 +34,8 @@ exit $code
 
 
 def gke(study: str, ids: list[str]) -> str:
-    """A Job for kubectl; the volume claim `scaling` holds the study and its base config, where they lie here.
+    """Return a Job for kubectl; the volume claim `scaling` contains the study and its base config at their paths
+    here.
 
     Name your image.
     """

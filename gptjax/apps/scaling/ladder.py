@@ -1,4 +1,4 @@
-"""A study's rungs: exact configs with whole numbers of steps, what they cost, and what is wrong with them."""
+"""A study's rungs: exact configs with whole numbers of steps, their cost, and warnings about them."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from gptjax.apps.scaling.study import Shape, Study
+from gptjax.apps.scaling.study import ModelShape, Study
 from gptjax.config import CheckpointConfig, Config, ModelConfig, free_keys, plain_values
 from gptjax.configfile import load_config
 from gptjax.configversions import original_key
@@ -49,29 +49,33 @@ class Rung:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """Return the number of tokens trained on."""
         return self.config.train.total_steps * _tokens_per_step(self.config)
 
     @property
     def cooldown_step(self) -> int:
-        """The last step that a wsd schedule takes at its peak; from here a longer rung of its kind can go on."""
+        """Return the last step that a wsd schedule takes at its peak; a longer rung of its kind can resume from
+        there.
+        """
         return int(self.config.train.total_steps * (1 - self.config.optim.decay_frac))
 
     @property
     def kind(self) -> Config:
-        """The config but for how long it trains: equal for rungs of which one can branch off the other."""
+        """Return the config without the length of its training: equal for rungs of which one can branch off the
+        other.
+        """
         train = dataclasses.replace(self.config.train, total_steps=1, eval_interval_steps=1)
         return dataclasses.replace(self.config, train=train, checkpoint=CheckpointConfig())
 
     @property
     def name(self) -> str:
-        """For a reader: shape and tokens."""
+        """Return shape and tokens, for a reader."""
         m = self.config.model
         return f"{m.n_layers}x{m.d_model} {self.tokens:.3g} tokens"
 
 
 def make_rungs(study: Study) -> list[Rung]:
-    """Every rung of a study by rising FLOPs: the longest are last.
+    """Return the rungs of a study by rising FLOPs: the longest are last.
 
     Raises:
         UserError: a base config, shape or corpus that is not possible, equal rungs, or a study beyond its limit.
@@ -98,14 +102,14 @@ def make_rungs(study: Study) -> list[Rung]:
     return sorted(rungs.values(), key=lambda rung: (rung.flops, rung.id))
 
 
-def with_shape(base: Config, shape: Shape) -> Config:
-    """The config with a ladder's shape."""
+def with_shape(base: Config, shape: ModelShape) -> Config:
+    """Return the config with a shape of the ladder."""
     return dataclasses.replace(base, model=dataclasses.replace(base.model, **dataclasses.asdict(shape)))
 
 
 @cache
 def conventions(model: ModelConfig) -> dict[str, int]:
-    """Weights of a model as they are variously counted: total, matmul (blocks and head), blocks."""
+    """Return a model's number of weights by convention: total, matmul (blocks and head), blocks."""
     counts = count_params(model)
     head = model.d_model * model.vocab_size
     return {"total": counts["total"], "matmul": counts["blocks"] + head, "blocks": counts["blocks"]}
@@ -113,7 +117,7 @@ def conventions(model: ModelConfig) -> dict[str, int]:
 
 @cache
 def groups(model: ModelConfig) -> dict[str, int]:
-    """Weights of a model by what they are: embedding, position, head (0 where tied), blocks, norms."""
+    """Return a model's number of weights by kind: embedding, position, head (0 where tied), blocks, norms."""
     counts = dict.fromkeys(("embedding", "position", "head", "blocks", "norms"), 0)
     whole, (_, params, metadata) = count_params(model), abstract_model(model)
     for names, group in {"embed": "embedding", "positions": "position", "head": "head", "blocks": "blocks"}.items():
@@ -135,7 +139,7 @@ def _tokens_per_step(config: Config) -> int:
     return config.train.batch_sequences * config.model.context_length
 
 
-def _budgets_flops(study: Study, base: Config, shape: Shape) -> Iterator[float]:
+def _budgets_flops(study: Study, base: Config, shape: ModelShape) -> Iterator[float]:
     model = with_shape(base, shape).model
     yield from study.budgets.flops
     for ratio in study.budgets.tokens_per_param:
@@ -173,7 +177,7 @@ NOT_IN_ID = {*free_keys(Config), "data.path"} - {"init_from", "train.total_steps
 
 
 def _rung_id(config: Config, fingerprint: str) -> str:
-    """Hash of what decides a rung's result: not where its files lie, nor on how many devices it runs.
+    """Return the hash of what decides a rung's result: not where its files lie, nor on how many devices it runs.
 
     A value that is the default's does not enter it, so that ids outlive a new key.
     """
@@ -187,7 +191,7 @@ def _rung_id(config: Config, fingerprint: str) -> str:
 
 
 def warnings(study: Study, rungs: list[Rung]) -> list[str]:
-    """What is likely to spoil the law, before anything has run."""
+    """Return what is likely to spoil the law, before anything has run."""
     found = []
     fitted = [rung for rung in rungs if not rung.held_out]
     for rung in rungs:
@@ -212,7 +216,7 @@ def warnings(study: Study, rungs: list[Rung]) -> list[str]:
 
 
 def plan_rows(rungs: list[Rung]) -> list[dict[str, Any]]:
-    """What plan.json and `plan --json` say of each rung: plain values."""
+    """Return each rung as plain values, for plan.json and `plan --json`."""
     rows = []
     for rung in rungs:
         model, train = rung.config.model, rung.config.train
@@ -227,7 +231,7 @@ def plan_rows(rungs: list[Rung]) -> list[dict[str, Any]]:
 def describe_plan(
     study: Study, rungs: list[Rung], seconds: dict[str, float] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """A study's rungs with parameters, steps and FLOPs; hours and cost where they are measured or stated.
+    """Return a study's rungs with parameters, steps and FLOPs; hours and cost where they are measured or stated.
 
     Args:
         seconds: of a step, by `key_of`; None: the hours follow from the study's flops_per_s.
@@ -257,19 +261,19 @@ def describe_plan(
 
 
 def trunk_of(rung: Rung, rungs: list[Rung]) -> Rung | None:
-    """The longest of the shorter rungs of the same kind: where a branch begins; None for the shortest."""
+    """Return the longest of the shorter rungs of the same kind, where a branch begins; None for the shortest."""
     steps = rung.config.train.total_steps
     shorter = [r for r in rungs if r.config.train.total_steps < steps and r.kind == rung.kind]
     return max(shorter, key=lambda r: r.config.train.total_steps, default=None)
 
 
 def steps_to_take(study: Study, rung: Rung, rungs: list[Rung]) -> int:
-    """A rung's own steps: all of them, or those after the point where it leaves its trunk."""
+    """Return a rung's own steps: all of them, or those after the point where it leaves its trunk."""
     trunk = trunk_of(rung, rungs) if study.branches else None
     return rung.config.train.total_steps - (trunk.cooldown_step if trunk else 0)
 
 
 def key_of(config: Config) -> str:
-    """What decides how long a step takes, for probe.json."""
+    """Return what decides the duration of a step, as the key of probe.json."""
     m = config.model
     return f"{m.n_layers}x{m.d_model}x{m.n_heads} {config.train.batch_sequences}x{m.context_length}"

@@ -1,4 +1,4 @@
-"""How long a step takes: measured on each shape before hours are promised."""
+"""Measure the seconds of a step on each shape, from which the hours of a study follow."""
 
 import time
 
@@ -13,7 +13,7 @@ STEPS = 5
 
 
 def seconds_per_step(rungs: list[Rung]) -> dict[str, float]:
-    """Median of STEPS timed steps on random tokens, after one that compiles, for each shape and batch."""
+    """Return the median of STEPS timed steps on random tokens, after one that compiles, for each shape and batch."""
     found: dict[str, float] = {}
     for config in (rung.config for rung in rungs):
         if key_of(config) in found:

@@ -1,4 +1,4 @@
-"""Carry out a study's rungs, each in a process of its own, and gather what they came to."""
+"""Run a study's rungs, each in a process of its own, and collect their results."""
 
 import contextlib
 import csv
@@ -27,24 +27,24 @@ from gptjax.rundir import read_outcome
 
 
 def rung_dir(study_dir: str | Path, rung_id: str) -> Path:
-    """A rung's directory, which is also its run's."""
+    """Return a rung's directory, which is also its run's."""
     return Path(study_dir, "rungs", rung_id)
 
 
 def read_result(study_dir: str | Path, rung_id: str) -> dict[str, Any] | None:
-    """A finished rung's result.json; None where it is not finished."""
+    """Return a finished rung's result.json; None where it is not finished."""
     path = rung_dir(study_dir, rung_id) / "result.json"
     return read_json(path) if path.exists() else None
 
 
 def missing_forecasts(study_dir: str | Path, rungs: list[Rung]) -> list[Rung]:
-    """The held-out rungs that have neither a result nor a forecast yet."""
+    """Return the held-out rungs that have neither a result nor a forecast yet."""
     held = [rung for rung in rungs if rung.held_out and read_result(study_dir, rung.id) is None]
     return [rung for rung in held if not Path(study_dir, "forecasts", f"{rung.id}.json").exists()]
 
 
 def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | None = None) -> int:
-    """Carry out every rung that has no result yet; one that was killed goes on from its last checkpoint.
+    """Run every rung that has no result yet; one that was killed resumes from its last checkpoint.
 
     Args:
         trunks: rungs off which others may branch: one begins where its trunk began to cool down, if that checkpoint
@@ -84,7 +84,7 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
 
 
 def begin_at(step: int, trunk: Path, directory: Path) -> None:
-    """Give a run that has not begun the trunk's checkpoint of a step, and its metrics up to there.
+    """Copy the trunk's checkpoint of a step, and its metrics up to there, into a run that has not begun.
 
     The schedule wsd is flat until the cooldown and a batch depends on the step alone, so that the run ends in the
     bits that it would have come to by itself. Where the trunk keeps no such checkpoint, the run begins at step 0.
@@ -101,12 +101,12 @@ def begin_at(step: int, trunk: Path, directory: Path) -> None:
 
 
 def now() -> str:
-    """The time, for results and forecasts: ISO 8601, UTC."""
+    """Return the time for results and forecasts: ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _first_begun(directory: Path) -> str:
-    """When a rung was first begun, however often it was taken up again: a forecast must come before it."""
+    """Return when a rung first began, however often it was resumed: a forecast must come before it."""
     path = directory / "began_at"
     if not path.exists():
         write_atomically(path, now())
@@ -114,7 +114,9 @@ def _first_begun(directory: Path) -> str:
 
 
 def _take(lock: IO[str]) -> bool:
-    """Whether the lock is ours now. The training process inherits it: it lasts while either of the two lives."""
+    """Return whether this process now holds the lock. The training process inherits it, so it lasts while either
+    lives.
+    """
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -122,7 +124,7 @@ def _take(lock: IO[str]) -> bool:
 
 
 def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
-    """The exit code of the rung's training, and whether a signal came meanwhile: it is handed on to the training."""
+    """Return the exit code of the rung's training, and whether a signal came meanwhile, which is passed on to it."""
     write_atomically(directory / "rung.yaml", config_to_yaml(replace(rung.config, workdir=str(directory))))
     command, stopped = [sys.executable, "-m", "gptjax", "train", str(directory / "rung.yaml")], []
     with (directory / "log.txt").open("a") as log:
@@ -142,7 +144,7 @@ def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
 
 
 def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str) -> dict[str, Any] | None:
-    """What result.json says; None where the training process failed for a reason other than its loss.
+    """Return the values of result.json; None where the training process failed for a reason other than its loss.
 
     Diverged is what gave up after its first evaluation (its outcome.json says so), skipped most steps, or learned
     nothing.
@@ -181,7 +183,7 @@ def _last_line(directory: Path) -> str:
 
 
 def state_of(study_dir: str | Path, rung: Rung) -> str:
-    """done, diverged, `step S of T` (begun), or waiting."""
+    """Return the state of a rung: done, diverged, `step S of T` (begun), or waiting."""
     result = read_result(study_dir, rung.id)
     if result is not None:
         return result["status"]
@@ -191,7 +193,7 @@ def state_of(study_dir: str | Path, rung: Rung) -> str:
 
 
 def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
-    """Every finished rung's result, diverged ones included, checked and written to table.csv.
+    """Return every finished rung's result, diverged ones included, checked and written to table.csv.
 
     Raises:
         UserError: a result of a rung that the study no longer has, of other data, copied, or without a finite loss.

@@ -1,4 +1,4 @@
-"""The study file: which models, which budgets, and within which limits. Its directory holds all that follows from it.
+"""The study file: which models, which budgets, and which limits. Its directory contains all that follows from it.
 
 study.yaml            this file
 plan.json             the rungs, for the verbs that fit
@@ -23,8 +23,8 @@ from gptjax.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A size of model; all else is the base config's.
+class ModelShape:
+    """The size of a model; all else is the base config's.
 
     Args:
         n_layers: number of blocks.
@@ -47,7 +47,7 @@ class HeldOut:
     """
 
     flops: float
-    shape: Shape
+    shape: ModelShape
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Sweeps:
-    """What is varied besides, each with each; nothing given leaves the base config's value.
+    """What is varied besides, in all combinations; an empty field keeps the base config's value.
 
     Args:
         peak_lr: learning rates.
@@ -115,7 +115,7 @@ class Study:
     """
 
     base: str
-    ladder: tuple[Shape, ...]
+    ladder: tuple[ModelShape, ...]
     budgets: Budgets = field(default_factory=Budgets)
     sweeps: Sweeps = field(default_factory=Sweeps)
     warmup_frac: float | None = None
@@ -145,7 +145,7 @@ class Study:
 
 
 def load_study(directory: str | Path) -> Study:
-    """The study of a directory, from its study.yaml.
+    """Return the study of a directory, from its study.yaml.
 
     Raises:
         UserError: no file, an unknown key (the nearest is named), a wrong type, or values at odds.

@@ -1,4 +1,4 @@
-"""Valleys of the loss at one budget: where each has its floor, and how the floor moves with the budget."""
+"""IsoFLOP valleys of the loss: where each budget's loss is least, and how that minimum moves with the budget."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ METHODS = ("akima", "parabola")
 
 
 class NoMinimum(Exception):
-    """Why there is no trustworthy minimum."""
+    """Raised with the reason why there is no trustworthy minimum."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Floor:
 
 
 def valleys(table: Table) -> Iterator[tuple[float, Table]]:
-    """Each budget with its rows by rising params; rows of one size (seeds, rates) are replaced by their best."""
+    """Yield each budget with its rows by rising params; rows of one size (seeds, rates) are replaced by their best."""
     budgets = table.budgets()
     for budget in np.unique(budgets):
         rows = table.take(budgets == budget)
@@ -44,7 +44,7 @@ def valleys(table: Table) -> Iterator[tuple[float, Table]]:
 def find_minimum(
     values: np.ndarray, losses: np.ndarray, method: str = "akima", neighbours: int | None = None, what: str = "model"
 ) -> tuple[float, float]:
-    """Where the loss over log value is least, and how low it is there.
+    """Return where the loss over log value is least, and the loss there.
 
     Args:
         values: [n], rising: sizes, rates or batches.
@@ -81,7 +81,9 @@ def find_minimum(
 
 
 def find_floor(budget: float, rows: Table, method: str = "akima", neighbours: int | None = None) -> Floor:
-    """A valley's floor, by `find_minimum` on the loss over log N; `rows` are one budget's runs by rising params."""
+    """Return the minimum of a valley, by `find_minimum` of the loss over log N; `rows` are one budget's, by rising
+    params.
+    """
     try:
         params, height = find_minimum(rows.params, rows.loss, method, neighbours)
     except NoMinimum as reason:
@@ -91,12 +93,12 @@ def find_floor(budget: float, rows: Table, method: str = "akima", neighbours: in
 
 
 def find_floors(table: Table, method: str = "akima", neighbours: int | None = None) -> list[Floor]:
-    """The floor of every budget, refused ones included."""
+    """Return the floor of every budget, refused ones included."""
     return [find_floor(budget, rows, method, neighbours) for budget, rows in valleys(table)]
 
 
 def frontier(floors: list[Floor]) -> tuple[PowerLaw, PowerLaw] | None:
-    """N*(C) and D*(C) over the floors that stand; None with fewer than two."""
+    """Return N*(C) and D*(C) over the floors that are not refused; None with fewer than two."""
     good = [floor for floor in floors if not floor.refused]
     if len(good) < 2:
         return None

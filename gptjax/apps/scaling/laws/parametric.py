@@ -1,10 +1,9 @@
-"""Laws of the loss, and how they are fitted: Chinchilla's parametric form, power laws, and over-training.
+"""Laws of the loss and their fits: Chinchilla's parametric form, power laws, and over-training.
 
 N counts weights, D training tokens, C floating-point operations of training; losses are nats per token.
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from gptjax.errors import UserError
 
 DELTA = 1e-3  # of the Huber loss on log loss (Hoffmann et al. 2022, arXiv 2203.15556, section 3.3)
 TOLERANCES = {"ftol": 1e-15, "gtol": 1e-11, "maxiter": 10_000, "maxfun": 50_000, "maxcor": 30}
-EXPONENTS = (0.1, 0.25, 0.4, 0.6, 0.9, 1.5)  # where fits of alpha and of beta start
+EXPONENTS = (0.1, 0.25, 0.4, 0.6, 0.9, 1.5)  # starting values of alpha and of beta
 
 # From an optimum the objective falls by no more than this share of itself along a Newton step. Fits of 240 noisy rows
 # end below 1e-15; on the mean of the Huber terms, scipy's own tolerances end them at 4e-5 and more.
@@ -43,20 +42,115 @@ class Law:
     newton_decrement: float = 0.0
 
     def loss(self, params: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray | float:
-        """Predicted loss of a model of `params` weights after `tokens` tokens."""
+        """Return the predicted loss of a model of `params` weights after `tokens` tokens."""
         return self.E + self.A / params**self.alpha + self.B / tokens**self.beta
 
     @property
     def exponent(self) -> float:
-        """a of N* ~ C^a: beta / (alpha + beta); D* goes with 1 - a."""
+        """Return a of N* ~ C^a: beta / (alpha + beta). D* ~ C^(1 - a)."""
         return self.beta / (self.alpha + self.beta)
 
     def optimum(self, flops: np.ndarray | float, per_param_token: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
-        """(N*, D*) of least loss where C = per_param_token N D (Hoffmann et al. 2022, equation 4)."""
+        """Return (N*, D*) of least loss where C = per_param_token N D (Hoffmann et al. 2022, equation 4)."""
         product = np.asarray(flops) / per_param_token
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         best = ratio * product**self.exponent
         return best, product / best
+
+
+class HuberObjective:
+    """The objective of `fit_law`: the sum of the Huber terms of the log-loss residuals, and its derivatives.
+
+    Its variable is theta = (log E, log A', log B', alpha, beta), where A' and B' are the values of the two terms at
+    the mean log N and the mean log D of the rows: there the terms are of similar size, which L-BFGS-B needs.
+
+    Args:
+        params, tokens, loss: [n] each, all positive.
+        delta: where the Huber loss turns from quadratic to linear.
+        weights: [n], the weight of each row; None weighs all rows equally.
+
+    Raises:
+        UserError: fewer than six rows, or sizes or tokens that do not differ.
+    """
+
+    def __init__(
+        self,
+        params: np.ndarray,
+        tokens: np.ndarray,
+        loss: np.ndarray,
+        delta: float = DELTA,
+        weights: np.ndarray | None = None,
+    ):
+        log_params, log_tokens, self.target = (
+            np.log(np.asarray(v, dtype=np.float64)) for v in (params, tokens, loss)
+        )
+        if len(log_params) < 6:
+            raise UserError(f"{len(log_params)} rows are too few for a law of five parameters; give 6 or more")
+        for name, values in (("params", log_params), ("tokens", log_tokens)):
+            if np.ptp(values) < 0.1:
+                raise UserError(f"{name} hardly differs between the rows; its exponent needs a range of sizes")
+        self.delta = delta
+        self.weights = np.ones_like(log_params) if weights is None else weights
+        self.center = np.array([0.0, log_params.mean(), log_tokens.mean()])
+        offsets = (log_params - self.center[1], log_tokens - self.center[2])
+        self.design = np.stack([np.zeros_like(log_params), -offsets[0], -offsets[1]])
+
+    def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the objective and its gradient [5].
+
+        The terms are summed: their mean is so small that default tolerances end the search at once, which is what
+        went wrong in the original (Besiroglu et al. 2024, arXiv 2404.10102, section 3).
+        """
+        residual, jacobian = self.residuals(theta)
+        pull = self.weights * np.clip(residual, -self.delta, self.delta)
+        return float(np.sum(self.weights * _huber(residual, self.delta))), np.einsum("n,nk->k", pull, jacobian)
+
+    def residuals(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the residuals of log loss [n] and their Jacobian [n, 5], computed by log-sum-exp."""
+        exponents = np.array([0.0, theta[3], theta[4]])
+        log_terms = theta[:3, None] + exponents[:, None] * self.design
+        top = log_terms.max(axis=0)
+        shares = np.exp(log_terms - top)
+        total = shares.sum(axis=0)
+        shares /= total
+        jacobian = np.concatenate([shares, (shares * self.design)[1:]]).T
+        return top + np.log(total) - self.target, jacobian
+
+    def newton_decrement(self, theta: np.ndarray) -> float:
+        """Return how far the objective would fall along a Gauss-Newton step, as a share of itself.
+
+        The curvature of a term beyond delta is that of its quadratic upper bound, delta / |r|.
+        """
+        residual, jacobian = self.residuals(theta)
+        delta = self.delta
+        gradient = (self.weights * np.clip(residual, -delta, delta)) @ jacobian
+        steepness = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+        curvature = (jacobian.T * self.weights * steepness) @ jacobian
+        step = np.linalg.lstsq(curvature, gradient, rcond=1e-13)[0]
+        floor = len(residual) * 1e-12 * delta  # a perfect fit has an objective of 0, of which every share is large
+        return float(gradient @ step / 2 / ((self.weights * _huber(residual, delta)).sum() + floor))
+
+    def best_starts(self) -> list[np.ndarray]:
+        """Return the KEPT_STARTS lowest points of a grid of exponents, each with its least-squares E, A' and B'."""
+        grid = [self._best_factors(alpha, beta) for alpha, beta in itertools.product(EXPONENTS, repeat=2)]
+        return sorted(grid, key=lambda theta: self(theta)[0])[:KEPT_STARTS]
+
+    def _best_factors(self, alpha: float, beta: float) -> np.ndarray:
+        """Return theta with the non-negative E, A' and B' of least squared relative error."""
+        columns = np.exp(np.array([0.0, alpha, beta])[:, None] * self.design - self.target).T
+        factors, _ = nnls(columns, np.ones(len(self.target)))
+        return np.array([*np.log(np.maximum(factors, 1e-3)), alpha, beta])
+
+    def centered(self, starts: np.ndarray | list[list[float]]) -> np.ndarray:
+        """Return thetas [k, 5] for rows of (log E, log A, log B, alpha, beta)."""
+        thetas = np.array(starts, dtype=np.float64)
+        thetas[:, 1] -= thetas[:, 3] * self.center[1]
+        thetas[:, 2] -= thetas[:, 4] * self.center[2]
+        return thetas
+
+    def factors(self, theta: np.ndarray) -> np.ndarray:
+        """Return (E, A, B) of a theta."""
+        return np.exp(theta[:3] + np.array([0.0, theta[3], theta[4]]) * self.center)
 
 
 def fit_law(
@@ -65,94 +159,41 @@ def fit_law(
     loss: np.ndarray,
     delta: float = DELTA,
     weights: np.ndarray | None = None,
-    starts: np.ndarray | None = None,
-    tolerances: dict[str, float] = TOLERANCES,
-    reduce: Callable[[np.ndarray], float] = np.sum,
+    starts: np.ndarray | list[list[float]] | None = None,
 ) -> Law:
     """Fit the parametric law by the Huber loss of log residuals (Hoffmann et al. 2022, appendix D.3).
 
-    The terms are summed: their mean is so small that default tolerances end the search at once, which is what went
-    wrong in the original (Besiroglu et al. 2024, arXiv 2404.10102, section 3).
-
     Args:
-        params, tokens, loss: [n] each, all positive.
-        delta: where the Huber loss turns from square to straight.
-        weights: [n], how much each row counts; None: one.
+        params, tokens, loss, delta, weights: as for `HuberObjective`.
         starts: [k, 5] of (log E, log A, log B, alpha, beta) to start from; None: the best of a grid of exponents,
-            each with the E, A, B that suit them.
-        tolerances: options of scipy's L-BFGS-B.
-        reduce: np.sum; np.mean exists to show that the check of convergence sees that mistake.
+            each with its least-squares E, A and B.
 
     Raises:
         UserError: fewer than six rows, or sizes or tokens that do not differ.
     """
-    x, y, target = (np.log(np.asarray(v, dtype=np.float64)) for v in (params, tokens, loss))
-    if len(x) < 6:
-        raise UserError(f"{len(x)} rows are too few for a law of five parameters; give 6 or more")
-    for name, values in (("params", x), ("tokens", y)):
-        if np.ptp(values) < 0.1:
-            raise UserError(f"{name} hardly differs between the rows; its exponent needs a range of sizes")
-    weights = np.ones_like(x) if weights is None else weights
-    middle = np.array([0.0, x.mean(), y.mean()])  # fitted about the middle, where the terms are of like size
-    design = np.stack([np.zeros_like(x), -(x - middle[1]), -(y - middle[2])])
-    share = reduce(np.ones_like(x)) / len(x)
-
-    def terms(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Residuals of log loss [n], and their Jacobian [n, 5], by log-sum-exp."""
-        exponents = np.array([0.0, theta[3], theta[4]])
-        parts = theta[:3, None] + exponents[:, None] * design
-        top = parts.max(axis=0)
-        shares = np.exp(parts - top)
-        total = shares.sum(axis=0)
-        shares /= total
-        jacobian = np.concatenate([shares, (shares * design)[1:]]).T
-        return top + np.log(total) - target, jacobian
-
-    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        residual, jacobian = terms(theta)
-        pull = share * weights * np.clip(residual, -delta, delta)
-        return float(reduce(weights * _huber(residual, delta))), np.einsum("n,nk->k", pull, jacobian)
-
-    if starts is None:
-        grid = [_best_factors(a, b, design, target) for a, b in itertools.product(EXPONENTS, repeat=2)]
-        starts = sorted(grid, key=lambda theta: objective(theta)[0])[:KEPT_STARTS]
-    else:
-        starts = np.array(starts, dtype=np.float64)
-        starts[:, 1] -= starts[:, 3] * middle[1]
-        starts[:, 2] -= starts[:, 4] * middle[2]
-    ends = [minimize(objective, start, jac=True, method="L-BFGS-B", options=tolerances) for start in starts]
+    objective = HuberObjective(params, tokens, loss, delta, weights)
+    thetas = objective.best_starts() if starts is None else objective.centered(starts)
+    ends = [minimize(objective, theta, jac=True, method="L-BFGS-B", options=TOLERANCES) for theta in thetas]
     best = min(ends, key=lambda end: end.fun)
-    decrement = _newton_decrement(*terms(best.x), weights, delta)
-    theta, alpha, beta = best.x, *best.x[3:]
-    factors = np.exp(theta[:3] + np.array([0.0, alpha, beta]) * middle)
-    total = best.fun / share
-    inside = min(alpha, beta) > 0 and np.all(np.isfinite(factors)) and factors[0] > VANISHED * np.min(loss)
-    good = bool(decrement < CONVERGED and inside)
-    return Law(*map(float, factors), float(alpha), float(beta), total, good, float(decrement))
-
-
-def _best_factors(alpha: float, beta: float, design: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(log E, log A, log B, alpha, beta) with the non-negative E, A, B of least squared relative error."""
-    columns = np.exp(np.array([0.0, alpha, beta])[:, None] * design - target).T
-    factors, _ = nnls(columns, np.ones(len(target)))
-    return np.array([*np.log(np.maximum(factors, 1e-3)), alpha, beta])
+    decrement = objective.newton_decrement(best.x)
+    E, A, B = objective.factors(best.x)
+    alpha, beta = best.x[3:]
+    has_law = min(alpha, beta) > 0 and np.all(np.isfinite((E, A, B))) and VANISHED * np.min(loss) < E
+    return Law(
+        E=float(E),
+        A=float(A),
+        B=float(B),
+        alpha=float(alpha),
+        beta=float(beta),
+        objective=float(best.fun),
+        converged=bool(decrement < CONVERGED and has_law),
+        newton_decrement=decrement,
+    )
 
 
 def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
     size = np.abs(residual)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
-
-
-def _newton_decrement(residual: np.ndarray, jacobian: np.ndarray, weights: np.ndarray, delta: float) -> float:
-    """How far the summed objective would fall along a Gauss-Newton step, as a share of itself.
-
-    The curvature of a term beyond delta is that of its quadratic upper bound, delta / |r|.
-    """
-    gradient = (weights * np.clip(residual, -delta, delta)) @ jacobian
-    curvature = (jacobian.T * weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))) @ jacobian
-    step = np.linalg.lstsq(curvature, gradient, rcond=1e-13)[0]
-    floor = len(residual) * 1e-12 * delta  # of a perfect fit, where any share of nothing is large
-    return float(gradient @ step / 2 / ((weights * _huber(residual, delta)).sum() + floor))
 
 
 @dataclass(frozen=True)
@@ -163,7 +204,7 @@ class PowerLaw:
     exponent: float
 
     def __call__(self, x: np.ndarray | float) -> np.ndarray | float:
-        """The power law's value at x."""
+        """Return the power law's value at x."""
         return self.factor * np.asarray(x) ** self.exponent
 
 
@@ -194,7 +235,7 @@ class OvertrainingLaw:
     eta: float
 
     def loss(self, flops: np.ndarray | float, ratio: np.ndarray | float) -> np.ndarray | float:
-        """Predicted loss at C FLOPs and M tokens a weight."""
+        """Return the predicted loss at C FLOPs and M tokens a weight."""
         return self.E + (self.a * ratio**self.eta + self.b * ratio**-self.eta) * flops**-self.eta
 
 

@@ -1,4 +1,4 @@
-"""Tables of finished runs: what every law is fitted to."""
+"""Tables of finished runs, to which every law is fitted."""
 
 import csv
 import json
@@ -31,11 +31,11 @@ class Table:
         return len(self.loss)
 
     def take(self, rows: np.ndarray) -> "Table":
-        """The rows that a mask or an index array names."""
+        """Return the rows that a mask or an index array selects."""
         return Table(self.params[rows], self.tokens[rows], self.loss[rows], self.flops[rows])
 
     def budgets(self) -> np.ndarray:
-        """[n], for each row the geometric mean of the FLOPs of all rows that spent about as much."""
+        """Return [n], for each row the geometric mean of the FLOPs of all rows with about the same FLOPs."""
         order = np.argsort(self.flops, kind="stable")
         log = np.log(self.flops[order])
         group = np.concatenate([[0], np.cumsum(np.diff(log) > np.log(SAME_BUDGET))])
@@ -46,7 +46,7 @@ class Table:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file of a study holds; raises UserError where it cannot be read, or was cut short."""
+    """Return the values of a study's JSON file; raise UserError where it cannot be read, or was cut short."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
-    """The rows of a CSV file as they stand, diverged ones too, without (or only) those held out of every fit.
+    """Return the rows of a CSV file unchanged, diverged ones too: those not held out, or only those held out.
 
     Raises:
         UserError: no such file, or not a CSV file.
@@ -68,7 +68,7 @@ def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
 
 
 def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
-    """A CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
+    """Return the table of a CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
 
     Of a study's table.csv, held-out and diverged rows are left out: no fit touches them. Where rates or batches were
     swept, each shape and budget counts by the setting that did best, with all of its seeds.
@@ -103,7 +103,9 @@ def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> 
 
 
 def best_tuned(rows: list[dict[str, str]], loss: str) -> list[dict[str, str]]:
-    """A study's rows at the learning rate and batch that did best at their shape and budget, by mean over seeds."""
+    """Return a study's rows at the learning rate and batch of least mean loss over the seeds, for each shape and
+    budget.
+    """
     if not rows or not {"budget_flops", "peak_lr", "batch_sequences", loss} <= set(rows[0]):
         return rows
     losses: dict[tuple[str, ...], dict[tuple[str, ...], list[float]]] = {}
@@ -115,11 +117,12 @@ def best_tuned(rows: list[dict[str, str]], loss: str) -> list[dict[str, str]]:
 
 
 def _point(row: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return a row's (shape, budget), and its (learning rate, batch)."""
     return (row["params"], row["budget_flops"]), (row["peak_lr"], row["batch_sequences"])
 
 
 def numbers(rows: list[dict[str, str]], name: str, path: str | Path = "table.csv") -> np.ndarray:
-    """A column of positive numbers; raises UserError for any other value."""
+    """Return a column of positive numbers; raise UserError for any other value."""
     values = []
     if rows and name not in rows[0]:
         raise UserError(f"table {str(path)!r} has no column {name!r}{nearest(name, [n for n in rows[0] if n])}")

@@ -1,4 +1,4 @@
-"""Laws of what is chosen beside the size: repeated data, batch size, and learning rate."""
+"""Laws of other choices than the size: repeated data, batch size, and learning rate."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class RepetitionLaw:
     R_N: float
 
     def loss(self, params: np.ndarray, tokens: np.ndarray, unique: np.ndarray) -> np.ndarray:
-        """Predicted loss of models of `params` weights after `tokens` tokens, of which `unique` differ."""
+        """Return the predicted loss of models of `params` weights after `tokens` tokens, of which `unique` differ."""
         law = self.law
         enough = (law.alpha * law.A / (law.beta * law.B) * unique**law.beta) ** (1 / law.alpha)
         used = np.minimum(params, enough)
@@ -54,7 +54,7 @@ def fit_repetition(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, epo
 def fit_scales(
     law: Law, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, unique: np.ndarray
 ) -> RepetitionLaw:
-    """Fit the two scales of repetition alone, to [n] runs of which `unique` tokens differ."""
+    """Fit only the two scales of repetition, to [n] runs of which `unique` tokens differ."""
 
     def residuals(log_scales: np.ndarray) -> np.ndarray:
         return np.log(RepetitionLaw(law, *np.exp(log_scales)).loss(params, tokens, unique) / loss)
@@ -84,14 +84,15 @@ class BatchLaw:
     critical_interval: tuple[float, float]
 
     def tokens(self, batch: np.ndarray) -> np.ndarray:
-        """Tokens needed at a batch of so many tokens a step."""
+        """Return the tokens needed at a batch of this many tokens a step."""
         return self.least_tokens * (1 + batch / self.critical)
 
 
 def tokens_to_target(
     batch: np.ndarray, tokens: np.ndarray, loss: np.ndarray, target: float | None = None
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """(target, batches, tokens at which each reaches it); the target is by default the lowest that all reach.
+    """Return (target, batches, tokens at which each reaches it); the default target is the lowest loss that all
+    reach.
 
     Between runs of different length log tokens is interpolated in log loss; runs of one length at several rates count
     by their best. A batch without runs on both sides of the target is left out.
@@ -126,7 +127,7 @@ def fit_batch(batch: np.ndarray, tokens: np.ndarray, loss: np.ndarray, target: f
 
     start = (np.log(needed.min()), np.log(np.median(sizes)))
     found, covariance = curve_fit(law, sizes, np.log(needed), p0=start, maxfev=100_000)
-    spread = 1.96 * np.sqrt(covariance[1, 1]) if len(sizes) > 2 else np.inf
+    spread = 1.96 * np.sqrt(covariance[1, 1])
     low, high = np.exp(np.clip(found[1] + np.array([-spread, spread]), -50, 50))
     return BatchLaw(target, float(np.exp(found[0])), float(np.exp(found[1])), (float(low), float(high)))
 
@@ -153,7 +154,7 @@ class RateValley:
 
 
 def rate_valleys(params: np.ndarray, flops: np.ndarray, rates: np.ndarray, loss: np.ndarray) -> Iterator[RateValley]:
-    """The valley of each shape and budget that has several rates."""
+    """Yield the valley of each shape and budget that has several rates."""
     for N, C in sorted(set(zip(params, flops, strict=True))):
         rows = (params == N) & (flops == C)
         tried = np.unique(rates[rows])
@@ -170,7 +171,7 @@ def rate_valleys(params: np.ndarray, flops: np.ndarray, rates: np.ndarray, loss:
 
 
 def fit_rate(valleys: list[RateValley]) -> PowerLaw | None:
-    """Best rate over FLOPs, from the valleys that have a minimum; None with fewer than two budgets."""
+    """Return the best rate over FLOPs, from the valleys that have a minimum; None with fewer than two budgets."""
     good = [valley for valley in valleys if not valley.refused]
     if len({valley.flops for valley in good}) < 2:
         return None

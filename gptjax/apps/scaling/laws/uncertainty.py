@@ -1,4 +1,4 @@
-"""How far a fit may be off: bootstrap intervals of its parameters and of the frontier."""
+"""Bootstrap intervals of a fit's parameters and of the frontier."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA, seed: int = 0) -> list[Law]:
-    """The law fitted again to randomly reweighted rows: the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9).
+    """Return the law fitted to randomly reweighted rows: the Bayesian bootstrap (Rubin 1981, Annals of Statistics 9).
 
     Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
     """
@@ -25,31 +25,31 @@ def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA,
 
 
 def interval(values: list[float] | np.ndarray) -> Interval:
-    """The middle LEVEL of the values."""
+    """Return the central interval that contains the share LEVEL of the values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def law_intervals(laws: list[Law]) -> dict[str, Interval]:
-    """An interval for each parameter, and for the exponent of N*(C)."""
+    """Return an interval for each parameter, and for the exponent of N*(C)."""
     names = ("E", "A", "B", "alpha", "beta", "exponent")
     return {name: interval([getattr(law, name) for law in laws]) for name in names}
 
 
 def noise(law: Law, table: Table) -> float:
-    """Standard deviation of log loss about the law."""
+    """Return the standard deviation of log loss about the law."""
     return deviation(np.log(table.loss / law.loss(table.params, table.tokens)), free=5)
 
 
 def deviation(residual: np.ndarray, free: int) -> float:
-    """Standard deviation about a law of `free` parameters, from the median so that outliers do not set it."""
+    """Return the standard deviation about a law of `free` parameters, from the median, robust to outliers."""
     return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
 
 
 def disturbed_intervals(
     fit: Callable[[np.ndarray], dict[str, float]], loss: np.ndarray, std: float, resamples: int = 200, seed: int = 0
 ) -> dict[str, Interval]:
-    """An interval for each value that `fit` finds when each loss is off by `std` of its logarithm.
+    """Return an interval of each value of `fit` when each log loss is disturbed with standard deviation `std`.
 
     Returns:
         none where `fit` refuses (UserError) more than one in ten of the disturbed losses.
@@ -64,7 +64,7 @@ def disturbed_intervals(
 
 
 def frontier_intervals(table: Table, method: str, std: float, resamples: int = 200, seed: int = 0) -> list[Interval]:
-    """Intervals of the exponents of N*(C) and D*(C) when each loss is off by `std` of its logarithm.
+    """Return intervals of the exponents of N*(C) and D*(C) when each log loss is disturbed with deviation `std`.
 
     Returns:
         two intervals; none where fewer than nine in ten disturbed tables have a frontier.

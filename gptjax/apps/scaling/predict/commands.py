@@ -1,4 +1,4 @@
-"""The verbs of `gptjax scaling` that read a study's table: each fits, and prints or writes what follows."""
+"""The verbs of `gptjax scaling` that read a study's table: each fits, and prints or writes the result."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
 
 
 def _plain(values: Any) -> Any:
-    """Null where a number is not finite, which JSON cannot say."""
+    """Return the values with None for numbers that are not finite, which JSON cannot express."""
     if isinstance(values, dict):
         return {name: _plain(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -83,7 +83,7 @@ def recommend(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Say the best model for a budget, with intervals, and write a config that trains it.
+    """Print the best model for a budget, with intervals, and write a config that trains it.
 
     Args:
         study: the study's directory, after `collect`.
@@ -109,7 +109,7 @@ def recommend(
 
 
 def forecast(study: UserPath, force: bool = False, json: bool = False) -> None:
-    """Write down what the law says of every held-out rung, before it runs.
+    """Write the law's prediction for every held-out rung, before it runs.
 
     Args:
         study: the study's directory, after `collect`.
@@ -147,7 +147,7 @@ def audit(study: UserPath, json: bool = False) -> None:
 
 
 def doctor(study: UserPath, json: bool = False) -> None:
-    """Say why a study's law should not be trusted.
+    """Print the reasons not to trust a study's law.
 
     Args:
         study: the study's directory, after `collect`.
@@ -159,7 +159,7 @@ def doctor(study: UserPath, json: bool = False) -> None:
 
 
 def compare(a: UserPath, b: UserPath, flops: float | None = None, resamples: int = 400, json: bool = False) -> None:
-    """Say how much less compute recipe B needs than recipe A, or what it would take to know.
+    """Print how much less compute recipe B needs than recipe A, or how many more FLOPs would decide it.
 
     Args:
         a: the directory of a study.
@@ -232,14 +232,14 @@ def _plots() -> Any:
 
 
 def _scores(study: str, path: Path) -> list[dict[str, Any]]:
-    """The scores of a study's forecasts; none where it has no forecast."""
+    """Return the scores of a study's forecasts; none where it has no forecast."""
     from gptjax.apps.scaling.predict import forecast
 
     return forecast.audit(study, path)[0] if list(Path(study, "forecasts").glob("*.json")) else []
 
 
 def _prepare() -> None:
-    """Settle the process before JAX is imported, which counts a shape's weights."""
+    """Prepare the process before JAX is imported, which counts a shape's weights."""
     from gptjax.process import prepare_process
 
     prepare_process()
@@ -250,7 +250,7 @@ def _dumps(values: Any) -> str:
 
 
 def _source(study: str | None, table: str | None) -> Path:
-    """The table that a verb is to read; raises UserError for none, for two, or where a result is missing in it."""
+    """Return the table that a verb reads; raise UserError for none, for two, or where the table lacks a result."""
     if (study is None) == (table is None):
         raise UserError("say what to fit: --study DIR, or --table F.csv with columns params, tokens, loss")
     if table is not None:

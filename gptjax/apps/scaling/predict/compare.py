@@ -1,22 +1,22 @@
-"""Two recipes: how much compute one needs for the loss that the other reaches."""
+"""Compare two recipes: how much compute one needs for the loss that the other reaches."""
 
 import numpy as np
 from scipy.optimize import brentq
 
 from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.parametric import Law
-from gptjax.apps.scaling.predict.fit import Said
+from gptjax.apps.scaling.predict.fit import Findings
 from gptjax.apps.scaling.predict.forecast import Fitted
 from gptjax.errors import UserError
 
 
 def least_loss(law: Law, flops: float, ratio: float) -> float:
-    """The law's loss at the best size for a budget."""
+    """Return the law's loss at the best size for a budget."""
     return float(law.loss(*law.optimum(flops, ratio)))
 
 
 def multiplier(a: Law, b: Law, flops: float, ratios: tuple[float, float]) -> float:
-    """How many times the FLOPs that B needs, A needs, to reach what A reaches at `flops`; 0 or inf out of reach."""
+    """Return the FLOPs that A needs over those that B needs, to reach A's loss at `flops`; 0 or inf out of reach."""
     target = least_loss(a, flops, ratios[0])
     low, high = (np.log(flops) + sign * np.log(1e6) for sign in (-1, 1))
 
@@ -30,8 +30,8 @@ def multiplier(a: Law, b: Law, flops: float, ratios: tuple[float, float]) -> flo
     return float(flops / np.exp(brentq(excess, low, high)))
 
 
-def compare(a: Fitted, b: Fitted, flops: float) -> Said:
-    """B's compute multiplier over A at a budget, with its interval; or how many more FLOPs would resolve it.
+def compare(a: Fitted, b: Fitted, flops: float) -> Findings:
+    """Return B's compute multiplier over A at a budget, with its interval; or how many more FLOPs would resolve it.
 
     The interval narrows with the root of the number of runs, from which the FLOPs still missing follow.
 

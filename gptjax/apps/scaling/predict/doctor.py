@@ -9,7 +9,7 @@ from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.isoflop import find_floors, frontier, valleys
 from gptjax.apps.scaling.laws.parametric import Law, fit_law
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
-from gptjax.apps.scaling.predict.fit import Said
+from gptjax.apps.scaling.predict.fit import Findings
 
 LONG_WARMUP = 0.1  # share of a run's steps (Porian et al. 2024, arXiv 2406.19146, section 3.2)
 MANY_EPOCHS = 4  # beyond which repeated tokens are worth clearly less (Muennighoff et al. 2023, arXiv 2305.16264)
@@ -18,8 +18,8 @@ SHALLOW = 3  # a valley less deep than so many times the noise has its floor any
 BIAS = 0.02  # share of N* by which the parabola alone may be off
 
 
-def diagnose(path: Path) -> Said:
-    """Every reason to distrust the law of a table, each with its figure and its remedy.
+def diagnose(path: Path) -> Findings:
+    """Return every reason to distrust the law of a table, each with its figure and its remedy.
 
     Raises:
         UserError: a table that no law can be fitted to at all.
@@ -42,7 +42,7 @@ Check = Callable[[Path, list[dict[str, str]], Table, Law, float], Iterator[str]]
 
 
 def convergence(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Whether the rows determine the law."""
+    """Check whether the rows determine the law."""
     if not law.converged:
         yield "the fit did not converge, or E has vanished: add larger budgets or drop outliers"
     if np.ptp(np.log10(table.flops)) < 1:
@@ -50,7 +50,7 @@ def convergence(path: Path, rows: list[dict[str, str]], table: Table, law: Law, 
 
 
 def convention(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Whether the way of counting N decides the exponent (Porian et al. 2024; Pearce & Song 2024)."""
+    """Check whether the way of counting N decides the exponent (Porian et al. 2024; Pearce & Song 2024)."""
     found = {}
     for name in (name for name in rows[0] if name.startswith("params_")):
         other = read_table(path, name)
@@ -63,7 +63,7 @@ def convention(path: Path, rows: list[dict[str, str]], table: Table, law: Law, s
 
 
 def warmup(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Short runs that warm up for much of their length."""
+    """Check for short runs that warm up for much of their length."""
     if "warmup_steps" in rows[0] and "steps" in rows[0]:
         shares = np.array([float(row["warmup_steps"]) / float(row["steps"]) for row in rows])
         if (shares > LONG_WARMUP).any():
@@ -82,14 +82,14 @@ def repetition(path: Path, rows: list[dict[str, str]], table: Table, law: Law, s
 
 
 def edges(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Budgets whose best model is at the edge of the grid, or that have no minimum."""
+    """Check for budgets whose best model is at the edge of the grid, or that have no minimum."""
     for floor in find_floors(table):
         if floor.refused and "too few" not in floor.refused:
             yield floor.refused
 
 
 def depth(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Valleys that the noise could have made."""
+    """Check for valleys that are no deeper than the noise."""
     for budget, valley in valleys(table):
         rise = min(valley.loss[0], valley.loss[-1]) / valley.loss.min() - 1
         if len(valley) >= 4 and 0 < rise < SHALLOW * std:
@@ -100,7 +100,7 @@ def depth(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: f
 
 
 def parabola(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """How far parabolas on this very grid miss the fitted law's own optimum, without any noise."""
+    """Check how far parabolas on this grid miss the fitted law's own optimum, without any noise."""
     exact = Table(table.params, table.tokens, law.loss(table.params, table.tokens), table.flops)
     for floor in find_floors(exact, "parabola"):
         if floor.refused:

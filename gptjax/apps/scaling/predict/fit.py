@@ -1,4 +1,4 @@
-"""What `gptjax scaling fit` says of a table: the law, its intervals, each budget's floor, and the frontier."""
+"""`gptjax scaling fit` of a table: the law, its intervals, each budget's floor, and the frontier."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +14,11 @@ from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition,
 from gptjax.errors import UserError
 
 LEFT_OUT = 40  # rows that are left out one by one; more would take minutes
-Said = tuple[dict[str, Any], list[str]]  # for a program, and for a reader
+Findings = tuple[dict[str, Any], list[str]]  # values for a program, and lines for a reader
 
 
-def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Said:
-    """Fit the parametric law and, where budgets repeat, the frontier; say both with intervals.
+def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Findings:
+    """Fit the parametric law and, where budgets repeat, the frontier; return both with intervals.
 
     Raises:
         UserError: rows that cannot determine the law.
@@ -80,8 +80,8 @@ def _describe_frontier(table: Table, std: float) -> tuple[dict[str, Any], list[s
     return values, lines
 
 
-def describe_overtraining(table: Table) -> Said:
-    """Fit Gadre's over-training law, and say it.
+def describe_overtraining(table: Table) -> Findings:
+    """Fit Gadre's over-training law, and return it with intervals.
 
     Raises:
         UserError: rows that cannot determine the law.
@@ -99,8 +99,8 @@ def _to(spread: uncertainty.Interval | None) -> str:
     return f"   {spread[0]:.4g} to {spread[1]:.4g}" if spread else "   interval unresolved"
 
 
-def describe_sensitivity(path: Path, loss: str = "loss") -> Said:
-    """The law again with the choices changed that should not matter: delta, rows, budgets, the count of N.
+def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
+    """Fit the law with choices changed that should not matter: delta, rows, budgets, the count of N.
 
     Raises:
         UserError: as `read_table` and `fit_law`.
@@ -142,13 +142,13 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Said:
 
 
 def _best_loss(law: Law, table: Table, flops: float) -> float:
-    """The law's least loss at a budget."""
+    """Return the law's least loss at a budget."""
     ratio = float(np.median(table.flops / table.params / table.tokens))
     return float(law.loss(*law.optimum(flops, ratio)))
 
 
-def describe_repetition(path: Path, params: str = "params", loss: str = "loss") -> Said:
-    """Fit the law of repeated data to a table with the column epochs, and say it; raises UserError as the fit."""
+def describe_repetition(path: Path, params: str = "params", loss: str = "loss") -> Findings:
+    """Fit the law of repeated data to a table with the column epochs, and return it; raise UserError as the fit."""
     rows = _done(path)
     if not rows or "epochs" not in rows[0]:
         raise UserError(f"table {str(path)!r} has no column 'epochs'; the cost of repeating needs it")
@@ -167,8 +167,8 @@ def describe_repetition(path: Path, params: str = "params", loss: str = "loss") 
     return values, lines
 
 
-def describe_batch(path: Path, target: float | None = None) -> Said:
-    """Fit the critical batch of each shape of a table with batch_tokens, and say it; raises UserError as the fit."""
+def describe_batch(path: Path, target: float | None = None) -> Findings:
+    """Fit the critical batch of each shape of a table with batch_tokens, and return it; raise UserError as the fit."""
     rows, values, lines = _done(path), {}, []
     if not rows or "batch_tokens" not in rows[0]:
         raise UserError(f"table {str(path)!r} has no column 'batch_tokens'; the critical batch needs it")
@@ -183,8 +183,9 @@ def describe_batch(path: Path, target: float | None = None) -> Said:
     return values, lines
 
 
-def describe_rates(path: Path) -> Said:
-    """Each valley of the loss over the learning rate, its sensitivity, and how the best rate moves with the budget.
+def describe_rates(path: Path) -> Findings:
+    """Return each valley of the loss over the learning rate, its sensitivity, and how the best rate moves with the
+    budget.
 
     Raises:
         UserError: no shape and budget of the table has two rates.
@@ -205,12 +206,14 @@ def describe_rates(path: Path) -> Said:
 
 
 def rate_law(rows: list[dict[str, str]]) -> PowerLaw | None:
-    """Best learning rate over FLOPs; None where the rows do not say."""
+    """Return the best learning rate over FLOPs; None where the rows do not determine it."""
     return fit_rate(valleys_of_rate(rows)) if rows and "peak_lr" in rows[0] else None
 
 
 def rate_interval(rows: list[dict[str, str]], flops: float, std: float) -> uncertainty.Interval | None:
-    """Of the best rate at a budget, when each loss is off by `std` of its logarithm; None: the rows do not say."""
+    """Return the interval of the best rate at a budget under noise `std` of the log loss; None where it is
+    undetermined.
+    """
     *swept, loss = _rate_columns(rows)
 
     def best(disturbed: np.ndarray) -> dict[str, float]:
@@ -223,7 +226,7 @@ def rate_interval(rows: list[dict[str, str]], flops: float, std: float) -> uncer
 
 
 def valleys_of_rate(rows: list[dict[str, str]]) -> list[Any]:
-    """Each shape and budget with several rates."""
+    """Return the valley of each shape and budget with several rates."""
     return list(rate_valleys(*_rate_columns(rows)))
 
 

@@ -1,4 +1,4 @@
-"""What a law says of runs that were never made: recommendations, forecasts that are written down, and their audit."""
+"""Predict runs that have not been made from a law: recommendations, written forecasts, and their audit."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import yaml
 from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.parametric import Law, fit_law
 from gptjax.apps.scaling.laws.table import Table, read_json, read_rows, read_table
-from gptjax.apps.scaling.predict.fit import Said, describe_batch, rate_interval, rate_law, refuse_unstraddled
+from gptjax.apps.scaling.predict.fit import Findings, describe_batch, rate_interval, rate_law, refuse_unstraddled
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, read_yaml
 from gptjax.errors import UserError
@@ -24,7 +24,7 @@ FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade says 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A table's law, with what is needed to say how far its predictions may be off.
+    """A table's law, with the bootstraps and the noise that give its predictions an interval.
 
     Attributes:
         laws: the law on reweighted rows.
@@ -37,14 +37,14 @@ class Fitted:
     noise: float
 
     def predict(self, params: float, tokens: float) -> tuple[float, uncertainty.Interval]:
-        """The loss of one run, with the interval that its own noise is part of."""
+        """Return the loss of one run, with an interval that includes the run's own noise."""
         rng = np.random.default_rng(0)
         values = [law.loss(params, tokens) * np.exp(self.noise * rng.normal()) for law in self.laws]
         return float(self.law.loss(params, tokens)), uncertainty.interval(values)
 
     @property
     def per_param_token(self) -> float:
-        """C / (N D) of the largest runs, where attention weighs as in the runs to come."""
+        """Return C / (N D) of the largest runs, where attention weighs as in the runs to come."""
         large = self.table.take(self.table.flops >= 0.5 * self.table.flops.max())
         return float(np.median(large.flops / large.params / large.tokens))
 
@@ -64,7 +64,7 @@ class Fitted:
 
 
 def fit_table(path: Path, params: str = "params", resamples: int = 400, seed: int = 0) -> Fitted:
-    """The law of a table with its bootstraps; raises UserError as `read_table` and `fit_law`."""
+    """Return the law of a table with its bootstraps; raise UserError as `read_table` and `fit_law`."""
     table = read_table(path, params)
     refuse_unstraddled(table)
     law = fit_law(table.params, table.tokens, table.loss)
@@ -74,7 +74,7 @@ def fit_table(path: Path, params: str = "params", resamples: int = 400, seed: in
 
 
 def budget_flops(study: str, flops: float | None, usd: float | None, hours: float | None) -> float:
-    """A budget in FLOPs, from money or hours by the rates of study.yaml.
+    """Return a budget in FLOPs, from money or hours by the rates of study.yaml.
 
     Raises:
         UserError: none or two were given, a rate is missing, or the budget is not positive.
@@ -92,8 +92,8 @@ def budget_flops(study: str, flops: float | None, usd: float | None, hours: floa
     return 3600 * float(rates["flops_per_s"]) * (usd / float(rates["usd_per_hour"]) if usd else hours)
 
 
-def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
-    """The best model for a budget, with intervals; and a config of it that train.py runs.
+def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Findings, str]:
+    """Return the best model for a budget, with intervals, and a config of it that train.py runs.
 
     Raises:
         UserError: no plan.json, or a base config that cannot be read.
@@ -133,7 +133,7 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Said, str]:
 
 
 def _batch_lines(study: str, rows: list[dict[str, str]], sequences: int) -> list[str]:
-    """The base config's batch, and the critical ones of a study that sweeps it."""
+    """Return lines about the base config's batch, and the critical batches of a study that sweeps it."""
     if len({row.get("batch_sequences") for row in rows}) < 2:
         return [f"batch {sequences} sequences (the base config's: the study sweeps none)"]
     try:
@@ -144,7 +144,7 @@ def _batch_lines(study: str, rows: list[dict[str, str]], sequences: int) -> list
 
 
 def read_plan(study: str) -> list[dict[str, Any]]:
-    """The rungs of a study as plan.json has them; raises UserError where it is missing."""
+    """Return the rungs of a study's plan.json; raise UserError where it is missing."""
     path = Path(study, "plan.json")
     if not path.exists():
         raise UserError(f"{path} is missing; gptjax scaling plan {study} writes it")
@@ -152,7 +152,7 @@ def read_plan(study: str) -> list[dict[str, Any]]:
 
 
 def choose_shape(rows: list[dict[str, Any]], params: float) -> dict[str, int]:
-    """A shape of about so many weights, as wide for its depth as the ladder's largest and with its heads' width.
+    """Return a shape of about this many weights, with the aspect ratio and head width of the ladder's largest.
 
     Args:
         rows: of plan.json; weights are counted as there, blocks by L D^2 and head by D.
@@ -172,7 +172,7 @@ def choose_shape(rows: list[dict[str, Any]], params: float) -> dict[str, int]:
 
 
 def _sized(study: str, base: dict, shape: dict, flops: float, rate: float | None, rows: list[dict]) -> dict[str, Any]:
-    """The base config at a shape and budget: params, tokens, steps, and the config's values."""
+    """Return the base config at a shape and budget: params, tokens, steps, and the config's values."""
     largest = rows[-1]
     vocab = largest["params"]["matmul"] - largest["params"]["blocks"]
     config = {**base, "model": {**base.get("model", {}), **shape}}
@@ -230,7 +230,7 @@ def write_forecasts(study: str, fitted: Fitted, table: Path, force: bool) -> lis
 
 
 def audit(study: str, table: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Score every forecast against its run: the error, whether the interval held it, and whether it came first.
+    """Score every forecast against its run: the error, whether the interval contains it, and whether it came first.
 
     Raises:
         UserError: no forecast, or one that was changed after it was written.
