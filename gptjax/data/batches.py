@@ -182,18 +182,21 @@ class Batches:
         return as_batch([self.examples[first + row] for row in self.rows])
 
     def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> grain.DatasetIterator:
-        """Return an iterator over the batches from a step on; close it, which ends its thread or its worker
-        processes.
+        """Return an iterator over the batches from a step on; the caller closes it.
+
+        Args:
+            prefetch: number of batches prepared ahead.
+            workers: processes that prepare them, each for its own steps; 0 for one thread.
         """
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         batches = grain.MapDataset.source(self)[start_step:].to_iter_dataset(options)
         if workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain passes its own flags to the processes, and absl requires parsed flags
-            options_of_workers = grain.MultiprocessingOptions(
-                num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)
-            )
-            batches = batches.mp_prefetch(options_of_workers)
+                # Grain passes its own flags to the processes, and absl requires parsed flags.
+                flags.FLAGS.mark_as_parsed()
+            per_worker = -(-prefetch // workers)  # rounded up
+            processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=per_worker)
+            batches = batches.mp_prefetch(processes)
         return iter(batches)
 
 

@@ -68,8 +68,8 @@ class Corpus:
     """The sources of a run: one, or those of a mixture.
 
     Attributes:
-        shares: weight of each source's validation loss in val/loss: the mixture's first weights, also after those have
-            changed, so that the metric stays comparable.
+        shares: weight of each source's loss in val/loss: the mixture's first weights, also after they changed, so
+            that the metric stays comparable.
     """
 
     sources: tuple[Source, ...]
@@ -157,8 +157,8 @@ def _prepared_source(cfg: DataConfig, folder: Path, name: str) -> Source:
         wanted = make_tokenizer(cfg.tokenizer, []) if Path(user_path(cfg.tokenizer)).exists() else None
         if wanted is None or wanted.to_dict() != tokenizer.to_dict():
             raise UserError(
-                f"data.tokenizer {cfg.tokenizer} is not what {folder} was prepared with: {made_with}; remove the key, "
-                "or prepare the data again"
+                f"data.tokenizer {cfg.tokenizer} is not what {folder} was prepared with: {made_with}; remove the "
+                "key, or prepare the data again"
             )
     packed = manifest["options"]["pack_length"]
     train, val = (Split(folder, manifest, half) for half in ("train", "val"))
@@ -294,7 +294,7 @@ def _tokenize(cfg: DataConfig, path: str, files: list[SourceFile], folder: Path,
             for name, half in zip(("train", "val"), halves, strict=True):
                 half.tofile(os.path.join(work, f"{name}.bin"))
             Path(work, "meta.json").write_text(json.dumps(meta))
-            # Replace each file atomically: a damaged one, or the same one of a faster process, which may be reading it.
+            # Replace each file atomically: it may be damaged, or of a faster process that is reading it.
             for name in ("train.bin", "val.bin", "meta.json"):
                 os.replace(os.path.join(work, name), folder / name)
     except OSError as error:

@@ -197,7 +197,7 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
 
 
 def _newest(files: list[SourceFile]) -> int:
-    """Return when the newest of these files was changed. (The plan also has the number and the sizes of the files.)"""
+    """Return when the newest of these files was changed. (The plan also has the files' number and sizes.)"""
     with readable(files[0].path):
         return max(changed_at(file.path) for file in files)
 

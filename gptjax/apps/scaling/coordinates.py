@@ -60,7 +60,7 @@ def coord_check(
 
 
 def at_width(cfg: Config, width: int) -> Config:
-    """Return the config with another d_model, heads and MLP in proportion; raise UserError where heads do not divide."""
+    """Return the config with another d_model, heads and MLP in proportion; raise UserError for a part of a head."""
     m = cfg.model
     if width * m.n_heads % m.d_model or width * m.kv_heads % m.d_model or width * m.mlp_width % m.d_model:
         raise UserError(f"--widths {width} does not hold whole heads of {m.d_head}; give multiples of it")
@@ -130,7 +130,7 @@ def added_by(block: Any, x: Any, after: Any, ctx: Any) -> dict[str, Any]:
 
 
 def describe(widths: list[int], changes: list[dict[str, float]]) -> dict[str, Any]:
-    """Return the changes by kind of layer, the slopes of their logs over the log width, and whether all are near 0."""
+    """Return the changes by kind of layer, the slopes of their logs over the log width, and whether all are flat."""
     import numpy as np
 
     rms = {name: [change[name] for change in changes] for name in changes[0]}

@@ -33,7 +33,7 @@ class Floor:
 
 
 def valleys(table: Table) -> Iterator[tuple[float, Table]]:
-    """Yield each budget with its rows by rising params; rows of one size (seeds, rates) are replaced by their best."""
+    """Yield each budget with its rows by rising params; of rows of one size (seeds, rates) only the best."""
     budgets = table.budgets()
     for budget in np.unique(budgets):
         rows = table.take(budgets == budget)

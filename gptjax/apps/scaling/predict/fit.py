@@ -168,7 +168,7 @@ def describe_repetition(path: Path, params: str = "params", loss: str = "loss") 
 
 
 def describe_batch(path: Path, target: float | None = None) -> Findings:
-    """Fit the critical batch of each shape of a table with batch_tokens, and return it; raise UserError as the fit."""
+    """Fit the critical batch of each shape to a table with batch_tokens; raise UserError as the fit."""
     rows, values, lines = _done(path), {}, []
     if not rows or "batch_tokens" not in rows[0]:
         raise UserError(f"table {str(path)!r} has no column 'batch_tokens'; the critical batch needs it")
