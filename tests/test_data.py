@@ -296,7 +296,7 @@ def test_sources_of_a_mixture_must_fit_together(prepared, tmp_path):
         mixture(prepared, -1, 1, 1)
     with pytest.raises(UserError, match="at step 5 has no weight above 0"):
         mixture(prepared, {0: 1, 5: 0}, {0: 1, 5: 0}, 0)
-    with pytest.raises(UserError, match="name web is there twice"):
+    with pytest.raises(UserError, match="name web names two sources; give one of them another name"):
         DataConfig(mixture=(MixtureSource("a/web", 1), MixtureSource("b/web", 1)))
 
 

@@ -259,4 +259,4 @@ def plan_of(topology: str, axes: dict[str, int]):
     """A config of GPT-2's smallest model with these mesh axes, and the topology."""
     train = {"batch_sequences": 64}
     cfg = config_from_dict({"model": {"vocab_size": 50257}, "mesh": {"data": 1, **axes}, "train": train})
-    return planning.prepared(cfg), parse_topology(topology)
+    return planning.config_on_accelerators(cfg), parse_topology(topology)

@@ -34,7 +34,7 @@ def llama(train: dict | None = None, **mesh: int) -> Config:
 
 
 def gpt2_xl(**overrides) -> Config:
-    return override(planning.prepared(load_config([str(ROOT / "configs/gpt2_1.5b.yaml")])), overrides)
+    return override(planning.config_on_accelerators(load_config([str(ROOT / "configs/gpt2_1.5b.yaml")])), overrides)
 
 
 # What compilers printed: memory_analysis() of jax 0.10.2 with libtpu 0.0.42, of the project's own step.
@@ -331,7 +331,7 @@ def test_search_ranks_what_fits_and_writes_a_config_that_plans(tmp_path):
     wanted = load_config(["configs/gpt2_124m.yaml", *own, *flags, "--workdir=runs/best"])
     assert load_config([str(out)]) == wanted
     assert math.prod(values["mesh"][name] for name in ("data", "fsdp", "tensor")) == 8
-    cfg, topology = planning.prepared(load_config([str(out)])), parse_topology("v5e:2x4")
+    cfg, topology = planning.config_on_accelerators(load_config([str(out)])), parse_topology("v5e:2x4")
     ranked = planning.candidates(cfg, topology)
     assert all(a[0] <= b[0] for a, b in itertools.pairwise(ranked))
     best = calibration.roofline_of(cfg, topology, estimate(cfg, topology))

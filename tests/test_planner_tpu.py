@@ -57,7 +57,7 @@ MESHES = [
 def plan_of(model: dict, topology: str, sequences: int, mesh: dict, loss_chunks: int = 8) -> dict:
     sections = {"train": {"batch_sequences": sequences, "loss_chunks": loss_chunks}, "mesh": {"data": 1, **mesh}}
     cfg = config_from_dict({"model": model, **sections, "workdir": "-"})
-    plan = planning.make_plan(planning.prepared(cfg), parse_topology(topology))
+    plan = planning.make_plan(planning.config_on_accelerators(cfg), parse_topology(topology))
     assert plan["method"] == "compiled", plan["note"]
     return plan
 
@@ -109,7 +109,7 @@ def test_gpt2_xl_on_256_chips(remat, code):
 
 
 def test_65b_on_4096_chips():
-    cfg = planning.prepared(load_config([str(ROOT / "configs/dense_65b.yaml")]))
+    cfg = planning.config_on_accelerators(load_config([str(ROOT / "configs/dense_65b.yaml")]))
     plan = planning.make_plan(cfg, parse_topology("v5p:16x16x16"))
     print(f"\n{size(plan['total_bytes'])} a chip", file=sys.stderr)
     assert plan["method"] == "compiled" and plan["fits"]

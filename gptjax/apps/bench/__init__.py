@@ -1,1 +1,1 @@
-"""Measurements beside a peer: interleaved pairs in one run, each side in a process of its own."""
+"""`gptjax bench`: measure against a peer in interleaved pairs, each side in a process of its own."""

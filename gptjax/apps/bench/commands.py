@@ -1,4 +1,4 @@
-"""`gptjax bench`: the commands, and what they print."""
+"""The commands of `gptjax bench`, and what they print."""
 
 import importlib.util
 import json as json_format
@@ -17,10 +17,10 @@ from gptjax.errors import UserError, nearest
 from gptjax.paths import UserPath
 
 Size = Literal["tiny", "baby", "gpt2"]
-# (batch, context, steps a turn) of training, so that a turn takes about a second on two cores.
+# (batch, context, steps of a turn) of training, so that a turn takes about a second on two cores.
 TRAINING = {"tiny": (12, 64, 20), "baby": (16, 256, 2), "gpt2": (2, 512, 1)}
-# Tokens that a greedy completion draws, within the smallest context, and completions to a turn: a tiny model's takes
-# milliseconds, of which caches and cores that the other side's turn has cooled would be a part.
+# Tokens of a greedy completion, within the smallest context, and completions of a turn. A tiny model's completion
+# takes milliseconds; several in a turn hide the cost of caches that the other side's turn has evicted.
 SAMPLING = {"tiny": (48, 8), "baby": (128, 1), "gpt2": (48, 1)}
 
 
@@ -32,16 +32,17 @@ def train(
     cpu_devices: int | None = None,
     json: bool = False,
 ) -> None:
-    """Tokens a second of training steps, beside PyTorch's.
+    """Measure training steps in tokens per second, alone or against PyTorch.
 
     Args:
-        size: of GPT-2's shape: tiny (0.8M parameters, 12 x 64 tokens), baby (10.65M, 16 x 256), gpt2 (124M, 2 x 512).
-        peer: hf (transformers in PyTorch), hf-compile (the same through torch.compile), or the path of another
-            checkout of gptjax; without one, only this checkout is measured.
-        pairs: turns of each side.
-        dtype: of the matmuls (for the peer, of the weights too).
-        cpu_devices: virtual devices of ours, over which the batch is cut.
-        json: print one JSON object.
+        size: model and batch, in GPT-2's architecture: tiny (0.8M parameters, 12 x 64 tokens), baby (10.65M,
+            16 x 256) or gpt2 (124M, 2 x 512).
+        peer: what to compare with: hf (transformers in PyTorch), hf-compile (the same with torch.compile), or the
+            path of another checkout of gptjax. Without it, only this checkout is measured.
+        pairs: turns of each side; raise it on a noisy machine.
+        dtype: data type of the matmuls (for the peer, also of the weights).
+        cpu_devices: number of virtual devices that gptjax shards the batch over.
+        json: print one JSON object instead of text.
     """
     _check_known(peer, ("hf", "hf-compile"))
     job = _training(size, dtype, cpu_devices)
@@ -57,16 +58,16 @@ def sample(
     dtype: Literal["float32", "bfloat16"] = "float32",
     json: bool = False,
 ) -> None:
-    """Tokens a second of greedy decoding, beside transformers' generate.
+    """Measure greedy decoding in tokens per second, alone or against transformers' generate.
 
     Args:
-        size: of GPT-2's shape: tiny (0.8M parameters), baby (10.65M), gpt2 (124M).
-        batch: sequences at once.
-        peer: hf (transformers in PyTorch) or the path of another checkout of gptjax; without one, only this
-            checkout is measured.
-        pairs: turns of each side.
-        dtype: of the matmuls (for the peer, of the weights too).
-        json: print one JSON object.
+        size: model, in GPT-2's architecture: tiny (0.8M parameters), baby (10.65M) or gpt2 (124M).
+        batch: number of sequences decoded together.
+        peer: what to compare with: hf (transformers in PyTorch), or the path of another checkout of gptjax. Without
+            it, only this checkout is measured.
+        pairs: turns of each side; raise it on a noisy machine.
+        dtype: data type of the matmuls (for the peer, also of the weights).
+        json: print one JSON object instead of text.
     """
     _check_known(peer, ("hf",))
     drawn, completions = SAMPLING[size]
@@ -84,13 +85,13 @@ def sample(
 
 
 def data(tokenizer: str = "byte", path: UserPath = "shakespeare", pairs: int = 5, json: bool = False) -> None:
-    """Megabytes of text a second to ids, and batches delivered beside batches that training consumes.
+    """Measure tokenization in megabytes per second, and whether batches are loaded faster than training uses them.
 
     Args:
-        tokenizer: as data.tokenizer: byte, char, gpt2, or the path of a tokenizer.json.
-        path: as data.path: the text.
-        pairs: how often each is measured.
-        json: print one JSON object.
+        tokenizer: the tokenizer, as in data.tokenizer: byte, char, gpt2, or the path of a tokenizer.json.
+        path: the text, as in data.path.
+        pairs: number of measurements, of which the median is reported.
+        json: print one JSON object instead of text.
     """
     _check_pairs(pairs)
     from gptjax.data.batches import Batches, training_examples
@@ -108,7 +109,7 @@ def data(tokenizer: str = "byte", path: UserPath = "shakespeare", pairs: int = 5
             batches = Batches(training_examples(corpus, cfg.data, context, batch, 0), batch, range(batch))
             rates.append(_delivered(batches, 4000))
     source = corpus.sources[0]
-    # The bytes of the whole, from those of its validation half.
+    # Bytes of the whole text, from those of its validation part.
     text_bytes = source.val_bytes / len(source.val) * (source.train_tokens + len(source.val))
     delivered = statistics.median(rates)
     consumed = compare(_training("tiny", "float32", None), None, pairs, "batches", steps)["gptjax"]["median"]
@@ -123,7 +124,7 @@ def data(tokenizer: str = "byte", path: UserPath = "shakespeare", pairs: int = 5
 
 
 def _delivered(batches: Any, count: int) -> float:
-    """Batches a second that the run's own reader makes ready when nobody trains."""
+    """Return the batches per second that a run's data loader delivers without training."""
     incoming = batches.iterate(0, prefetch=8)
     next(incoming)
     began = time.perf_counter()
@@ -134,15 +135,15 @@ def _delivered(batches: Any, count: int) -> float:
 
 
 def startup(config: UserPath, pairs: int = 3, json: bool = False) -> None:
-    """Seconds from the command to the end of the first step: cold, and with the compilation cache.
+    """Measure the seconds from the command to the end of the first step, without caches and with them.
 
     Args:
-        config: a config of train.py, such as configs/quickstart.yaml.
-        pairs: how often each is measured.
-        json: print one JSON object.
+        config: a config file of train.py, such as configs/quickstart.yaml.
+        pairs: number of measurements of each, of which the median is reported.
+        json: print one JSON object instead of text.
     """
     _check_pairs(pairs)
-    load_config([config])  # so that a mistake in it is said here
+    load_config([config])  # reports a mistake in the config before anything starts
     cold, warm = [], []
     for _ in range(pairs):
         with tempfile.TemporaryDirectory() as cache:
@@ -157,13 +158,13 @@ def startup(config: UserPath, pairs: int = 3, json: bool = False) -> None:
 
 
 def loop(config: UserPath, steps: int = 500, pairs: int = 3, json: bool = False) -> None:
-    """What the loop costs beyond its steps: seconds of a run over those of as many steps alone, in turn with it.
+    """Measure the overhead of the training loop: the time of a run divided by that of its compiled steps alone.
 
     Args:
-        config: a config of train.py, such as configs/quickstart.yaml.
-        steps: of a run, at least 100; evaluations and the first 50 are left out.
-        pairs: runs, each with as many steps alone.
-        json: print one JSON object.
+        config: a config file of train.py, such as configs/quickstart.yaml.
+        steps: steps of a run, at least 100; evaluations and the first 50 steps are not counted.
+        pairs: number of runs, each interleaved with as many steps alone.
+        json: print one JSON object instead of text.
     """
     _check_pairs(pairs)
     if steps < 2 * STRETCH:
@@ -172,7 +173,7 @@ def loop(config: UserPath, steps: int = 500, pairs: int = 3, json: bool = False)
         )
     rare = ["--train.eval_interval_steps", "1000000", "--train.eval_sequences", "12"]
     flags = [config, *rare, "--checkpoint.save_interval_steps", "1000000", "--train.total_steps", str(steps)]
-    load_config(flags)  # so that a mistake in it is one line
+    load_config(flags)  # reports a mistake in the config before anything starts
     side = Side({"work": "loop", "side": "gptjax", "flags": flags})
     turns = [side.turn() for _ in range(pairs)]
     side.close()
@@ -187,14 +188,15 @@ def loop(config: UserPath, steps: int = 500, pairs: int = 3, json: bool = False)
 def reach(
     config: UserPath, text: UserPath, peer: Literal["nanoGPT"] | None = None, pairs: int = 1, json: bool = False
 ) -> None:
-    """Tokens and seconds to a loss: a run of ours beside nanoGPT's recipe in PyTorch, on the same text.
+    """Measure the tokens and seconds that a run takes to its loss, alone or against nanoGPT's recipe in PyTorch.
 
     Args:
-        config: of a run by characters whose validation is the text's last tenth, as nanoGPT's is.
-        text: a file, such as tinyshakespeare.txt.
-        peer: nanoGPT is its recipe for a CPU (2,000 steps of 12 x 64 tokens); none measures ours alone.
+        config: a config file of train.py with a char tokenizer and the last tenth for validation, as in nanoGPT.
+        text: the text file that both sides read, such as tinyshakespeare.txt.
+        peer: nanoGPT trains its recipe for a CPU (2,000 steps of 12 x 64 tokens) in PyTorch. Without it, only gptjax
+            is measured.
         pairs: runs of each side.
-        json: print one JSON object.
+        json: print one JSON object instead of text.
     """
     _check_pairs(pairs)
     _check_peer(peer)

@@ -1,4 +1,4 @@
-"""A whole command, from its start to its first step."""
+"""Time a whole command, from its start to its first step."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 
 
 def seconds_to_first_step(config: str, cache: str) -> float:
-    """Start `gptjax train` in a directory of its own, wait for its first line of metrics, and stop it.
+    """Return the seconds that `gptjax train`, in a new directory, takes to its first line of metrics; then stop it.
 
     Args:
         cache: directory of compiled programs and of tokens; empty for a cold start.

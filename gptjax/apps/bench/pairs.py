@@ -1,4 +1,4 @@
-"""Two sides that take turns, and what their times say."""
+"""Run two sides in turn, and compare their times."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from gptjax.errors import UserError
 
 
 class Side:
-    """One side of a comparison: a process that works when it is told to and sleeps in between.
+    """One side of a comparison: a process that works on request and sleeps otherwise.
 
     Args:
-        job: what the worker (`gptjax.apps.bench.worker`) does.
-        checkout: another checkout of this project, whose worker does the job; None for this one's.
+        job: the job of the worker (`gptjax.apps.bench.worker`).
+        checkout: path of another checkout of this project, whose worker does the job; None for this one.
     """
 
     def __init__(self, job: dict[str, Any], checkout: str | None = None):
@@ -27,22 +27,22 @@ class Side:
         module, environment = "gptjax.apps.bench.worker", dict(os.environ)
         if checkout is not None:
             if not Path(checkout, "gptjax/apps/bench").is_dir():
-                module = "gptjax.bench.worker"  # where it lay until 7539928
+                module = "gptjax.bench.worker"  # its place up to commit 7539928
             environment["PYTHONPATH"] = checkout
         command = [sys.executable, "-m", module, json.dumps(job)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.answer()  # it is ready
+        self.answer()  # waits until it is ready
 
     def turn(self) -> dict[str, float]:
-        """Return the figures of one turn, its `seconds` among them."""
+        """Do one turn and return its figures, `seconds` among them."""
         self.process.stdin.write("turn\n")
         self.process.stdin.flush()
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """Return the next line that the process writes; raise UserError where it ended instead."""
+        """Return the next line that the process writes; raise UserError if it has ended."""
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"the side {self.name} of the comparison ended with code {self.process.wait()}")
@@ -57,18 +57,18 @@ class Side:
 
 
 def compare(ours: dict[str, Any], peer: str | None, pairs: int, unit: str, per_turn: int) -> dict[str, Any]:
-    """Let both sides work in turn.
+    """Run both sides in turn and return their rates.
 
     Args:
-        ours: our job.
+        ours: the job of this checkout.
         peer: the other side's name, or the path of another checkout of this project; None for no other side.
-        pairs: turns of each side that count; one more goes before, uncounted.
-        unit: what a turn makes, such as "tokens".
-        per_turn: how many of them.
+        pairs: measured turns of each side, after one that is not measured.
+        unit: unit of work, such as "tokens".
+        per_turn: units of work in a turn.
 
     Returns:
-        medians by side, in units a second, with peak memory in bytes; and of the pairs, ours / peer: every ratio,
-        their median, lowest and highest.
+        the median rate of each side, in units per second, with its peak memory in bytes; and the ratios of the pairs,
+        ours / peer: all of them, their median, lowest and highest.
     """
     sides = [Side(ours)]
     if peer is not None:
@@ -95,7 +95,7 @@ def is_checkout(peer: str) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured on, and with."""
+    """Return the machine and the package versions of a measurement."""
     versions = {}
     for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
         try:

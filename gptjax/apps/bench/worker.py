@@ -1,4 +1,4 @@
-"""One side of a comparison: build the work, then do a turn of it for every line that comes in.
+"""One side of a comparison: build the job, then do one turn of it for every line of standard input.
 
 python -m gptjax.apps.bench.worker '{"side": "gptjax", "work": "train", "size": "tiny", ...}'
 """
@@ -27,17 +27,17 @@ PROMPT_TOKENS = 16
 # nanoGPT's flags for a CPU (its README): steps, sequences a step, warm-up, peak and final rate.
 NANOGPT = {"steps": 2000, "batch": 12, "context": 64, "warmup": 100, "peak_lr": 1e-3, "final_lr": 1e-4}
 
-STRETCH = 50  # steps of a run, and as many of its compiled step alone, that take turns
-Turn = Callable[[], dict[str, float] | None]  # figures of its own, or None: it is the seconds that count
+STRETCH = 50  # steps of a run, and of its compiled step alone, that alternate
+Turn = Callable[[], dict[str, float] | None]  # its own figures; None: its seconds are measured
 
 
 def random_ids(job: dict[str, Any], length: int) -> np.ndarray:
-    """[batch, length] int32, the same for both sides."""
+    """Return random token ids, [batch, length] int32, the same for both sides."""
     return np.random.default_rng(0).integers(0, SIZES[job["size"]]["vocab_size"], (job["batch"], length), np.int32)
 
 
 def train_ours(job: dict[str, Any]) -> Turn:
-    """Steps of the trainer's own compiled step, batches put on the device as its loop does."""
+    """Return a turn of the trainer's compiled step, with batches put on the device as its loop does."""
     from gptjax.configfile import config_from_dict
     from gptjax.process import prepare_process
 
@@ -91,7 +91,7 @@ def _peer_model(job: dict[str, Any], context: int) -> Any:
 
 
 def train_peer(job: dict[str, Any]) -> Turn:
-    """The same steps by transformers and PyTorch's AdamW."""
+    """Return a turn of the same steps by transformers and PyTorch's AdamW."""
     import torch
 
     model = _peer_model(job, job["context"])
@@ -111,7 +111,7 @@ def train_peer(job: dict[str, Any]) -> Turn:
 
 
 def sample_ours(job: dict[str, Any]) -> Turn:
-    """Greedy continuations by LanguageModel.complete, text in and text out."""
+    """Return a turn of greedy completions by LanguageModel.complete, from text to text."""
     from gptjax.configfile import config_from_dict
     from gptjax.process import prepare_process
 
@@ -136,7 +136,7 @@ def sample_ours(job: dict[str, Any]) -> Turn:
 
 
 def sample_peer(job: dict[str, Any]) -> Turn:
-    """The same by transformers' generate, ids in and ids out."""
+    """Return a turn of the same completions by transformers' generate, from ids to ids."""
     import torch
 
     model = _peer_model(job, SIZES[job["size"]]["context_length"]).eval()
@@ -151,14 +151,14 @@ def sample_peer(job: dict[str, Any]) -> Turn:
 
 
 class Alternating:
-    """A hook that lets its run wait, every STRETCH steps, for as many steps of the compiled step alone.
+    """A hook that pauses its run every STRETCH steps for as many steps of the compiled step alone.
 
-    A machine's pace then changes for both alike. While the run waits, no more is read than it reads ahead.
-    (No subclass of `hooks.Hook`, which imports JAX: this process settles its devices first.)
+    Changes in the machine's speed then affect both alike. While the run is paused, the data loader fills no more than
+    its buffer. It is no subclass of `hooks.Hook`, which imports JAX before this process has set its devices up.
     """
 
     def __init__(self, alone: Turn):
-        self.alone, self.turned, self.went_on_at = alone, 0, time.perf_counter()
+        self.alone, self.turned, self.resumed_at = alone, 0, time.perf_counter()
         self.pairs: list[tuple[float, float]] = []  # seconds a step, in the run and alone
 
     def before_step(self, step: int) -> None: ...
@@ -169,15 +169,15 @@ class Alternating:
             began = time.perf_counter()
             self.alone()
             ended = time.perf_counter()
-            run_s = (began - self.went_on_at) / (end.step - self.turned)
+            run_s = (began - self.resumed_at) / (end.step - self.turned)
             self.pairs.append((run_s, (ended - began) / STRETCH))
-            self.turned, self.went_on_at = end.step, time.perf_counter()
+            self.turned, self.resumed_at = end.step, time.perf_counter()
 
     def close(self) -> None: ...
 
 
 def loop(job: dict[str, Any]) -> Turn:
-    """A run by the trainer, reading, logging and all; the first stretch, which compiles, left out."""
+    """Return a turn of a whole run by the trainer, without its first stretch, which compiles."""
     cfg, train = _run(job["flags"])
     from gptjax.data.corpus import load_corpus
     from gptjax.trainer import with_vocabulary
@@ -194,7 +194,7 @@ def loop(job: dict[str, Any]) -> Turn:
 
 
 def _run(flags: list[str]) -> tuple[Any, Callable[..., list[dict[str, float]]]]:
-    """A config from a command line, and what carries it out in a directory of its own and gives its metrics."""
+    """Return a command line's config, and a function that trains it in a new directory and returns its metrics."""
     from gptjax.configfile import load_config
     from gptjax.process import prepare_process
 
@@ -204,16 +204,16 @@ def _run(flags: list[str]) -> tuple[Any, Callable[..., list[dict[str, float]]]]:
 
     from gptjax.trainer import train
 
-    def carry_out(cfg: Any, hooks: Sequence[Any] = ()) -> list[dict[str, float]]:
+    def train_in_new_directory(cfg: Any, hooks: Sequence[Any] = ()) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as workdir:
             train(replace(cfg, workdir=workdir), hooks)
             return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
-    return loaded, carry_out
+    return loaded, train_in_new_directory
 
 
 def reach_ours(job: dict[str, Any]) -> Turn:
-    """A whole run: seconds of its steps, tokens, and the loss over all validation windows."""
+    """Return a turn of a whole run: seconds of its steps, tokens, and the loss over all validation windows."""
     cfg, train = _run(job["flags"])
 
     def turn() -> dict[str, float]:
@@ -226,7 +226,7 @@ def reach_ours(job: dict[str, Any]) -> Turn:
 
 
 def reach_peer(job: dict[str, Any]) -> Turn:
-    """nanoGPT's recipe in PyTorch: AdamW (.9, .99), decay on matrices, warm-up, cosine; the text cut as for ours."""
+    """Return a turn of nanoGPT's recipe in PyTorch: AdamW (.9, .99), decay on matrices, warm-up, cosine."""
     import torch
 
     text = Path(job["text"]).read_text()
@@ -286,10 +286,10 @@ WORK = {
 
 
 def main() -> None:
-    """Answer each line of standard input with the figures of a turn; at its end, say the peak memory."""
+    """Answer each line of standard input with the figures of a turn, and its end with the peak memory."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # so that what libraries print is not taken for an answer
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")

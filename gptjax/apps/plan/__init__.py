@@ -1,1 +1,1 @@
-"""`gptjax plan`: whether a run fits on hardware that is not here, what bounds it, and what it costs."""
+"""`gptjax plan`: predict whether a run fits on given hardware, what bounds its speed, and what it costs."""

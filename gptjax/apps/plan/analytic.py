@@ -1,9 +1,9 @@
-"""What a step costs, by arithmetic: memory, FLOPs, bytes through HBM and between chips. No compiler, no device.
+"""Estimate the cost of a step by arithmetic: memory, FLOPs, bytes through HBM and between chips.
 
-Arguments (weights, moments, batch) come from the project's own shardings, so they are exact. Temporaries follow what
-the TPU compiler was seen to keep; `docs/planning.md` compares them.
+It needs neither compiler nor device. The sizes of arguments (weights, moments, batch) come from the run's shardings
+and are exact. Temporaries are modelled on what the TPU compiler allocates; `docs/planning.md` compares them.
 
-Letters as in the model; W stands for the weights that a device holds of the blocks.
+Letters as in the model.
 """
 
 import math
@@ -26,15 +26,15 @@ BF16, F32 = 2, 4
 
 
 class Costs(NamedTuple):
-    """A step, on one device.
+    """The costs of a step; of one device, except model_flops.
 
     Attributes:
         memory: bytes of params, optimizer, batch, gradients, temporaries and code.
-        model_flops: of all devices, as `flops_per_token` counts them.
-        executed_flops: of one device: with what is recomputed.
-        hbm_bytes: read and written.
-        collectives: wire bytes by what they are for: `params gathered`, ...
-        dcn_bytes: wire bytes between slices (or hosts of GPUs).
+        model_flops: FLOPs of all devices, as `flops_per_token` counts them.
+        executed_flops: FLOPs including recomputation.
+        hbm_bytes: bytes read from HBM and written to it.
+        collectives: bytes sent by purpose, such as `weights gathered`.
+        dcn_bytes: bytes sent between slices (or hosts of GPUs).
     """
 
     memory: dict[str, float]
@@ -46,20 +46,20 @@ class Costs(NamedTuple):
 
     @property
     def total_bytes(self) -> float:
-        """All memory."""
+        """Return the sum of all memory."""
         return sum(self.memory.values())
 
     @property
     def ici_bytes(self) -> float:
-        """Wire bytes within a slice."""
+        """Return the bytes sent within a slice."""
         return sum(self.collectives.values()) - self.dcn_bytes
 
 
 def resolve_mesh(cfg: Config, topology: Topology) -> dict[str, int]:
-    """The mesh's sizes, with -1 filled in.
+    """Return the mesh's axis sizes, with -1 resolved.
 
     Raises:
-        UserError: they do not multiply to the number of chips, or `data` does not split over the slices.
+        UserError: their product is not the number of chips, or `data` is no multiple of the number of slices.
     """
     axes = filled_axes(cfg.mesh.axes, topology.n_chips)
     if axes is None:
@@ -77,15 +77,15 @@ def resolve_mesh(cfg: Config, topology: Topology) -> dict[str, int]:
 
 
 def abstract_trainable(cfg: Config, axes: dict[str, int]) -> Trainable:
-    """The run's shapes and shardings on a mesh that has no devices; raises UserError as `make_trainable`."""
+    """Return the run's shapes and shardings on a mesh without devices; raise UserError as `make_trainable` does."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
     return make_trainable(cfg, mesh)
 
 
 def padded_bytes(shape: Iterable[int], itemsize: int) -> int:
-    """Bytes of an array on a TPU, which stores the last two axes in tiles of 8 x 128 words.
+    """Return the bytes of an array on a TPU, which stores the last two axes in tiles of 8 x 128 words.
 
-    The compiler orders the axes of an argument so that the least is wasted.
+    The compiler orders the axes of an argument so that padding is smallest.
     """
     sizes = tuple(shape)
     if not sizes:
@@ -103,7 +103,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 def shard_bytes(tree: Any, tiled: bool) -> int:
-    """Bytes of a device's part of a tree of abstract arrays with shardings."""
+    """Return the bytes of one device's shards of a tree of abstract arrays; `tiled`: with a TPU's padding."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -111,40 +111,40 @@ def shard_bytes(tree: Any, tiled: bool) -> int:
     return total
 
 
-class Shape(NamedTuple):
-    """Sizes that one device sees, in one microbatch."""
+class DeviceSizes(NamedTuple):
+    """Sizes on one device, for one microbatch."""
 
     sequences: float
     tokens: float
     tensor: int
-    cut: int  # parts that the blocks' weights are cut into
-    width: int  # bytes of an activation's element
+    shards: int  # of the blocks' weights
+    itemsize: int  # bytes of an activation's element
 
 
-def _shape(cfg: Config, axes: dict[str, int]) -> Shape:
+def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
     sequences = cfg.train.batch_sequences / cfg.train.microbatches / (axes["data"] * axes["fsdp"])
     tokens = sequences * cfg.model.context_length / axes["context"]
-    width = BF16 if cfg.model.dtype == "bfloat16" else F32
-    return Shape(sequences, tokens, axes["tensor"], axes["fsdp"] * axes["tensor"], width)
+    itemsize = BF16 if cfg.model.dtype == "bfloat16" else F32
+    return DeviceSizes(sequences, tokens, axes["tensor"], axes["fsdp"] * axes["tensor"], itemsize)
 
 
 @lru_cache(maxsize=32)
 def model_flops_per_token(cfg: ModelConfig) -> float:
-    """`flops_per_token`, kept."""
+    """Return `flops_per_token`, cached."""
     return flops_per_token(cfg)
 
 
 @lru_cache(maxsize=32)
 def weight_counts(cfg: ModelConfig) -> dict[str, int]:
-    """`count_params`, which builds the model's shapes anew each time."""
+    """Return `count_params`, cached: it builds the model's shapes at every call."""
     return count_params(cfg)
 
 
 def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]:
-    """Bytes of a device's params, of the blocks' part of them, and of the rest of the state.
+    """Return the bytes that one device holds: all params, those of the blocks, and the optimizer's state.
 
     Raises:
-        UserError: a dimension that the mesh cannot cut.
+        UserError: a dimension that the mesh cannot shard.
     """
     state = abstract_trainable(cfg, axes).state
     return {
@@ -160,15 +160,15 @@ FUSED = ("splash", "cudnn", "ring")  # of `nn.backends.ATTENTIONS`
 def estimate(
     cfg: Config, topology: Topology, fused_attention: bool | None = None, held: dict[str, int] | None = None
 ) -> Costs:
-    """The costs of a step.
+    """Return the costs of a step.
 
     Args:
-        fused_attention: scores never reach HBM, and their masked half is not computed (flash or splash attention);
-            None: as the config has it on these chips.
-        held: `held_bytes` of the same model, optimizer and mesh, where they are at hand.
+        fused_attention: whether scores stay out of HBM and their masked half is not computed (flash or splash
+            attention); None: as run.attention has it on these chips.
+        held: `held_bytes` of the same model, optimizer and mesh, if known.
 
     Raises:
-        UserError: the mesh does not fit the chips, or cannot cut the model.
+        UserError: the mesh does not fit the chips, or cannot shard the model.
     """
     axes = resolve_mesh(cfg, topology)
     if fused_attention is None:
@@ -188,10 +188,10 @@ def estimate(
 
 
 def executed_flops_per_token(cfg: Config, fused_attention: bool) -> float:
-    """FLOPs of forward, backward and what remat computes again, with the vocabulary's padding.
+    """Return the FLOPs of forward and backward pass and of remat's recomputation, with the padded vocabulary.
 
-    Attention: two matmuls forward and four backward, over the whole square. A fused kernel computes the scores again
-    in its backward (five matmuls) and leaves the masked half out.
+    Attention has two matmuls forward and four backward, over the whole square of scores. A fused kernel recomputes
+    the scores in its backward pass (five matmuls) and skips the masked half.
     """
     m, blocks = cfg.model, weight_counts(cfg.model)["blocks"]
     square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
@@ -202,7 +202,7 @@ def executed_flops_per_token(cfg: Config, fused_attention: bool) -> float:
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
-    m, s = cfg.model, _shape(cfg, axes)
+    m, s = cfg.model, _device_sizes(cfg, axes)
     cut_batch = axes["data"] * axes["fsdp"] * axes["context"]
     batch = 3 * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
     params, blocks = held["params"], held["blocks"]
@@ -212,25 +212,27 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     H, G = m.n_heads / s.tensor, m.kv_heads / s.tensor
     scores = 0 if fused else s.sequences * H * (m.context_length / axes["context"]) * m.context_length
 
-    stream = s.tokens * D * s.width
+    stream = s.tokens * D * s.itemsize
     kept = stream  # what a layer keeps for the backward pass
-    qkv, hidden = s.tokens * (H + 2 * G) * m.d_head * s.width, s.tokens * F * s.width
+    qkv, hidden = s.tokens * (H + 2 * G) * m.d_head * s.itemsize, s.tokens * F * s.itemsize
     n_hidden = 3 if m.mlp.kind == "swiglu" else 2
     streams = (8 if m.conv_width else 6) * stream  # norms, what convolutions make of them, sums
     if cfg.run.remat == "dots":
         kept += qkv + hidden * (n_hidden - 1) + 2 * stream
     elif cfg.run.remat == "named":
-        parts = {"block_input": 0, "qkv": qkv, "attention": s.tokens * H * m.d_head * s.width, "mlp": hidden}
+        parts = {"block_input": 0, "qkv": qkv, "attention": s.tokens * H * m.d_head * s.itemsize, "mlp": hidden}
         kept += sum(parts[name] for name in cfg.run.remat_names)
     elif cfg.run.remat == "none":
         kept += 2 * qkv + hidden * (n_hidden + 1) + streams + scores * (F32 + BF16 + 1)
-    # In the backward pass of one layer: scores and their gradient, and the activations that were computed again.
-    layer = scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full / F32 * s.width
+    # In the backward pass of one layer: scores, their gradient, and the recomputed activations.
+    layer = (
+        scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full / F32 * s.itemsize
+    )
     chunk = s.tokens / cfg.train.loss_chunks * V
-    # The head's gradient and its gathered copy; where it is tied, the copy that the tokens were looked up in besides.
+    # The head's gradient and its gathered copy; with tied embeddings, also the copy for the token lookup.
     copies = 2 if m.tie_embeddings else 1
-    loss = chunk * (2 * F32) + D * V * (F32 + copies * s.width) + copies / 2 * rest + 2 * stream
-    casts = blocks / F32 * s.width if s.width == BF16 else 0  # all weights are cast before the loop over layers
+    loss = chunk * (2 * F32) + D * V * (F32 + copies * s.itemsize) + copies / 2 * rest + 2 * stream
+    casts = blocks / F32 * s.itemsize if s.itemsize == BF16 else 0  # all weights are cast before the loop over layers
     return {
         "params": params,
         "optimizer": held["optimizer"],
@@ -242,32 +244,32 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
 
 
 def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
-    """Each pass over a layer reads and writes its activations and gathered weights; the optimizer all its state."""
-    m, s = cfg.model, _shape(cfg, axes)
+    """Return the HBM bytes: each pass moves a layer's activations and weights, the optimizer all its state."""
+    m, s = cfg.model, _device_sizes(cfg, axes)
     H, G, F = m.n_heads / s.tensor, m.kv_heads / s.tensor, m.mlp_width / s.tensor
     counts = weight_counts(m)
     passes = 3 + {"none": 0, "dots": 0.5}.get(cfg.run.remat, 1)
     arrays = 8 * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + (6 if m.mlp.kind == "swiglu" else 4) * F
     scores = 0 if fused else 3 * F32 * s.sequences * H * m.context_length**2 / axes["context"]
-    weights = 3 * s.width * counts["blocks"] / m.n_layers / s.tensor
-    layer = s.tokens * arrays * s.width + scores + weights
+    weights = 3 * s.itemsize * counts["blocks"] / m.n_layers / s.tensor
+    layer = s.tokens * arrays * s.itemsize + scores + weights
     logits = 6 * F32 * s.tokens * m.padded_vocab / s.tensor
-    state = 10 * F32 * counts["total"] / s.cut
+    state = 10 * F32 * counts["total"] / s.shards
     return cfg.train.microbatches * (passes * m.n_layers * layer + logits) + state
 
 
 def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tuple[dict[str, float], float]:
-    """Wire bytes by purpose, and those between slices, from one device in a step."""
-    m, s, M = cfg.model, _shape(cfg, axes), cfg.train.microbatches
+    """Return the bytes that one device sends in a step, by purpose, and how many of them leave the slice."""
+    m, s, M = cfg.model, _device_sizes(cfg, axes), cfg.train.microbatches
     counts = weight_counts(m)
-    blocks = counts["blocks"] * s.width / s.tensor
-    vocab = m.padded_vocab * m.d_model * s.width / s.tensor
+    blocks = counts["blocks"] * s.itemsize / s.tensor
+    vocab = m.padded_vocab * m.d_model * s.itemsize / s.tensor
     fsdp, tensor = _ring(axes["fsdp"]), _ring(axes["tensor"])
     n_tables = 1 if m.tie_embeddings else 2
-    stream = s.tokens * m.d_model * s.width
-    # The block's two sums forward and two backward; full remat needs the first of them again.
+    stream = s.tokens * m.d_model * s.itemsize
+    # Each block has two sums forward and two backward; full remat repeats the first.
     sums = m.n_layers * (5 if cfg.run.remat == "full" else 4) + 2
-    head_grad = vocab / s.width * F32 * cfg.train.loss_chunks
+    head_grad = vocab / s.itemsize * F32 * cfg.train.loss_chunks
     batch_parts = axes["data"] * axes["fsdp"]
     made = {
         "weights gathered": M * fsdp * (2 * blocks + n_tables * vocab),
@@ -277,19 +279,19 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
         "gradients over data": M * 2 * _ring(axes["data"]) * blocks / axes["fsdp"],
         "activations over tensor": M * 2 * tensor * sums * stream,
         "keys and values over context": M * 4 * _ring(axes["context"]) * m.n_layers
-        * s.sequences * m.context_length * 2 * m.kv_heads / s.tensor * m.d_head * s.width,
+        * s.sequences * m.context_length * 2 * m.kv_heads / s.tensor * m.d_head * s.itemsize,
     }  # fmt: skip
     made = {name: size for name, size in made.items() if size > 0}
     crossing = 0.0
     if topology.num_slices > 1:
         crossing = 2 * _ring(topology.num_slices) * (blocks + n_tables * vocab) / axes["fsdp"] * M
     elif topology.chip.kind == "gpu" and topology.n_chips > topology.chips_per_island:
-        # Rings that leave a host: what a host's GPUs cannot give each other.
+        # The part of each ring that passes between hosts.
         share = 1 - (topology.chips_per_island - 1) / (topology.n_chips - 1)
         crossing = share * sum(size for name, size in made.items() if "tensor" not in name)
     return made, crossing
 
 
 def _ring(n: int) -> float:
-    """The share of an array that leaves a device when n devices gather or scatter it."""
+    """Return the fraction of an array that each of n devices sends when they gather or scatter it."""
     return (n - 1) / n

@@ -1,4 +1,4 @@
-"""Published runs, and the factors between their MFU and this planner's ceilings.
+"""Fit the planner's ceilings to the MFU of published runs.
 
 Source: MaxText, docs/reference/models/tiering.md, with its recipes in benchmarks/maxtext_trillium_model_configs.py
 and maxtext_v5p_model_configs.py. They count causal attention at half (MaxText's docs/guides/performance_metrics.md).
@@ -34,7 +34,7 @@ class Published(NamedTuple):
     mfu: float
 
 
-# Their `custom` policies keep or offload the projections and compute the MLP again; ours that is nearest is `full`.
+# Their `custom` remat policies keep or offload the projections and recompute the MLP; `full` is the closest of ours.
 PUBLISHED = [
     Published("Llama-2-70B, 512 v5p", "v5p:8x8x8", "llama-2-70b", 4096, 4, 1, "full", 0.654),
     Published("Llama-2-70B, 256 v6e", "v6e:16x16", "llama-2-70b", 4096, 4, 1, "full", 0.438),
@@ -45,7 +45,7 @@ PUBLISHED = [
 
 
 def config_of(row: Published) -> Config:
-    """The published run as a config of this project."""
+    """Return the published run as a config of this project."""
     n_chips = parse_topology(row.topology).n_chips
     model = {"preset": row.preset, "context_length": row.context_length, "dtype": "bfloat16"}
     mesh = {"data": 1, "fsdp": n_chips // row.tensor, "tensor": row.tensor}
@@ -55,7 +55,7 @@ def config_of(row: Published) -> Config:
 
 
 def roofline_of(cfg: Config, topology: Topology, costs: Costs) -> Roofline:
-    """The roofline of an estimate."""
+    """Return the roofline of an estimate."""
     return roofline(
         topology,
         tokens=cfg.train.batch_sequences * cfg.model.context_length,
@@ -69,29 +69,30 @@ def roofline_of(cfg: Config, topology: Topology, costs: Costs) -> Roofline:
 
 @cache
 def line_of(row: Published) -> Roofline:
-    """The roofline of a published run; they ran fused attention."""
+    """Return the roofline of a published run, with fused attention as it was run."""
     cfg, topology = config_of(row), parse_topology(row.topology)
     return roofline_of(cfg, topology, estimate(cfg, topology, fused_attention=True))
 
 
 @cache
 def ceiling_of(row: Published) -> float:
-    """Its ceiling, as its publisher counts."""
+    """Return the highest possible MFU of a published run, with causal attention counted at half, as there."""
     return line_of(row).mfu * causal_share(config_of(row))
 
 
 def causal_share(cfg: Config) -> float:
-    """FLOPs with causal attention at half, as a share of those with attention in full."""
+    """Return the FLOPs with causal attention counted at half, divided by those with attention counted in full."""
     m = cfg.model
     full = flops_per_token(m)
     return 1 - 6 * m.n_layers * m.n_heads * m.d_head * m.context_length / full
 
 
 def calibrate(rows: list[Published]) -> np.ndarray:
-    """How much longer than its roofline each of compute, HBM and ICI takes of a real step, from published runs.
+    """Return the factors by which compute, HBM and ICI exceed their roofline times in published runs, [3].
 
-    A step is modelled as the sum of the three, each times its factor: what does not overlap adds up. Least squares
-    on the relative error; compute takes at least its roofline, the other two may hide behind it.
+    The time of a step is modelled as the sum of the three times, each multiplied by its factor: what does not overlap
+    adds up. The fit is least squares on the relative error, with a factor of at least 1 for compute and 0 for the
+    other two, which may be hidden behind it.
     """
     times, measured = [], []
     for row in rows:
@@ -100,7 +101,7 @@ def calibrate(rows: list[Published]) -> np.ndarray:
         measured.append(line.step_s * ceiling_of(row) / row.mfu)
     relative = np.array(times) / np.array(measured)[:, None]
     least, best = np.array([1.0, 0.0, 0.0]), None
-    for free in itertools.product((False, True), repeat=3):  # which factors lie above their least value
+    for free in itertools.product((False, True), repeat=3):  # which factors are above their lower bound
         chosen = np.array(free)
         factors = np.where(chosen, 0.0, least)
         if chosen.any():
@@ -108,18 +109,18 @@ def calibrate(rows: list[Published]) -> np.ndarray:
         error = np.square(relative @ factors - 1).sum()
         if (factors >= least - 1e-9).all() and (best is None or error < best[0]):
             best = error, factors
-    assert best is not None  # all at their least is always allowed
+    assert best is not None  # all factors at their lower bounds are always allowed
     return best[1]
 
 
 def expected_step_s(line: Roofline, factors: Sequence[float]) -> float:
-    """Seconds of a step that similar runs would take; never less than the roofline. DCN is added as it is."""
+    """Return the expected seconds of a step, at least those of the roofline; the DCN's time is added unscaled."""
     added = sum(f * line.times_s[name] for f, name in zip(factors, RESOURCES, strict=True))
     return max(added + line.times_s["dcn"], line.step_s)
 
 
 def compare() -> list[dict[str, float | str]]:
-    """Each published run beside its ceiling, and beside what the other rows make expected (one left out)."""
+    """Return each published run's MFU with its ceiling and the value expected from the other runs (leave-one-out)."""
     table = []
     for row in PUBLISHED:
         line, ceiling = line_of(row), ceiling_of(row)
@@ -130,5 +131,5 @@ def compare() -> list[dict[str, float | str]]:
 
 @lru_cache(maxsize=1)
 def factors() -> tuple[float, ...]:
-    """`calibrate` of all published runs."""
+    """Return the factors fitted to all published runs."""
     return tuple(float(f) for f in calibrate(PUBLISHED))

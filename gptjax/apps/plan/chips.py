@@ -1,4 +1,4 @@
-"""What the planner knows about hardware: one row a chip, with its source, and topologies such as `v5e:16x16`."""
+"""Hardware data of the planner: one row per chip, with its source, and topologies such as `v5e:16x16`."""
 
 import math
 import re
@@ -14,11 +14,11 @@ class Chip(NamedTuple):
     Attributes:
         kind: tpu or gpu.
         device_kind: as in `presets.PEAK_FLOPS`.
-        hbm_bytes: memory that a program may use. On TPUs it is what the compiler allows, less than is sold.
+        hbm_bytes: memory that a program may use. On TPUs it is the compiler's limit, less than the nominal size.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that leave the chip, over all of its links (TPU: torus links; GPU: NVLink).
         dcn_bandwidth: bytes/s between slices, or between hosts of GPUs, a chip's share.
-        torus: dimensions of a slice; 0 for GPUs, which count as HOSTSxGPUS.
+        torus: number of dimensions of a slice; 0 for GPUs, whose topologies are HOSTSxGPUS.
         source: where the figures are published.
     """
 
@@ -33,15 +33,15 @@ class Chip(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Peak FLOP/s in bfloat16, dense."""
+        """Return the peak FLOP/s in bfloat16, dense."""
         return PEAK_FLOPS[self.device_kind]
 
 
 GIB = 2**30
 
-# TPU bandwidths between chips are published for both directions together: here they are halved. DCN figures are
-# published a pod (v5e 6.4, v6e 25.6 Tbit/s over 256 chips) or a chip (v5p 50 Gbit/s; v4 as the Scaling Book has it),
-# or a GPU.
+# TPU bandwidths between chips are published for both directions together; here they are halved. DCN figures are
+# published per pod (v5e 6.4, v6e 25.6 Tbit/s over 256 chips), per chip (v5p 50 Gbit/s; v4 from the Scaling Book), or
+# per GPU.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", "TPU v4", 30.75 * GIB, 1200e9, 270e9, 6.25e9, 3, "cloud.google.com/tpu/docs/v4; Scaling Book"),
     "v5e": Chip("tpu", "TPU v5 lite", 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, "cloud.google.com/tpu/docs/v5e"),
@@ -54,13 +54,13 @@ CHIPS: dict[str, Chip] = {
 
 
 class Topology(NamedTuple):
-    """Chips as they are rented.
+    """The chips of a run: one or several slices of TPUs, or hosts of GPUs.
 
     Attributes:
-        name: as given, such as v5e:16x16.
+        name: as given on the command line, such as v5e:16x16.
         chip_name: a key of CHIPS.
-        shape: of one slice; of GPUs, hosts and GPUs a host.
-        num_slices: how many slices; they are joined by the data-centre network.
+        shape: sizes of one slice's torus; for GPUs, the number of hosts and of GPUs per host.
+        num_slices: number of slices, joined by the data-centre network.
     """
 
     name: str
@@ -70,25 +70,25 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        """The figures of one chip."""
+        """Return the figures of one chip."""
         return CHIPS[self.chip_name]
 
     @property
     def n_chips(self) -> int:
-        """All chips, of all slices."""
+        """Return the number of chips in all slices."""
         return math.prod(self.shape) * self.num_slices
 
     @property
     def chips_per_island(self) -> int:
-        """Chips that reach each other without the data-centre network: a slice, or a host of GPUs."""
+        """Return the number of chips that are joined without the data-centre network: a slice, or a host of GPUs."""
         return self.shape[-1] if self.chip.kind == "gpu" else math.prod(self.shape)
 
 
 def parse_topology(name: str, num_slices: int = 1) -> Topology:
-    """`v5e:16x16`, `v5p:8x8x8`, `h100:8x16` (8 hosts... of 16 GPUs) as a Topology.
+    """Return the topology that a text names: `v5e:16x16`, `v5p:8x8x8`, or `h100:16x8` (16 hosts of 8 GPUs).
 
     Raises:
-        UserError: an unknown chip, or a shape that it does not have.
+        UserError: an unknown chip, or a shape with another number of dimensions.
     """
     chip_name, _, shape = name.partition(":")
     if chip_name not in CHIPS:

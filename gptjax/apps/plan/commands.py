@@ -26,32 +26,32 @@ def plan(
     html: UserPath | None = None,
     json: bool = False,
 ) -> None:
-    """Say whether a run fits on chips that are not here, what bounds it, and what it costs.
+    """Predict whether a run fits on given chips, what limits its speed, and what it costs, without the chips.
 
-    With libtpu installed (pip install 'gptjax[tpu]') the real step is compiled for the real topology, on a CPU, in a
-    minute or two. Exit code 3: it does not fit.
+    With libtpu installed (pip install 'gptjax[tpu]'), it compiles the training step for the topology, on a CPU, in
+    one or two minutes. The exit code is 3 if the run does not fit.
 
     Args:
-        config: the run's file, as for train.py; flags such as --model.remat full change it.
-        flags: the flags that change it.
-        topology: chips and shape, such as v5e:16x16, v5p:8x8x8, or h100:16x8 (16 hosts of 8; an estimate).
-        num_slices: how many of it, joined by the data-centre network; mesh.data spans them.
-        tokens: of the whole run, such as 300e9; adds days.
-        price_per_chip_hour: adds the cost, in the same money.
-        search: try meshes, remat and microbatches of the same batch, and print the best as overrides.
-        out: with --search, the file for the config with the best overrides.
-        analytic: do not compile; estimate in seconds.
-        html: a page to write, with the memory, the roofline, the mesh on the topology, and what a search tried.
-        json: print one JSON object.
+        config: the run's config file, as for train.py; flags such as --run.remat full override its keys.
+        flags: overrides of the config's keys.
+        topology: chips and shape, such as v5e:16x16, v5p:8x8x8, or h100:16x8 (16 hosts of 8 GPUs, estimated).
+        num_slices: number of such slices, joined by the data-centre network; mesh.data must be a multiple of it.
+        tokens: training tokens of the whole run, such as 300e9; give it to see the days that the run takes.
+        price_per_chip_hour: price of one chip for one hour; give it, with --tokens, to see the cost in that currency.
+        search: try every mesh, remat and number of microbatches for the same batch, and print the fastest that fits.
+        out: with --search, write the config with the best overrides to this file.
+        analytic: estimate by arithmetic in seconds, without compiling; use it to compare many layouts.
+        html: also write a page to this file: memory, roofline, mesh, and what a search tried.
+        json: print one JSON object instead of the table.
     """
     tried: list[Any] = []
     if out is not None and not search:
-        raise UserError("--out is where --search writes its config; add --search")
+        raise UserError("--out is the file that --search writes; add --search")
     cfg = load_config([*flags, "--", config])
     prepare_process()
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # a plan must not seize the TPU of the machine that it runs on
+    jax.config.update("jax_platforms", "cpu")  # a plan must not occupy the TPU of the machine that it runs on
     from gptjax.apps.plan import planning
     from gptjax.apps.plan.chips import parse_topology
     from gptjax.apps.plan.report import flags as as_flags
@@ -59,7 +59,7 @@ def plan(
     from gptjax.apps.plan.roofline import run_costs
 
     chips = parse_topology(topology, num_slices)
-    cfg = planning.prepared(cfg)
+    cfg = planning.config_on_accelerators(cfg)
     if search:
         overrides, made, tried = planning.search(cfg, chips, analytic)
         made["overrides"] = overrides
@@ -83,7 +83,7 @@ def plan(
 
 
 def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tried: list[Any]) -> None:
-    """Write a plan as a page; raises UserError where it cannot be written, or a library is missing."""
+    """Write a plan as an HTML page; raise UserError if it cannot be written or a library is missing."""
     try:
         from gptjax.apps.plan.page import plan_page
         from gptjax.apps.plan.placement import place_chips
@@ -100,7 +100,7 @@ def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tr
 
 
 def write_config(out: str, config: str, flags: list[str], overrides: dict[str, object]) -> None:
-    """Write the config file with all overrides in place: the user's own, and over them those that were found.
+    """Write a config file with the overrides applied: the user's own first, then those that the search found.
 
     Args:
         flags: the user's overrides, each as `--section.key=value`.

@@ -1,4 +1,4 @@
-"""Asking the TPU compiler, in a process of its own: no TPU is needed, and no lock file of libtpu is in the way."""
+"""Call the TPU compiler in a process of its own. It needs no TPU, and ignores libtpu's lock file."""
 
 import importlib.util
 import json
@@ -11,8 +11,8 @@ from gptjax.apps.plan.chips import Topology
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
 
-# The process must not look for a TPU, must load libtpu beside others that do (or that left a lock file behind in
-# /tmp), and must not show virtual devices.
+# The process must not look for a TPU, must load libtpu while other processes use it (or after one has left its lock
+# file in /tmp), and must not have virtual devices.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -23,12 +23,12 @@ ENVIRONMENT = {
 
 
 def has_compiler(topology: Topology) -> bool:
-    """Whether libtpu is here, and can compile for these chips."""
+    """Return whether libtpu is installed and can compile for these chips."""
     return topology.chip.kind == "tpu" and importlib.util.find_spec("libtpu") is not None
 
 
 def compile_for(cfg: Config, topology: Topology) -> dict[str, Any]:
-    """What `worker.compile_step` answers; `error` says in one line why there is no answer."""
+    """Return the result of `worker.compile_step`; or `error`, one line that says why there is none."""
     request = {"config": config_to_yaml(cfg), "topology": topology.name, "num_slices": topology.num_slices}
     done = subprocess.run(
         [sys.executable, "-m", "gptjax.apps.plan.worker"],
@@ -42,5 +42,5 @@ def compile_for(cfg: Config, topology: Topology) -> dict[str, Any]:
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     if done.returncode < 0:
-        return {"error": f"the compiler was ended by signal {-done.returncode}; does this machine lack memory?"}
+        return {"error": f"the compiler was killed by signal {-done.returncode}, perhaps for lack of memory"}
     return {"error": f"the compiler failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}"}

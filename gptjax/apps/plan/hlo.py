@@ -1,7 +1,7 @@
-"""What a compiled program does in a step, read from its HLO text: bytes through HBM, and bytes between chips.
+"""Read from a program's HLO text what a step moves: bytes through HBM, and bytes between chips.
 
-A loop's body counts as often as it runs. XLA's own cost analysis counts it once, so a scanned model looks L times
-cheaper there.
+A loop's body counts as often as it runs. XLA's own cost analysis counts it once, which makes a scanned model look L
+times cheaper.
 """
 
 import math
@@ -14,18 +14,28 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 1, "u4": 1}
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
-# Instructions that move nothing: they name, take apart, or are counted where their computation is.
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
-FREE |= {"copy-done", "partition-id", "replica-id", "iota", "opt-barrier", "async-done", "async-update"}
-FREE |= {f"{name}-done" for name in COLLECTIVES}
+# Instructions that move no bytes of their own, or whose bytes are counted in the computation that they call.
+MOVES_NOTHING = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+}
+MOVES_NOTHING |= {"copy-done", "partition-id", "replica-id", "iota", "opt-barrier", "async-done", "async-update"}
+MOVES_NOTHING |= {f"{name}-done" for name in COLLECTIVES}
 
 
-# How computations are named in which an asynchronous collective, begun elsewhere, goes on beside other work.
-GOES_ON = "async_collective_fusion"
+# Prefix of the computations in which an asynchronous collective, started elsewhere, overlaps with other work.
+ASYNC_FUSION = "async_collective_fusion"
 
 
 class Array(NamedTuple):
-    """One array of an instruction's shape; `hbm` is false for what lies in on-chip memory, S(1) and above."""
+    """One array of an instruction's shape; `hbm` is false in on-chip memory, S(1) and above."""
 
     dtype: str
     bytes: int
@@ -45,12 +55,12 @@ class Collective(NamedTuple):
     """A collective operation of one device.
 
     Attributes:
-        kind: one of COLLECTIVES. What TPUs write as all-reduce and slice in one fusion counts as reduce-scatter.
-        operand_bytes: of its operands, each time it runs.
-        dtype: of the largest operand.
-        wire_bytes: that leave the device each time it runs, by the ring algorithms.
-        group: how many devices take part.
-        times: how often it runs in a step.
+        kind: one of COLLECTIVES. An all-reduce and a slice in one fusion, as on TPUs, count as reduce-scatter.
+        operand_bytes: size of its operands, each time it runs.
+        dtype: data type of the largest operand.
+        wire_bytes: bytes that leave the device each time it runs, with ring algorithms.
+        group: number of devices that take part.
+        times: number of runs in a step.
         crosses: whether it leaves the slice.
     """
 
@@ -77,7 +87,7 @@ def _arrays(shape: str) -> list[Array]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at `start`."""
+    """Return the index of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -87,7 +97,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
-    """HLO text -> the entry computation's name, and the instructions of every computation."""
+    """Return the entry computation's name, and the instructions of every computation, of an HLO text."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", []
     for line in text.splitlines():
@@ -138,7 +148,7 @@ class Program:
                 self._count(called.get("to_apply") or called["calls"], times)
 
     def _trips(self, caller: str, loop: Instruction, called: dict[str, str]) -> int:
-        """How often a loop runs: as the compiler wrote it, or from its counter's start, step and end."""
+        """Return how often a loop runs: as annotated by the compiler, or from its counter's start, step and end."""
         known = re.search(r'known_trip_count[^\d]*"?(\d+)', loop.rest)
         if known:
             return int(known[1])
@@ -156,7 +166,7 @@ class Program:
         return max(-(-(end + inclusive - start) // step), 1)
 
     def _constant(self, computation: str, name: str, index: int) -> int | None:
-        """The constant at an index of a tuple, where it is one."""
+        """Return the constant at an index of a tuple; None if it is not a constant."""
         here = self.by_name[computation]
         packed = here.get(name)
         if packed is None or packed.opcode != "tuple":
@@ -167,7 +177,7 @@ class Program:
         return int(value.rest) if value is not None and value.opcode == "constant" else None
 
     def _step(self, body: str, index: int) -> int:
-        """By how much a loop's body raises its counter."""
+        """Return the increment of a loop's counter."""
         here = self.by_name[body]
         value = here[next(i for i in here.values() if i.root).operands[index]]
         total, seen = 0, 0
@@ -183,24 +193,24 @@ class Program:
         return max(total, 1)
 
     def instructions(self) -> Iterator[tuple[str, Instruction, int]]:
-        """Computation, instruction, and how often it runs, of all that runs."""
+        """Yield every instruction that runs, with its computation and how often it runs."""
         for name, times in self.times.items():
             for instruction in self.computations[name]:
                 yield name, instruction, times
 
     def collectives(self, chips_per_slice: int | None = None, num_slices: int = 1) -> list[Collective]:
-        """The collectives of a step.
+        """Return the collectives of a step.
 
-        An asynchronous one is written several times (begin, go on, end), under one channel: it counts once, as often
-        as it begins; it may go on inside a loop. Between slices there are none, but transfers through the hosts that
-        say what they are part of.
+        An asynchronous collective appears several times (start, update, done) under one channel and may continue
+        inside a loop; it counts as often as it starts. Between slices there are no collectives but transfers through
+        the hosts, which name the collective that they are part of.
 
         Args:
-            chips_per_slice: devices are numbered slice by slice; None: one slice.
+            chips_per_slice: number of devices of a slice, numbered slice by slice; None for one slice.
         """
         by_channel: dict[tuple[str, int], Collective] = {}
         for number, (computation, instruction, times) in enumerate(self.instructions()):
-            if computation.startswith(GOES_ON):
+            if computation.startswith(ASYNC_FUSION):
                 continue
             here = self.by_name[computation]
             arrays = [a for name in instruction.operands if name in here for a in here[name].arrays]
@@ -215,7 +225,7 @@ class Program:
                 continue
             if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            # An all-reduce may take float32 and give bfloat16: it is rounded before it is sent.
+            # An all-reduce of float32 may return bfloat16: the values are then rounded before they are sent.
             sent = min(operand, sum(a.bytes for a in instruction.arrays)) if kind == "all-reduce" else operand
             dtype = max(arrays, key=lambda a: a.bytes, default=Array("", 0, True)).dtype
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
@@ -225,9 +235,9 @@ class Program:
         return [c for c in by_channel.values() if c.group > 1]
 
     def hbm_bytes(self) -> float:
-        """Bytes that a step reads from HBM and writes to it, on one device.
+        """Return the bytes that a step reads from HBM and writes to it, on one device.
 
-        Arrays in on-chip memory are free. A slice that is read or written inside a fusion counts as the slice.
+        Arrays in on-chip memory count as 0. A slice that is read or written inside a fusion counts as the slice.
         """
         inside = {
             name
@@ -238,7 +248,7 @@ class Program:
         }
         total = 0.0
         for computation, instruction, times in self.instructions():
-            if computation not in inside and instruction.opcode not in FREE:
+            if computation not in inside and instruction.opcode not in MOVES_NOTHING:
                 total += times * self._moved(computation, instruction)
         return total
 
@@ -261,11 +271,11 @@ class Program:
         return self._moved_by_fusion(instruction)
 
     def _moved_by_fusion(self, fusion: Instruction) -> int:
-        """Reads of a fusion's parameters, whole or only the slices taken; writes of its result, or of its update."""
+        """Return the bytes of a fusion: parameters read, whole or in slices, and results written, or their update."""
         called = re.search(r"calls=%([\w.\-]+)", fusion.rest)[1]
         body = self.computations[called]
         inner = {i.name: i for i in body}
-        # What an asynchronous collective reads and writes passes through the work that it runs beside.
+        # The operands of an asynchronous collective pass through the fusion that it overlaps with.
         beside = called.startswith("async_collective") or fusion.name.startswith("async-collective")
         passed = re.findall(r"\{(\d+)\}: \((\d+), \{\}\)", fusion.rest) if beside else []
         through = {fusion.operands[int(operand)] for _, operand in passed}
@@ -287,27 +297,27 @@ class Program:
             elif uses and all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in uses):
                 part = sum(inner[u.operands[1]].arrays[0].bytes for u in uses)
                 total += part
-                updated += parameter.arrays[0].bytes - part  # of the result, all but the part stays where it is
+                updated += parameter.arrays[0].bytes - part  # only this part of the result is written
             else:
                 total += parameter.arrays[0].bytes
         return total + max(sum(a.bytes for a in kept if a.hbm) - updated, 0)
 
 
 def parameters(body: list[Instruction]) -> list[str]:
-    """Names of a computation's parameters, in their order."""
+    """Return the names of a computation's parameters, in their order."""
     found = [i for i in body if i.opcode == "parameter"]
     return [i.name for i in sorted(found, key=lambda i: int(i.rest))]
 
 
 def _wire_share(kind: str, group: int) -> float:
-    """Bytes that leave a device, for each byte of its operands, on a ring."""
+    """Return the bytes that leave a device for each byte of its operands, with ring algorithms."""
     n = max(group, 1)
     shares = {"all-gather": n - 1, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}
     return float({**shares, "all-to-all": (n - 1) / n}.get(kind, 1.0))
 
 
 def _group(rest: str, chips_per_slice: int | None) -> tuple[int, bool]:
-    """How many devices a collective joins, and whether they lie in more than one slice."""
+    """Return the number of devices in a collective, and whether they are in more than one slice."""
     pairs = re.search(r"source_target_pairs=\{(.*?\})\}", rest)
     if pairs:
         ends = [tuple(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)\}?", pairs[1] + "}")]
@@ -319,7 +329,7 @@ def _group(rest: str, chips_per_slice: int | None) -> tuple[int, bool]:
 
 
 def _first_group(rest: str) -> list[int]:
-    """The devices of the first group, in any of the three ways that HLO writes groups."""
+    """Return the devices of the first group, in any of HLO's three notations."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return [int(n) for n in listed[1].split(",") if n]
@@ -347,7 +357,7 @@ def _first_group(rest: str) -> list[int]:
 
 
 def _transposed(dims: list[int], order: list[int]) -> list[int]:
-    """iota(prod(dims)) reshaped to dims, transposed and flattened."""
+    """Return iota(prod(dims)), reshaped to dims, transposed by order, and flattened."""
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     flat = [0]
     for axis in order:

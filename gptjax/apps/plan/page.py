@@ -1,4 +1,4 @@
-"""A plan as a page: memory by part, the roofline with the step on it, the mesh on the topology, the candidates."""
+"""Write a plan as an HTML page: memory by part, roofline, the mesh on the topology, and the search's candidates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ RESOURCES = ("hbm", "ici", "dcn")
 
 
 def plan_page(plan: dict[str, Any], topology: Topology, chips: Sequence[Chip], tried: Sequence[Candidate]) -> str:
-    """Return the page of a plan.
+    """Return a plan's HTML page.
 
     Args:
-        plan: as `planning.make_plan` gives it, with `config`.
-        chips: of `placement.place_chips`.
-        tried: what a search has tried; empty without one.
+        plan: the result of `planning.make_plan`, with `config`.
+        chips: the result of `placement.place_chips`.
+        tried: the candidates of a search; empty without one.
     """
     sections = [
         Section("", [Paragraph(f"{verdict(plan)}.", lead=True), Facts(_figures(plan), large=True)]),

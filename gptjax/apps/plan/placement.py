@@ -1,4 +1,4 @@
-"""Which chip of a topology reads which rows and holds which weights, as `sharding.make_mesh` lays the mesh out."""
+"""Find which rows each chip of a topology reads and which weights it holds, as `sharding.make_mesh` places them."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ TPU_HOST = (2, 2, 1)  # chips of a TPU host along each dimension of a slice
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """A chip that is not here, as `make_mesh` asks for it."""
+    """A stand-in for a JAX device, with the attributes that `make_mesh` reads."""
 
     id: int
     process_index: int

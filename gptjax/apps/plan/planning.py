@@ -1,4 +1,4 @@
-"""A plan: a config on a topology, with its costs from the compiler or by arithmetic, and the verdict."""
+"""Plan a run: the costs of a config on a topology, from the compiler or by arithmetic, and whether it fits."""
 
 import math
 from collections.abc import Iterator
@@ -8,115 +8,129 @@ from gptjax.apps.plan import calibration
 from gptjax.apps.plan.analytic import Costs, estimate, held_bytes, resolve_mesh
 from gptjax.apps.plan.chips import Topology
 from gptjax.apps.plan.compiler import compile_for, has_compiler
-from gptjax.apps.plan.roofline import roofline
+from gptjax.apps.plan.roofline import Roofline, roofline
 from gptjax.checks import divisors
 from gptjax.config import Config, override
 from gptjax.errors import UserError
 
-# Ids of the tokenizers that need no file.
+# Vocabulary sizes of the tokenizers that need no file.
 VOCABULARIES = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}
 
 
-def prepared(cfg: Config) -> Config:
-    """The config as a run on accelerators has it: vocabulary filled in, layers scanned.
+def config_on_accelerators(cfg: Config) -> Config:
+    """Return the config as a run on accelerators resolves it: the vocabulary's size filled in, layers scanned.
 
     Raises:
-        UserError: the vocabulary depends on files.
+        UserError: the size of the vocabulary depends on files.
     """
     size = cfg.model.vocab_size or VOCABULARIES.get(cfg.data.tokenizer or "")
     if size is None:
         raise UserError(
-            f"data.tokenizer {cfg.data.tokenizer!r} says nothing of the vocabulary's size; give --model.vocab_size"
+            f"data.tokenizer {cfg.data.tokenizer!r} does not tell the size of the vocabulary; give --model.vocab_size"
         )
     scan = True if cfg.run.scan_layers is None else cfg.run.scan_layers
     return override(cfg, {"model.vocab_size": size, "run.scan_layers": scan})
 
 
 def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[str, Any]:
-    """The plan, as plain values: see docs/planning.md for its keys.
+    """Return the plan of a run on a topology, as plain values: see docs/planning.md for its keys.
 
     Args:
-        analytic: never ask the compiler.
+        analytic: estimate only, without the compiler.
 
     Raises:
-        UserError: the mesh does not fit the chips, or cannot cut the model.
+        UserError: the mesh does not fit the chips, or cannot shard the model.
     """
     costs = estimate(cfg, topology)
-    answer = None if analytic or not has_compiler(topology) else compile_for(cfg, topology)
-    method, note = "compiled", ""
-    if answer is None or "error" in answer:
-        method = "analytic"
-        note = answer["error"] if answer else "by arithmetic, not by the compiler"
-        if answer is None and not analytic and topology.chip.kind == "tpu":
-            note += ": pip install 'gptjax[tpu]' for the compiler's own figures"
-        answer = {"memory": None, "hbm_bytes": costs.hbm_bytes, "collectives": []}
-        ici, dcn = costs.ici_bytes, costs.dcn_bytes
-    elif "out_of_memory" in answer:
-        ici, dcn = costs.ici_bytes, costs.dcn_bytes
-    else:
-        wire = [(c["wire_bytes"] * c["times"], c["crosses"]) for c in answer["collectives"]]
-        ici, dcn = (float(sum(size for size, crosses in wire if crosses == over)) for over in (False, True))
-
-    memory = memory_table(costs, answer)
-    total, capacity = sum(memory.values()), topology.chip.hbm_bytes
-    fits = "out_of_memory" not in answer and (total <= capacity or method == "compiled")
-    tokens = cfg.train.batch_sequences * cfg.model.context_length
+    answer, note = ask_compiler(cfg, topology, analytic)
+    traffic = bytes_moved(costs, answer)
     line = roofline(
         topology,
-        tokens=tokens,
+        tokens=cfg.train.batch_sequences * cfg.model.context_length,
         model_flops=costs.model_flops,
         executed_flops=costs.executed_flops,
-        hbm_bytes=answer.get("hbm_bytes", costs.hbm_bytes),
-        ici_bytes=ici,
-        dcn_bytes=dcn,
+        **traffic,
     )
-    expected_s = calibration.expected_step_s(line, calibration.factors())
-    share = line.step_s / expected_s
+    return {
+        **describe_layout(cfg, topology),
+        "method": "analytic" if answer is None else "compiled",
+        "note": note,
+        **memory_verdict(costs, answer, topology.chip.hbm_bytes),
+        "model_flops": costs.model_flops,
+        "executed_flops_per_chip": costs.executed_flops,
+        **traffic,
+        "collectives": sum_collectives((answer or {}).get("collectives", [])),
+        "communication_theory": costs.collectives,
+        **speeds(line),
+    }
+
+
+def ask_compiler(cfg: Config, topology: Topology, analytic: bool) -> tuple[dict[str, Any] | None, str]:
+    """Return the compiler's answer (see `compiler.compile_for`); or None, and the reason why there is none."""
+    if analytic or not has_compiler(topology):
+        note = "by arithmetic, not by the compiler"
+        if not analytic and topology.chip.kind == "tpu":
+            note += ": pip install 'gptjax[tpu]' for the compiler's own figures"
+        return None, note
+    answer = compile_for(cfg, topology)
+    return (None, answer["error"]) if "error" in answer else (answer, "")
+
+
+def describe_layout(cfg: Config, topology: Topology) -> dict[str, Any]:
+    """Return the part of a plan that says what runs where."""
     return {
         "topology": topology.name,
         "num_slices": topology.num_slices,
         "chips": topology.n_chips,
         "mesh": resolve_mesh(cfg, topology),
-        "method": method,
-        "note": note,
         "remat": cfg.run.remat,
         "microbatches": cfg.train.microbatches,
         "batch_sequences": cfg.train.batch_sequences,
-        "tokens_per_step": tokens,
+        "tokens_per_step": cfg.train.batch_sequences * cfg.model.context_length,
+    }
+
+
+def bytes_moved(costs: Costs, answer: dict[str, Any] | None) -> dict[str, float]:
+    """Return the bytes that a chip moves in a step, by resource: the compiled program's, or else the estimate's."""
+    if answer is None or "out_of_memory" in answer:
+        return {"hbm_bytes": costs.hbm_bytes, "ici_bytes": costs.ici_bytes, "dcn_bytes": costs.dcn_bytes}
+    sizes = {False: 0.0, True: 0.0}
+    for collective in answer["collectives"]:
+        sizes[collective["crosses"]] += collective["wire_bytes"] * collective["times"]
+    return {"hbm_bytes": answer["hbm_bytes"], "ici_bytes": sizes[False], "dcn_bytes": sizes[True]}
+
+
+def memory_verdict(costs: Costs, answer: dict[str, Any] | None, capacity: float) -> dict[str, Any]:
+    """Return the part of a plan that says whether a chip's memory, of `capacity` bytes, is enough.
+
+    What the compiler has placed fits, even where the sum of the parts is larger: some of them share a place in turn.
+    """
+    memory = memory_table(costs, answer)
+    total = sum(memory.values())
+    return {
         "memory": memory,
         "total_bytes": total,
         "capacity_bytes": capacity,
         "analytic_total_bytes": costs.total_bytes,
-        "fits": fits,
-        "model_flops": costs.model_flops,
-        "executed_flops_per_chip": costs.executed_flops,
-        "hbm_bytes": answer.get("hbm_bytes", costs.hbm_bytes),
-        "ici_bytes": ici,
-        "dcn_bytes": dcn,
-        "collectives": summed(answer.get("collectives", [])),
-        "communication_theory": costs.collectives,
-        "times_s": line.times_s,
-        "bound": line.bound,
-        "ceiling": {"step_s": line.step_s, "mfu": line.mfu, "tokens_per_s": line.tokens_per_s},
-        "expected": {"step_s": expected_s, "mfu": line.mfu * share, "tokens_per_s": line.tokens_per_s * share},
+        "fits": total <= capacity if answer is None else "out_of_memory" not in answer,
     }
 
 
-def memory_table(costs: Costs, answer: dict[str, Any]) -> dict[str, float]:
-    """Bytes of a chip by kind: the compiler's where it has answered, else the estimate's.
+def memory_table(costs: Costs, answer: dict[str, Any] | None) -> dict[str, float]:
+    """Return the bytes of a chip by kind: the compiler's where it has answered, or else the estimate's.
 
-    The compiler counts gradients among its temporaries; the table takes them out. Of a program that does not fit it
-    tells one number, which stands in place of the temporaries.
+    The compiler counts gradients among its temporaries; the table separates them. For a program that does not fit it
+    reports one number only, from which the temporaries are inferred.
     """
     table = dict(costs.memory)
+    if answer is None:
+        return table
     if "out_of_memory" in answer:
         arguments = table["params"] + table["optimizer"] + table["batch"]
         used = answer["out_of_memory"]["used_bytes"]
         used -= arguments if answer["out_of_memory"]["of"] == "all" else 0
         return {**table, "temporaries": max(used - table["gradients"], 0.0)}
     measured = answer["memory"]
-    if measured is None:
-        return table
     arguments = table["params"] + table["optimizer"]
     temporaries = measured["temp"] + measured["output"] - measured["alias"] - table["gradients"]
     return {
@@ -128,8 +142,8 @@ def memory_table(costs: Costs, answer: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def summed(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Collectives of a step, added up by kind, dtype, and whether they leave the slice."""
+def sum_collectives(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a step's collectives, summed by kind, dtype, and whether they leave the slice; the largest first."""
     sums: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for c in collectives:
         key = (c["kind"], c["dtype"], c["crosses"])
@@ -144,8 +158,20 @@ def summed(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(sums.values(), key=lambda row: -row["wire_bytes"])
 
 
+def speeds(line: Roofline) -> dict[str, Any]:
+    """Return the part of a plan that says how fast a step is: its ceiling, and what published runs make expected."""
+    expected_s = calibration.expected_step_s(line, calibration.factors())
+    share = line.step_s / expected_s
+    return {
+        "times_s": line.times_s,
+        "bound": line.bound,
+        "ceiling": {"step_s": line.step_s, "mfu": line.mfu, "tokens_per_s": line.tokens_per_s},
+        "expected": {"step_s": expected_s, "mfu": line.mfu * share, "tokens_per_s": line.tokens_per_s * share},
+    }
+
+
 def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
-    """The smallest change of the config that fits by arithmetic, a tenth of the memory left free; None: none does."""
+    """Return the smallest change of the config that fits by arithmetic, with 10 % of the memory free; or None."""
     axes, limit = resolve_mesh(cfg, topology), 0.9 * topology.chip.hbm_bytes
     whole = {"mesh.data": topology.num_slices, "mesh.fsdp": topology.n_chips // topology.num_slices // axes["tensor"]}
     per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"])
@@ -176,9 +202,8 @@ def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
 def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, Any], float]]:
     """Return every mesh x remat x microbatches that fits by arithmetic, best first.
 
-    Each is (expected seconds a step, overrides, bytes of a chip).
-
-    A twentieth of the memory is left free. The context axis stays as it is.
+    Each is (expected seconds of a step, overrides, bytes of a chip). It leaves 5 % of the memory free. The context
+    axis is not changed.
     """
     found = []
     for mesh in meshes_to_try(topology, resolve_mesh(cfg, topology)["context"]):
@@ -203,15 +228,19 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
 def search(
     cfg: Config, topology: Topology, analytic: bool = False, confirm: int = 3
 ) -> tuple[dict[str, Any], Any, Any]:
-    """Return the best candidate, its plan, and all `candidates`; with a compiler, the best few that it confirms.
+    """Return the best candidate's overrides, its plan, and all `candidates`.
+
+    Args:
+        analytic: rank by arithmetic only.
+        confirm: number of candidates, the best first, that the compiler plans where there is one; the best plan wins.
 
     Raises:
-        UserError: nothing fits.
+        UserError: no candidate fits.
     """
     ranked = candidates(cfg, topology)
     if not ranked:
         raise UserError(
-            f"no mesh, remat or microbatches fit {topology.name}; take more chips, or fewer tokens a step"
+            f"no combination of mesh, remat and microbatches fits {topology.name}; use more chips, or a smaller batch"
         )
     compiled = has_compiler(topology) and not analytic
     best = None

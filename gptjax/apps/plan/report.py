@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Format a plan for a terminal."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 def size(count: float) -> str:
-    """Bytes with a unit that suits: 787 MiB, 1.46 GiB."""
+    """Return a number of bytes with its unit: 787.00 MiB, 1.46 GiB."""
     for unit, factor in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20)):
         if count >= factor:
             return f"{count / factor:,.2f} {unit}"
@@ -16,7 +16,7 @@ def size(count: float) -> str:
 
 
 def report(plan: dict[str, Any]) -> list[str]:
-    """The lines that `gptjax plan` prints."""
+    """Return the lines that `gptjax plan` prints."""
     mesh = " x ".join(f"{name}={n}" for name, n in plan["mesh"].items() if n > 1) or "one chip"
     slices = f" x {plan['num_slices']} slices" if plan["num_slices"] > 1 else ""
     how = "the compiled program" if plan["method"] == "compiled" else f"an ANALYTIC ESTIMATE ({plan['note']})"
@@ -62,17 +62,19 @@ def report(plan: dict[str, Any]) -> list[str]:
 
 
 def verdict(plan: dict[str, Any]) -> str:
-    """Whether it fits, and if not, what would."""
+    """Say whether the run fits; if not, by how much, and which change would fit."""
     beyond = plan["total_bytes"] - plan["capacity_bytes"]
     if plan["fits"]:
-        placed = ": the compiler found a place for all of it; its sum counts some that take turns in one"
+        placed = ": the compiler found a place for all of it; the sum above counts buffers that share memory in turn"
         return "FITS" + (placed if beyond > 0 else "")
     lacking = size(beyond)
     if plan.get("suggestion") is None:
-        return f"DOES NOT FIT, by {lacking}: neither remat nor microbatches would help; try --search, or more chips"
+        return (
+            f"DOES NOT FIT, by {lacking}: neither remat nor microbatches are enough; try --search, or use more chips"
+        )
     return f"DOES NOT FIT, by {lacking}. By arithmetic this fits: {flags(plan['suggestion'])}"
 
 
 def flags(overrides: dict[str, Any]) -> str:
-    """Overrides as they are written on a command line."""
+    """Return overrides as command-line flags."""
     return " ".join(f"--{name} {value}" for name, value in overrides.items())

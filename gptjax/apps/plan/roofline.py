@@ -1,4 +1,4 @@
-"""From costs to time: which resource bounds a step, the highest MFU that allows, and what a run then costs."""
+"""Turn costs into time: which resource bounds a step, the highest possible MFU, and what a run costs."""
 
 from typing import Any, NamedTuple
 
@@ -33,11 +33,11 @@ def roofline(
     ici_bytes: float,
     dcn_bytes: float,
 ) -> Roofline:
-    """The roofline (Williams et al. 2009) of a step.
+    """Return the roofline (Williams et al. 2009) of a step.
 
     Args:
-        tokens, model_flops: of a step, all devices.
-        executed_flops, hbm_bytes, ici_bytes, dcn_bytes: of a step, one device.
+        tokens, model_flops: of one step, summed over all devices.
+        executed_flops, hbm_bytes, ici_bytes, dcn_bytes: of one step, for one device.
     """
     chip = topology.chip
     times = {
@@ -53,7 +53,7 @@ def roofline(
 
 
 def run_costs(rate: float, n_chips: int, tokens: float | None, price_per_chip_hour: float | None) -> dict[str, Any]:
-    """Days, chip-hours and money for so many tokens at a rate of tokens/s; empty without `tokens`."""
+    """Return the days, chip-hours and cost of `tokens` at `rate` tokens/s; empty if `tokens` is None."""
     if tokens is None:
         return {}
     hours = tokens / rate / 3600

@@ -1,4 +1,4 @@
-"""The process that compiles. It loads libtpu, so nothing that goes wrong there can reach the planner.
+"""Compile the training step in a process of its own, so that a failure of libtpu cannot reach the planner.
 
 Reads one JSON object from stdin (`config` as YAML text, `topology`, `num_slices`) and prints one as its last line.
 """
@@ -12,7 +12,7 @@ import yaml
 
 from gptjax.process import prepare_process
 
-# How libtpu says that a program does not fit: with a total, or with the temporaries alone.
+# libtpu's messages for a program that does not fit: with the total, or with the temporaries only.
 _SIZE, _LIMIT = r"(?P<used>[\d.]+)(?P<unit>[KMGT])", r"(?P<limit>[\d.]+)(?P<limit_unit>[KMGT])"
 OUT_OF_MEMORY = {
     "all": rf"Used {_SIZE} of {_LIMIT} hbm",
@@ -22,7 +22,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def read_out_of_memory(message: str) -> dict[str, Any] | None:
-    """Bytes that a program wants (`of` all, or temporaries alone) and may have; None: it is another error."""
+    """Return the bytes that a program needs (`of`: all, or temporaries) and may use; None for any other error."""
     for of, pattern in OUT_OF_MEMORY.items():
         found = re.search(pattern, message)
         if found:
@@ -33,7 +33,7 @@ def read_out_of_memory(message: str) -> dict[str, Any] | None:
 
 
 def devices_of(topology_name: str, num_slices: int) -> list[Any]:
-    """Devices of a topology, slice by slice; a v4 chip's two cores count as one device, as in training."""
+    """Return the devices of a topology, slice by slice; the two cores of a v4 chip are one device, as in training."""
     from jax.experimental import topologies
 
     wanted = {"num_slices": num_slices} if num_slices > 1 else {}
@@ -81,7 +81,7 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
 
 
 def main() -> None:
-    """Answer one request; what the compiler refuses for another reason is an answer too."""
+    """Answer one request; any other error of the compiler is part of the answer."""
     request = json.load(sys.stdin)
     prepare_process()
     try:
