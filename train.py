@@ -1,4 +1,4 @@
-"""Train a GPT, or go on with what its directory holds:
+"""Train a GPT, or resume the run that its directory holds:
 
 python train.py configs/quickstart.yaml [--model.n_layers 8 ...]
 """

@@ -1,4 +1,4 @@
-"""The commands. Each parses, prepares the process, and hands over; none imports JAX before that."""
+"""The command line. Each command parses its arguments, prepares the process, and only then imports JAX."""
 
 import importlib
 import inspect
@@ -21,7 +21,7 @@ from gptjax.process import prepare_process
 
 @report_user_errors
 def train(args: list[str]) -> int:
-    """train a model, or go on with what its directory holds"""
+    """train a model, or resume the run that its directory holds"""
     cfg = load_config(args)
     continue_without_output()
     prepare_process(cfg.mesh.cpu_devices, cfg.distributed)
@@ -51,23 +51,26 @@ def sample_from(
 
     Args:
         model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
-        prompt: the text to go on from; - reads all of standard input. Without one, from nothing.
-        prompt_file: a file with one prompt a line.
-        num_samples: continuations of each prompt.
-        max_new_tokens: length of a continuation; past the model's context a sliding window goes on.
-        temperature: 0 always takes the likeliest token; 1 draws from the model's own probabilities.
-        top_k: draw from the k likeliest tokens only.
-        top_p: draw from the smallest set of tokens whose probability reaches p.
-        min_p: draw from the tokens at least p times as likely as the likeliest.
-        seed: the same seed gives the same text.
-        format: text, or one JSON object a line with prompt, text and tokens.
-        logprobs: with jsonl, also the natural log of each token's probability; with text, printed after it.
-        dtype: of matmuls and matrices; bfloat16 takes half the memory. Without it, the model computes as in training.
-        mesh: devices on each axis that the model is sharded over, such as fsdp=4,tensor=2; without it, one device.
-        cpu_devices: virtual devices on a CPU, for a mesh.
+        prompt: the text to continue; - reads it from standard input. Without a prompt, generation starts from
+            nothing.
+        prompt_file: a file with one prompt per line, in place of --prompt.
+        num_samples: number of samples for each prompt.
+        max_new_tokens: number of tokens to generate; beyond the model's context, a sliding window is used.
+        temperature: randomness: 0 always takes the most probable token, 1 samples from the model's probabilities;
+            lower it for safer text.
+        top_k: sample from the k most probable tokens only.
+        top_p: sample from the smallest set of tokens whose total probability is at least p.
+        min_p: sample from the tokens that are at least p times as probable as the most probable one.
+        seed: seed of the random numbers; the same seed gives the same text.
+        format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
+        logprobs: also report the natural log of each token's probability: in jsonl as a list, in text after each
+            sample.
+        dtype: data type of weights and matmuls; bfloat16 halves the memory. The default is that of training.
+        mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
+        cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
     if num_samples < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} in [0, 2^32)")
+        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} must be in [0, 2^32)")
     prompts = _prompts(prompt, prompt_file)
     axes = None if mesh is None else _mesh_axes(mesh)
     prepare_process(cpu_devices)
@@ -80,8 +83,8 @@ def sample_from(
     repeated = [p for p in prompts for _ in range(num_samples)]
     longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
     if longest + max_new_tokens > lm.config.context_length:
-        note = f"note: {longest} + {max_new_tokens} tokens pass the context of {lm.config.context_length}"
-        print(f"{note}; a sliding window goes on", file=sys.stderr)
+        note = f"note: {longest} + {max_new_tokens} tokens exceed the context of {lm.config.context_length}"
+        print(f"{note}; a sliding window is used beyond it", file=sys.stderr)
 
     if format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
         print(repeated[0], end="", flush=True)
@@ -130,12 +133,12 @@ def sample(args: list[str]) -> int:
 
 
 def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
-    """Call a function with a command line that its signature and docstring describe.
+    """Call a function with the arguments of a command line, which its signature and docstring describe.
 
-    A parameter `flags` is given the options of the command line that are keys of a config, as train.py takes them.
+    A parameter `flags` receives the options that are keys of a config, as train.py takes them.
 
     Raises:
-        UserError: arguments that it does not take.
+        UserError: arguments that the function does not take.
     """
     every = inspect.signature(function).parameters
     parameters = [p for p in every.values() if p.name != "flags"]
@@ -165,10 +168,10 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
 def _make_parser(
     function: Callable[..., None], parameters: list[inspect.Parameter], program: str
 ) -> tuple[ArgumentParser, list[str]]:
-    """The parser of a function's parameters, and the names of those that stand alone.
+    """Return a parser for a function's parameters, and the names of those that are positional.
 
-    A text is taken as it is typed: `null` and `~` are texts. Parameters without a default stand alone, unless one of
-    them takes a list, which then does so by itself.
+    A text is taken as it is typed: `null` and `~` are texts. Parameters without a default are positional, unless one
+    of them takes a list, which is then the only positional one.
     """
     described = docstring_parser.parse(function.__doc__ or "")
     about = {parameter.arg_name: parameter.description for parameter in described.params}
@@ -195,11 +198,11 @@ def _make_parser(
 
 
 def from_hf(model: UserPath, *, out: UserPath) -> None:
-    """Write a Hugging Face model, or a GGUF file, as a run that sample.py and train.py --init_from read.
+    """Convert a Hugging Face model or a GGUF file into a run, which sample.py and train.py --init_from read.
 
     Args:
         model: a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
-        out: the run's directory; it must be new or empty.
+        out: directory of the new run; it must not exist or be empty.
     """
     prepare_process()
     from gptjax.convert import import_model
@@ -210,12 +213,12 @@ def from_hf(model: UserPath, *, out: UserPath) -> None:
 
 
 def to_hf(run: UserPath, *, out: UserPath, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-    """Write a run's model as a Hugging Face directory, with its tokenizer and a model card.
+    """Export a run's model as a Hugging Face directory, with its tokenizer and a model card.
 
     Args:
         run: the directory of a run.
-        out: the directory to write; it must be new or empty.
-        dtype: of the weights.
+        out: directory to write; it must not exist or be empty.
+        dtype: data type of the exported weights; bfloat16 halves the file.
     """
     prepare_process()
     from gptjax.convert import export_model
@@ -229,22 +232,22 @@ CONVERSIONS: dict[str, Callable[..., None]] = {"from-hf": from_hf, "to-hf": to_h
 
 @report_user_errors
 def convert(args: list[str]) -> int:
-    """take a model from Hugging Face or GGUF, or back"""
+    """convert models from Hugging Face and GGUF, and to Hugging Face"""
     name = _choose("gptjax convert", _about(CONVERSIONS), args)
     return 0 if name is None else _call(CONVERSIONS[name], f"gptjax convert {name}", args[1:])
 
 
-# Command -> where its function is, and what it is for; imported when it is asked for.
+# Command -> module that defines it, imported on demand, and its description.
 DATA_COMMANDS = {
     "prepare": ("prepare", "tokenize text into shards that training reads"),
-    "inspect": ("inspect", "say what a prepared folder holds"),
+    "inspect": ("inspect", "describe a prepared folder"),
     "train-tokenizer": ("vocabulary", "learn a byte-level BPE from text"),
 }
 
 
 @report_user_errors
 def data(args: list[str]) -> int:
-    """prepare and inspect corpora, and train tokenizers"""
+    """prepare and inspect corpora, train tokenizers"""
     name = _choose("gptjax data", {command: about for command, (_, about) in DATA_COMMANDS.items()}, args)
     if name is None:
         return 0
@@ -254,7 +257,7 @@ def data(args: list[str]) -> int:
 
 @report_user_errors
 def scaling(args: list[str]) -> int:
-    """plan, run and fit a scaling study"""
+    """plan, run and fit scaling studies"""
     from gptjax.apps.scaling.commands import VERBS as STUDIES
     from gptjax.apps.scaling.predict.commands import (
         VERBS as LAWS,  # first: it settles BLAS's threads before numpy is loaded
@@ -267,7 +270,7 @@ def scaling(args: list[str]) -> int:
 
 @report_user_errors
 def bench(args: list[str]) -> int:
-    """measure speed, memory and start-up beside a peer"""
+    """measure speed, memory and start-up, also against PyTorch"""
     from gptjax.apps.bench.commands import VERBS
 
     name = _choose("gptjax bench", _about(VERBS), args)
@@ -276,7 +279,7 @@ def bench(args: list[str]) -> int:
 
 @report_user_errors
 def plan(args: list[str]) -> int:
-    """say whether a run fits on chips that are not here, what bounds it, and what it costs"""
+    """predict memory, speed and cost of a run on given chips, without the chips"""
     from gptjax.apps.plan.commands import plan
 
     return _call(plan, "gptjax plan", args)
@@ -293,7 +296,7 @@ def launch(args: list[str]) -> int:
 
 @report_user_errors
 def report(args: list[str]) -> int:
-    """write a run as one HTML page"""
+    """write an HTML page about a run"""
     from gptjax.apps.report.commands import report
 
     return _call(report, "gptjax report", args)
@@ -301,7 +304,7 @@ def report(args: list[str]) -> int:
 
 @report_user_errors
 def compare(args: list[str]) -> int:
-    """compare runs: losses, what differs, final figures with seeds grouped"""
+    """compare runs: losses, differences of configs, final figures by seed"""
     from gptjax.apps.report.commands import compare
 
     return _call(compare, "gptjax compare", args)
@@ -323,24 +326,24 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 @report_user_errors
 def main() -> int:
-    """The console command `gptjax`."""
+    """Run the console command `gptjax`."""
     name = _choose("gptjax", _about(COMMANDS), sys.argv[1:])
     return 0 if name is None else COMMANDS[name](sys.argv[2:])
 
 
 def _about(commands: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
-    """What each command is for, from its docstring's first line."""
+    """Return each command's description, the first line of its docstring."""
     return {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
 
 
 def _choose(program: str, commands: Mapping[str, str], args: list[str]) -> str | None:
-    """The command that comes first; None where help was asked for, and given.
+    """Return the command that the arguments name; or None, after printing the help that they ask for.
 
     Args:
-        commands: what each is for.
+        commands: description by command.
 
     Raises:
-        UserError: no such command.
+        UserError: there is no such command.
     """
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""Samples of the live weights, and what a finished run says last."""
+"""Sample from the live weights, and print the conclusion of a finished run."""
 
 import jax
 from etils import epath
@@ -14,7 +14,7 @@ CONCLUDING_TOKENS = 700
 
 
 def sample_text(t: Trainable, state: TrainState, corpus: Corpus, tokens: int) -> str:
-    """Return so many tokens sampled from nothing by the live weights (their average, if kept), on one device."""
+    """Sample `tokens` tokens without a prompt from the live weights (their average, if kept), on one device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     weights = jax.device_put(state.params if state.ema is None else state.ema, here)
     model = LanguageModel(t.cfg.model, weights, corpus.tokenizer)
@@ -24,7 +24,7 @@ def sample_text(t: Trainable, state: TrainState, corpus: Corpus, tokens: int) ->
 def conclude(t: Trainable, state: TrainState, corpus: Corpus, report: Report) -> None:
     """Print the final losses, a sample of the live weights, and the command that samples.
 
-    The run is done: whatever its directory holds or is called, and whatever its model says, nothing here raises.
+    The run is already complete, so an error here is printed as a note and not raised.
     """
     if not report.speaks:
         return

@@ -1,4 +1,4 @@
-"""Configs from YAML and the command line (through jsonargparse), and back to YAML."""
+"""Read configs from YAML and the command line (with jsonargparse), and write them as YAML."""
 
 import dataclasses
 import os
@@ -20,15 +20,16 @@ from gptjax.errors import UserError, nearest
 from gptjax.paths import user_path
 from gptjax.presets import PRESETS
 
-# Keys that name a path: `~` is a home directory in them, and elsewhere YAML's null.
+# Keys whose values are paths: `~` means the home directory there; elsewhere it is YAML's null.
 PATHS = ("workdir", "init_from", "data.path", "data.tokenizer", "data.cache_dir")
 
 
 def load_config(args: list[str]) -> Config:
-    """The config from a command line: `CONFIG.yaml --model.n_layers 6 ...`.
+    """Return the config of a command line: `CONFIG.yaml --model.n_layers 6 ...`.
 
     Raises:
-        UserError: unreadable file, unknown key (the nearest is named), wrong type, values at odds.
+        UserError: an unreadable file, an unknown key (the closest one is named), a wrong type, or values that
+            contradict each other.
     """
     parser = _parser()
     line = split_words(args, CONFIG_OPTIONS, "train.py")
@@ -40,8 +41,8 @@ def load_config(args: list[str]) -> Config:
         raise UserError(f"give one config file, such as configs/quickstart.yaml, {found}; --help lists every key")
     options = [(_current(key, value), user_path(value) if key in PATHS else value) for key, value in line.options]
     file = user_path(line.positionals[0])
-    values = _where_it_lies(read_yaml(file), file)
-    # A preset of the command line must be there before the values that override it.
+    values = _follow_moved_run(read_yaml(file), file)
+    # A preset given as a flag must be set before the values that override it.
     presets = [value for key, value in options if key == "model.preset"]
     if presets:
         values["model"] = {**(values.get("model") or {}), "preset": presets[-1]}
@@ -56,8 +57,8 @@ def load_config(args: list[str]) -> Config:
     return dataclasses.replace(config, workdir=os.path.join("runs", Path(file).stem))
 
 
-def _where_it_lies(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """The values of a run's own config.yaml, with the paths inside the run's directory as they are now.
+def _follow_moved_run(values: dict[str, Any], file: str) -> dict[str, Any]:
+    """Return the values of a run's own config.yaml, with paths inside the run's directory adapted to where it is now.
 
     The directory may have been moved or copied since the file was written.
     """
@@ -80,17 +81,17 @@ def _where_it_lies(values: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """The config from nested plain values, as YAML gives them; what is not given has its default.
+    """Return the config of nested plain values, as YAML gives them; missing values have their defaults.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: as in `load_config`.
     """
     parser = _parser()
     return _parse(parser, lambda: parser.parse_object(_fill(values)))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping; raises UserError for what is not there or not a mapping."""
+    """Return the mapping of a YAML file; raise UserError if the file is missing or holds something else."""
     try:
         values = yaml.load(epath.Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
@@ -98,14 +99,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise UserError(f"{path} nests too deep to be a config") from None
+        raise UserError(f"{path} is nested too deeply to be a config") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines")
     return values
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without keys that are there twice, of which the last would win; merged ones (`<<`) yield to given ones."""
+    """A YAML loader that rejects duplicate keys; keys merged by `<<` may be overridden."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -117,21 +118,21 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def config_to_yaml(config: Config) -> str:
-    """Every value of the config, as YAML that `load_config` reads back to an equal config."""
+    """Return every value of the config as YAML, which `load_config` reads back to an equal config."""
     return yaml.safe_dump({"format": FORMAT, **_plain(dataclasses.asdict(config))}, sort_keys=False)
 
 
-# Where the data and the tokenizer lie; a checkpoint knows by its hashes whether they are the same.
+# Paths of data and tokenizer. They may change where a checkpoint's hashes show that the contents are the same.
 PLACES = ("data.path", "data.tokenizer")
 
 
 def differing_keys(a: Config, b: Config, hashed: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which two configs differ and may not on resume, each with both values.
+    """Return the keys in which two configs differ although a resume does not allow it, each with both values.
 
-    The mixture is free where `b` asks for it.
+    The mixture may differ if `b` sets data.change_mixture.
 
     Args:
-        hashed: whether a checkpoint's hashes are compared, too, so that data may lie elsewhere.
+        hashed: whether a checkpoint's hashes are compared as well, so that paths of data may differ.
     """
     left, right = (_flatten(_plain(dataclasses.asdict(c))) for c in (a, b))
     free = (*free_keys(Config), *(("data.mixture",) if b.data.change_mixture else ()))
@@ -149,11 +150,11 @@ def differing_keys(a: Config, b: Config, hashed: bool = False) -> dict[str, tupl
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
-        description="Train a GPT, or go on with what the run's directory already holds.",
+        description="Train a GPT, or resume the run that its directory already holds.",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("config_file", metavar="CONFIG.yaml", help="a file such as configs/quickstart.yaml")
+    parser.add_argument("config_file", metavar="CONFIG.yaml", help="the config file, such as configs/quickstart.yaml")
     parser.add_class_arguments(Config, None)
     return parser
 
@@ -164,12 +165,12 @@ def _parse(parser: ArgumentParser, read: Callable[[], Any]) -> Config:
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
     except RecursionError:
-        raise UserError("a value of the config nests too deep, or holds itself") from None
+        raise UserError("a value of the config is nested too deeply, or contains itself") from None
     return _with_user_paths(Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)}))
 
 
 def _with_user_paths(config: Config) -> Config:
-    """The config with its paths as the operating system takes them."""
+    """Return the config with paths that the operating system accepts: `~` expanded."""
     top = {key: user_path(getattr(config, key)) for key in ("workdir", "init_from") if getattr(config, key)}
     data = {
         key: user_path(getattr(config.data, key))
@@ -181,10 +182,10 @@ def _with_user_paths(config: Config) -> Config:
 
 
 def _fill(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values` with today's keys and the preset's values filled in.
+    """Return `values` with old keys renamed and the preset's values filled in.
 
     Raises:
-        UserError: a key that no section has, an empty value, or an unknown preset.
+        UserError: an unknown key, an empty value, or an unknown preset.
     """
     values = upgrade(values)
     _check_keys(values)
@@ -197,7 +198,7 @@ def _fill(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return nested values in which those of `above` win."""
+    """Return two nested mappings merged; values of `above` take precedence."""
     both = {
         key: _merged(below[key], above[key]) for key in below if _is_dict(below[key]) and _is_dict(above.get(key))
     }
@@ -222,7 +223,7 @@ def _check_keys(values: dict[str, Any], prefix: str = "") -> None:
 
 
 def _schema(section: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (key, type, whether it is a section) of every value of a config, those of sections included."""
+    """Yield (key, type, whether it is a section) of every key of a config, recursively."""
     for name, kind in typing.get_type_hints(section).items():
         parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         sections = [part for part in parts if dataclasses.is_dataclass(part)]
@@ -234,19 +235,19 @@ def _schema(section: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 _KEYS = [key for key, _, _ in _schema(Config)]
 _SECTIONS = {key for key, _, is_section in _schema(Config) if is_section}
 _MAY_BE_NULL = {key for key, kind, _ in _schema(Config) if type(None) in typing.get_args(kind)}
-# The options of train.py, old names included, each with whether it is a flag.
+# The options of train.py, old names included; true where the value may be omitted (a bool).
 CONFIG_OPTIONS = {key: kind is bool for key, kind, _ in _schema(Config)}
 CONFIG_OPTIONS |= {old: CONFIG_OPTIONS[new] for old, new in {**NOW_SECTIONS, **RENAMED}.items()}
 CONFIG_OPTIONS |= {f"model.rope_scaling.{name}": False for name in typing.get_type_hints(RopeScaling)}
 
 
 def _current(key: str, value: str) -> str:
-    """Return today's name of an option."""
+    """Return the current name of an option."""
     return current_key(key, plain=not value.startswith("{"))
 
 
 def _in_optional_section(key: str) -> bool:
-    """Return whether a key lies in a section that may be null; argparse cannot change a part of one."""
+    """Return whether a key is in a section that may be null, of which argparse cannot set a single key."""
     section = key.rpartition(".")[0]
     return section in _SECTIONS and section in _MAY_BE_NULL
 

@@ -1,4 +1,4 @@
-"""The loss over the validation data of a run."""
+"""Evaluate a run on its validation data."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from gptjax.step import Trainable, TrainState, make_eval_step
 
 
 def make_evaluate(t: Trainable, corpus: Corpus) -> Callable[[TrainState], dict[str, float]]:
-    """Return a function from a state to its validation metrics; of the average weights, where they are kept.
+    """Return a function that evaluates a state's weights (their moving average, if kept) on the validation data.
 
     Raises:
-        UserError: a source has fewer validation tokens than one window.
+        UserError: a source has fewer validation tokens than one sequence.
     """
     cfg, eval_step = t.cfg, make_eval_step(t)
     T, B = cfg.model.context_length, cfg.train.batch_sequences
@@ -25,7 +25,7 @@ def make_evaluate(t: Trainable, corpus: Corpus) -> Callable[[TrainState], dict[s
         return validation_batches(source.val, T, B, cfg.train.eval_sequences, rows, source.pack_length)
 
     for source in corpus.sources:
-        batches_of(source)  # so that a corpus too short is refused before the first step
+        batches_of(source)  # rejects a corpus that is too short before the first step
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = state.params if state.ema is None else state.ema

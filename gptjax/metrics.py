@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, trackers behind extras, other records by step, and the picture of the loss."""
+"""Write and read a run's metrics: metrics.jsonl, optional trackers, other records by step, and loss.png."""
 
 import glob
 import json
@@ -17,10 +17,10 @@ from gptjax.files import write_atomically
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out.
+    """Return the rows of a run's metrics.jsonl, without a last line that a crash has truncated.
 
     Raises:
-        UserError: another line is damaged.
+        UserError: any other line is damaged.
     """
     path = epath.Path(workdir) / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
@@ -37,7 +37,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 class Tracker(Protocol):
-    """A place that metrics go to."""
+    """A destination of metrics."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -45,7 +45,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl, one object a line. Opened again, it is cut back to the restored step (0: to nothing)."""
+    """metrics.jsonl, one object per line. Opening it removes the rows after the restored step (0: all rows)."""
 
     def __init__(self, workdir: str, step: int):
         self.path = epath.Path(workdir) / "metrics.jsonl"
@@ -61,7 +61,7 @@ class JsonLines:
 
 
 class BucketLines(JsonLines):
-    """The same in a bucket, where nothing can be appended to: a thread writes the whole file anew, over and over."""
+    """metrics.jsonl in a bucket, which cannot append: a thread rewrites the whole file repeatedly."""
 
     def __init__(self, workdir: str, step: int):
         super().__init__(workdir, step)
@@ -80,17 +80,17 @@ class BucketLines(JsonLines):
 
 
 class TensorBoard:
-    """Event files in the run's folder `tensorboard`."""
+    """TensorBoard event files in the run's directory, under `tensorboard`."""
 
     def __init__(self, workdir: str, step: int):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UserError("log.trackers tensorboard needs: pip install 'gptjax[tensorboard]'") from None
-        # A reader drops what came at this step or later; the values of the restored step itself stay.
+        # Readers drop values from this step on; the values of the restored step itself are kept.
         purged = step + 1 if step else 0
         where = os.path.join(workdir, "tensorboard")
-        # A resume within the same second opens a file of its own, which is read after the one before.
+        # The suffix gives a resume within the same second its own file, which is read after the previous one.
         self.writer = SummaryWriter(where, purge_step=purged, filename_suffix=f".after-{step:012}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -102,10 +102,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run at Weights & Biases; the same run again after a resume.
+    """A run at Weights & Biases, which a resume continues.
 
-    The run's id is drawn at random and kept in the run's directory: names of directories repeat, also between people
-    who share a project, and may hold characters that no id may.
+    The run's id is random and stored in the run's directory: names of directories are not unique, also between people
+    who share a project, and may contain characters that an id may not.
     """
 
     ID_FILE = "wandb_id.txt"
@@ -123,14 +123,14 @@ class WandB:
 
     @classmethod
     def run_id(cls, workdir: str, step: int) -> str:
-        """Return the id of a run that resumes after `step`; one that begins anew gets a new id."""
+        """Return the id of a run that resumes after `step`; a run from the start gets a new id."""
         path, name = epath.Path(workdir) / cls.ID_FILE, Path(workdir).name
         if step and path.exists():
             return path.read_text().strip()
         earlier = (
             step > 0 and "://" not in workdir and any(Path(workdir, "wandb").glob(f"*run-*-{glob.escape(name)}"))
         )
-        found = name if earlier else uuid.uuid4().hex[:16]  # earlier: begun when the name was the id
+        found = name if earlier else uuid.uuid4().hex[:16]  # earlier: the run began when the name was the id
         write_atomically(path, found + "\n")
         return found
 
@@ -144,17 +144,17 @@ class WandB:
 def make_trackers(
     names: Sequence[str], workdir: str, step: int, project: str, config: dict[str, Any]
 ) -> list[Tracker]:
-    """metrics.jsonl and the trackers that the config names, to go on after `step`."""
+    """Return metrics.jsonl and the trackers that the config names, set to resume after `step`."""
     makers = {
         "tensorboard": lambda: TensorBoard(workdir, step),
         "wandb": lambda: WandB(workdir, step, project, config),
     }
-    others = [makers[name]() for name in names]  # first, since one may not be installed, and JsonLines cuts its file
+    others = [makers[name]() for name in names]  # first: one may not be installed, and JsonLines truncates its file
     return [(BucketLines if "://" in workdir else JsonLines)(workdir, step), *others]
 
 
 def read_records(path: str | Path | epath.Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, such as samples.jsonl; what is not whole is left out."""
+    """Return the objects of a file of JSON lines, such as samples.jsonl, without damaged lines."""
     path, rows = epath.Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -165,7 +165,7 @@ def read_records(path: str | Path | epath.Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: str | Path | epath.Path, row: dict[str, Any], kept_until_step: int | None = None) -> None:
-    """Add an object to a file of JSON lines; rows of later steps, which a resume has discarded, are removed."""
+    """Append an object to a file of JSON lines, after removing the rows of steps past `kept_until_step`."""
     rows = read_records(path)
     if kept_until_step is not None:
         rows = [earlier for earlier in rows if earlier.get("step", 0) <= kept_until_step]
@@ -173,7 +173,7 @@ def append_record(path: str | Path | epath.Path, row: dict[str, Any], kept_until
 
 
 def plot_loss(workdir: str) -> None:
-    """Draw loss.png from metrics.jsonl and events.jsonl; nothing without matplotlib or without a row."""
+    """Draw loss.png from metrics.jsonl and events.jsonl; do nothing without matplotlib or without rows."""
     try:
         from gptjax.figures.runs import draw_loss
         from gptjax.figures.style import to_bytes

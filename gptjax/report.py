@@ -1,4 +1,4 @@
-"""What a run reports while it goes: metrics.jsonl, trackers, and a progress bar or lines."""
+"""Report the progress of a run: metrics.jsonl, trackers, and a progress bar or lines."""
 
 import sys
 import time
@@ -19,11 +19,11 @@ from gptjax.metrics import append_record, make_trackers, plot_loss
 from gptjax.nn.transformer import count_params
 from gptjax.step import Trainable
 
-SAMPLE_CHARACTERS = 400  # of a sample that a run keeps
+SAMPLE_CHARACTERS = 400  # of a sample in samples.jsonl
 
 
 class Report:
-    """What a run says: metrics.jsonl and trackers, and a progress bar, or lines where there is no terminal."""
+    """The output of a run: metrics.jsonl, trackers, and a progress bar, or lines if there is no terminal."""
 
     def __init__(self, t: Trainable, corpus: Corpus, start_step: int):
         cfg = self.cfg = t.cfg
@@ -37,7 +37,7 @@ class Report:
         self.say(
             f"{count_params(cfg.model)['total']:,} parameters, {corpus.train_tokens:,} training tokens, "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
-            + (f", going on after step {start_step}" if start_step else "")
+            + (f", resuming after step {start_step}" if start_step else "")
         )
         for note in corpus.notes:
             self.say(f"note: {note}")
@@ -49,7 +49,7 @@ class Report:
             append_record(epath.Path(cfg.workdir) / "events.jsonl", resumed)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Send a step's values to every tracker and to the screen."""
+        """Write a step's values to every tracker and to the terminal."""
         if "val/loss" in values:
             self.val_loss = values["val/loss"]
         for tracker in self.trackers:
@@ -65,17 +65,17 @@ class Report:
             self.say(f"step {step}/{total}  " + "  ".join(f"{k} {v}" for k, v in texts.items()))
 
     def keep_sample(self, step: int, text: str) -> None:
-        """Add a sample's beginning to samples.jsonl, in the place of those that a resume has discarded."""
+        """Add the start of a sample to samples.jsonl, and remove the samples that a resume has discarded."""
         row = {"step": step, "tokens": step * self.tokens_per_step, "text": text[:SAMPLE_CHARACTERS]}
         append_record(epath.Path(self.cfg.workdir) / "samples.jsonl", row, kept_until_step=step - 1)
 
     def say(self, text: str) -> None:
-        """Print a line, once for all processes."""
+        """Print a line; one process does so for all."""
         if self.speaks:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Let go of bar and trackers; draw the loss."""
+        """Close the bar and the trackers, and draw the loss."""
         self.bar.close()
         for tracker in self.trackers:
             attempt(f"closing {type(tracker).__name__}", tracker.close)
@@ -84,13 +84,13 @@ class Report:
 
 
 def attempt(what: str, call: Callable[[], Any]) -> None:
-    """Call what a finished run can do without; where it fails, say so, and let the run end as it did.
+    """Call a function that a finished run does not depend on; if it raises, print a note.
 
     Args:
-        what: what the call does, for the message.
+        what: what the call does, for the note.
     """
     try:
         call()
-    except Exception as error:  # whatever the run's directory holds, or a tracker's server says
+    except Exception as error:  # such as a full disk, or a tracker's server that is down
         reason = f"{type(error).__name__}: {one_line(str(error), LONGEST_REASON)}"
-        print(f"note: {what} failed ({reason}); the run is done and its checkpoints are whole", file=sys.stderr)
+        print(f"note: {what} failed ({reason}); the run is done and its checkpoints are complete", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, what is in it, and how the run ended."""
+"""Manage a run's directory: check that it belongs to the config, describe the run, record how it ended."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from gptjax.hosts import is_writer, together
 
 
 def check_workdir(cfg: Config) -> None:
-    """Raise UserError where the run's directory belongs to a run of another config. Nothing is written."""
+    """Raise UserError if the directory holds a run of another config. Write nothing."""
     workdir = epath.Path(cfg.workdir)
     with readable(cfg.workdir):
         workdir.exists()  # a bucket may be out of reach
@@ -41,13 +41,13 @@ def check_workdir(cfg: Config) -> None:
 
 
 def open_workdir(cfg: Config) -> Checkpoints:
-    """The run's directory, made or found again; its checkpoints. Raises UserError where it cannot be written."""
+    """Create or open the run's directory and return its checkpoints; raise UserError if it cannot be written."""
     together(lambda: write_description(cfg))
     return Checkpoints(cfg.workdir, cfg.checkpoint)
 
 
 def write_description(cfg: Config) -> None:
-    """Make the run's directory, and write its config.yaml and env.json, once for all processes."""
+    """Create the run's directory and write its config.yaml and env.json; one process does so for all."""
     workdir = epath.Path(cfg.workdir)
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -59,12 +59,12 @@ def write_description(cfg: Config) -> None:
 
 
 def write_outcome(workdir: str, status: str, step: int, reason: str = "") -> None:
-    """Write outcome.json, which tells other programs how the run ended last.
+    """Write outcome.json, which tells other programs how the run last ended.
 
     Args:
         status: "done", "stopped" (by a signal; resumable) or "diverged".
-        step: steps taken.
-        reason: one line, for a person.
+        step: number of steps taken.
+        reason: an explanation in one line.
     """
     if is_writer():
         outcome = {"status": status, "step": step, "reason": reason}
@@ -72,7 +72,7 @@ def write_outcome(workdir: str, status: str, step: int, reason: str = "") -> Non
 
 
 def read_outcome(workdir: str | Path) -> dict[str, Any]:
-    """Return what `write_outcome` wrote; status "unfinished" where a run has not ended by itself."""
+    """Return what `write_outcome` wrote; status "unfinished" if the run is in progress or was killed."""
     path = epath.Path(workdir) / "outcome.json"
     if not path.exists():
         return {"status": "unfinished", "step": 0, "reason": ""}

@@ -1,4 +1,4 @@
-"""The state that a run starts from: its newest checkpoint, another model's weights, or random ones. And saving it."""
+"""Restore, initialise and save the train state: from a checkpoint, another model's weights, or random ones."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
 
 def save(checkpoints: Checkpoints, cfg: Config, corpus: Corpus, state: TrainState, val_loss: float | None) -> None:
-    """Begin to save a state, with all that is needed to go on from it or to sample."""
+    """Start to save a state with all that is needed to resume from it or to sample."""
     meta = {
         "config": yaml.safe_load(config_to_yaml(cfg)),
         "tokenizer": corpus.tokenizer.to_dict(),
@@ -32,22 +32,26 @@ def save(checkpoints: Checkpoints, cfg: Config, corpus: Corpus, state: TrainStat
 
 
 def for_disk(state: TrainState) -> tuple[Any, TrainState]:
-    """The weights to sample from (their average where there is one), and the rest of the state."""
+    """Return the weights to sample from (their moving average, if kept), and the rest of the state."""
     if state.ema is None:
         return state.params, state._replace(params=None)
     return state.ema, state._replace(ema=None)
 
 
 def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
-    """The newest undamaged state of the run, on this mesh; None where nothing is saved yet."""
+    """Return the newest undamaged state of the run, on this mesh; None if nothing is saved."""
     checkpoints = Checkpoints(t.cfg.workdir)
 
     def read(step: int) -> TrainState:
         meta = checkpoints.meta(step)
         if not same_ids(tokenizer_from_dict(meta["tokenizer"]), corpus.tokenizer):
-            raise UserError("the corpus has another tokenizer than this run began with; give another --workdir")
+            raise UserError(
+                "the corpus has another tokenizer than this run's checkpoint; use that one, or another --workdir"
+            )
         if not corpus.is_that_of(meta["corpus"]) and not t.cfg.data.change_mixture:
-            raise UserError("the corpus is not the one this run began with; give another --workdir")
+            raise UserError(
+                "the corpus is not the one that this run was trained on; use that corpus, or another --workdir"
+            )
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
         return rest._replace(**{"params" if t.state.ema is None else "ema": weights})
 
@@ -63,9 +67,9 @@ def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
 
 
 def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
-    """Warn where a resume with another train.total_steps makes the learning rate jump.
+    """Warn if a resume with another train.total_steps changes the learning rate abruptly.
 
-    With schedule wsd it does not before the decay begins; afterwards the schedule would rise again, or fall at once.
+    With schedule wsd it does not before the decay starts; after that the rate would rise again or drop.
     """
     totals = (earlier_total, cfg.train.total_steps)
     before, after = (float(learning_rate(cfg.optim, jnp.int32(step), jnp.int32(total))) for total in totals)
@@ -79,10 +83,10 @@ def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
 
 
 def first_state(t: Trainable, corpus: Corpus) -> TrainState:
-    """A new state, from random weights or from the weights of `init_from`."""
+    """Return a new state, with random weights or those of `init_from`."""
     if t.cfg.init_from is None:
         return init_state(t)
     model = initial_model(t.cfg.init_from, t.cfg.model, corpus.tokenizer)
-    state = init_state(t)._replace(params=None, ema=None)  # the random weights make room
+    state = init_state(t)._replace(params=None, ema=None)  # free the random weights first
     params = model.read(t.state.params)
     return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))

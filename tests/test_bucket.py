@@ -55,7 +55,7 @@ def test_a_run_in_a_bucket_is_that_of_a_disk(bucket, tiny_run, tmp_path):
             *tiny_run, "--workdir=gs://bucket/runs/tiny", steps, "--optim.schedule=constant", **bucket
         )
         assert result.returncode == 0, result.stderr
-    assert "going on after step 10" in result.stdout
+    assert "resuming after step 10" in result.stdout
     straight = run_script(*tiny_run, f"--workdir={tmp_path / 'straight'}", "--optim.schedule=constant")
     assert straight.returncode == 0, straight.stderr
     listed = run_script("-c", READ, "gs://bucket/runs/tiny", tmp_path, **bucket)

@@ -112,7 +112,7 @@ def test_a_killed_process_ends_the_other_within_a_minute_and_the_run_goes_on(str
     assert "in train\n" in pair.logs[1 - killed].read_text()  # of the stacks: where the loop was
     again = Pair(tiny_run, tmp_path / "run", PATIENT)
     assert again.codes() == [0, 0], again.said()
-    assert "going on after step 15" in again.said()
+    assert "resuming after step 15" in again.said()
     assert losses(tmp_path / "run") == losses(straight)
 
 

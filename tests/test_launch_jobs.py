@@ -195,7 +195,7 @@ def test_the_tasks_of_a_batch_job_get_the_values_as_they_were_given(tmp_path):
 
 
 BROKEN_SLURM = {
-    "no scontrol": ({"srun": "exit 0", "scontrol": "exit 127"}, 1, "does not tell the address of the first node"),
+    "no scontrol": ({"srun": "exit 0", "scontrol": "exit 127"}, 1, "does not report the address of the first node"),
     "no srun": ({"scontrol": SCONTROL, "srun": "exec no-such-program"}, 127, "not found"),
     "no requeue": (
         {"srun": "exit 75", "scontrol": f'[ "$1" = requeue ] && exit 1; {SCONTROL}'},
@@ -287,8 +287,8 @@ def test_a_secret_that_is_not_set_stops_the_script_before_it_asks_for_anything(t
 
 
 BROKEN_GCLOUD = {
-    "refuses to create": ('[ "$3" = queued-resources ] && exit 1', 1, "gcloud does not tell the state of a"),
-    "hangs": ("exec /bin/sleep 3600", 1, "gcloud does not tell the state of a"),
+    "refuses to create": ('[ "$3" = queued-resources ] && exit 1', 1, "gcloud does not report the state of a"),
+    "hangs": ("exec /bin/sleep 3600", 1, "gcloud does not report the state of a"),
     "cannot copy": (
         f'case "$*" in *" scp "*) exit 9;; esac\n{GCLOUD}',
         9,

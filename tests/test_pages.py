@@ -94,7 +94,7 @@ def test_compare_groups_seeds_and_says_what_differs(tmp_path, capsys):
 
 def test_what_is_no_run_is_one_line(tmp_path):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    for paths, said in (([tmp_path], "is no run"), ([tmp_path / "bad.csv"], "step and val_loss")):
+    for paths, said in (([tmp_path], "is neither a run"), ([tmp_path / "bad.csv"], "step and val_loss")):
         with pytest.raises(UserError, match=said):
             find_runs(list(map(str, paths)))
     with pytest.raises(UserError, match="holds no metrics"):

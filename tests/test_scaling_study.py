@@ -264,7 +264,7 @@ def test_a_study_killed_and_started_again_gives_the_same_results(make_study):
 
     again = run_script("-m", "gptjax", "scaling", "run", killed)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert any("going on after step" in (rung_dir(killed, rung.id) / "log.txt").read_text() for rung in rungs)
+    assert any("resuming after step" in (rung_dir(killed, rung.id) / "log.txt").read_text() for rung in rungs)
     states = {rung.config.optim.peak_lr: state_of(killed, rung) for rung in rungs}
     assert states == {0.003: "done", 1e30: "diverged"}
     for rung in rungs:
@@ -385,6 +385,6 @@ def test_a_branch_ends_in_the_bits_of_a_whole_run(make_study):
     for directory in (whole, branched):
         assert run_script("-m", "gptjax", "scaling", "run", directory).returncode == 0
     rungs = rungs_of(branched)
-    assert "going on after step 75" in (rung_dir(branched, rungs[1].id) / "log.txt").read_text()
+    assert "resuming after step 75" in (rung_dir(branched, rungs[1].id) / "log.txt").read_text()
     losses = [[read_result(d, rung.id)["loss"] for rung in rungs] for d in (whole, branched)]
     assert losses[0] == losses[1]

@@ -92,7 +92,7 @@ def test_a_signal_saves_and_leaves_with_75(straight, tiny_run, tmp_path, number)
     stopped_at = losses(workdir)[-1]["step"]
     assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
     again = run_script(*tiny_run, f"--workdir={workdir}")
-    assert f"going on after step {stopped_at}" in again.stdout
+    assert f"resuming after step {stopped_at}" in again.stdout
     assert losses(workdir) == losses(straight)
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tiny_run, t
     result = run_script(*tiny_run, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert "warning: checkpoint 30" in result.stdout + result.stderr
-    assert "going on after step 25" in result.stdout
+    assert "resuming after step 25" in result.stdout
     assert losses(workdir) == losses(straight)
     assert (workdir / "damaged-30" / "params").is_dir()
     sampled = run_script("sample.py", workdir, "--max_new_tokens", "5")

@@ -111,8 +111,8 @@ def test_another_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
     prepare_bytes(source, tmp_path / "data")
     assert run_script(*args, "--train.total_steps=2").returncode == 0
     for other, message in (
-        ({"tokenizer": "char"}, "has another tokenizer than this run began with"),
-        ({"val_frac": 0.3}, "is not the one this run began with"),
+        ({"tokenizer": "char"}, "has another tokenizer than this run's checkpoint"),
+        ({"val_frac": 0.3}, "is not the one that this run was trained on"),
     ):
         shutil.rmtree(tmp_path / "data")
         prepare_bytes(source, tmp_path / "data", **other)

@@ -70,6 +70,6 @@ def test_a_job_on_two_nodes_is_requeued_goes_on_and_finishes(cluster, tmp_path, 
     stopped = int(re.search(rf"stopped at step (\d+) of {STEPS}; all is saved", text).group(1))
     assert text.count("requeued: attempt 1 ended with everything saved") == 1
     assert text.count("2 x cpu, run") == 2  # two attempts, each of two processes
-    assert f"going on after step {stopped}" in text
+    assert f"resuming after step {stopped}" in text
     assert f"done: {STEPS} steps" in text
     assert [json.loads(line)["step"] for line in metrics().splitlines()] == list(range(STEPS + 1))

@@ -1,1 +1,1 @@
-"""The files by which Slurm, Kubernetes or Google Cloud start a run on many hosts. The engine is JAX's own runtime."""
+"""`gptjax launch`: write the files by which Slurm, Kubernetes or Google Cloud start a run on many hosts."""

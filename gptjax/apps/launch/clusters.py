@@ -1,4 +1,4 @@
-"""Facts about clusters: the compiler's flags, and the TPUs that one asks Google for."""
+"""Data about clusters: compiler flags by platform, and the types of Google's TPUs."""
 
 import math
 from typing import NamedTuple
@@ -7,8 +7,8 @@ from gptjax.checks import filled_axes
 from gptjax.config import Config
 from gptjax.errors import UserError, nearest
 
-# Environment variable and flags, by kind of device. They let collectives run beside the computation. On GPUs,
-# asynchronous collectives are the default already.
+# Environment variable and flags, by kind of device. They let collectives overlap with computation. On GPUs,
+# asynchronous collectives are the default.
 #   cuda: "Optimization level" in JAX-Toolbox's docs/GPU_performance.md, and openxla.org/xla/gpu_optimization_levels:
 #       the latency-hiding scheduler, collectives pipelined over the layers' loop, and the loop unrolled twice.
 #   tpu: openxla.org/xla/flags_guidance, and MaxText's benchmarks/xla_flags_library.py (CF_FOR_ALL_GATHER and
@@ -42,14 +42,14 @@ XLA_FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Tpu(NamedTuple):
-    """A kind of TPU.
+    """A type of TPU.
 
     Attributes:
-        gke: the node label cloud.google.com/gke-tpu-accelerator.
-        type_prefix: of gcloud's --accelerator-type, before the number.
-        cores_per_chip: what that number counts for each chip.
-        runtime: gcloud's --runtime-version.
-        dimensions: of a topology.
+        gke: value of the node label cloud.google.com/gke-tpu-accelerator.
+        type_prefix: prefix of gcloud's --accelerator-type, before the number of cores.
+        cores_per_chip: cores that this number counts for each chip.
+        runtime: value of gcloud's --runtime-version.
+        dimensions: number of dimensions of a topology.
     """
 
     gke: str
@@ -83,10 +83,10 @@ class Slice(NamedTuple):
 
 
 def parse_slice(topology: str) -> Slice:
-    """The slice that `v5e:16x16` names, as in `gptjax plan`; raises UserError for another text."""
+    """Return the slice that a text such as `v5e:16x16` names, as in `gptjax plan`; raise UserError for any other."""
     kind, _, shape = topology.partition(":")
     if kind not in TPUS:
-        raise UserError(f"topology {topology!r} is of no known TPU{nearest(kind, TPUS)}; give e.g. v5e:16x16")
+        raise UserError(f"topology {topology!r} names no known TPU{nearest(kind, TPUS)}; write it as v5e:16x16")
     tpu, sizes = TPUS[kind], shape.split("x")
     if len(sizes) != tpu.dimensions or not all(size.isdecimal() and int(size) for size in sizes):
         example = "x".join(["4"] * tpu.dimensions)
@@ -95,7 +95,8 @@ def parse_slice(topology: str) -> Slice:
 
 
 def check_mesh(cfg: Config, devices: int) -> None:
-    """Raise UserError where the config's mesh does not fit so many devices; the cluster would say so hours later."""
+    """Raise UserError if the config's mesh does not fit the number of devices, before the job waits in a queue."""
     if filled_axes(cfg.mesh.axes, devices) is None:
-        asked = ", ".join(f"mesh.{name} {size}" for name, size in cfg.mesh.axes.items() if size != 1)
-        raise UserError(f"{asked or 'a mesh of one device'} does not fit the {devices} devices of this job")
+        sizes = (f"mesh.{name} {size}" for name, size in cfg.mesh.axes.items() if size != 1)
+        mesh = ", ".join(sizes) or "a mesh of one device"
+        raise UserError(f"{mesh} does not fit the {devices} devices of this job; change mesh.* or the job's size")

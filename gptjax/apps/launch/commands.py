@@ -1,4 +1,4 @@
-"""The verbs of `gptjax launch`. Each writes a folder: the run's whole config, and the job that trains from it."""
+"""The commands of `gptjax launch`. Each writes a folder with the run's whole config and the job that trains it."""
 
 import os
 import re
@@ -41,24 +41,27 @@ def slurm(
     out: UserPath | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Write a batch job for Slurm, and submit it. It requeues itself until the run is done.
+    """Write a batch job for Slurm and submit it. The job requeues itself until the run is done.
 
     Args:
-        config: the run's file, as for train.py; flags such as --train.total_steps 1000 change it.
-        flags: the flags that change it.
-        nodes: how many.
-        gpus_per_node: 0 for a cluster of CPUs.
-        tasks_per_node: processes on a node: 1, which holds all of its GPUs, or one for each GPU.
-        time: limit of one attempt, such as 24:00:00; without it the partition's.
-        partition: where to run; without it Slurm's default.
-        account: who pays.
+        config: the run's config file, as for train.py; flags such as --train.total_steps 1000 override its keys.
+        flags: overrides of the config's keys.
+        nodes: number of nodes; the mesh must fit nodes x gpus_per_node devices.
+        gpus_per_node: number of GPUs on each node; 0 for a cluster of CPUs.
+        tasks_per_node: processes on a node: 1, which uses all of its GPUs, or as many as GPUs; try the latter if a
+            process with several GPUs hangs.
+        time: time limit of one attempt, such as 24:00:00; the default is the partition's. The job saves and requeues
+            itself before the limit.
+        partition: Slurm partition; the default is the cluster's.
+        account: account that is charged, where the cluster requires one.
         sbatch: further options of sbatch, such as "--exclusive --constraint=h100".
-        setup: shell lines before the tasks start, such as "module load cuda".
-        env: NAME=VALUE, a variable of the tasks' environment; may be given several times. Variables of the shell
-            that submits, secrets among them, are passed on by sbatch itself.
-        grace_s: seconds before the time limit at which the tasks are told to save.
-        out: folder of the job's files and log; without it launch/ and the run's name.
-        dry_run: write the files, submit nothing.
+        setup: shell commands to run before the tasks start, such as "module load cuda".
+        env: environment variable of the tasks, as NAME=VALUE; may be repeated. sbatch itself passes on the variables
+            of the submitting shell, secrets included.
+        grace_s: seconds before the time limit at which the tasks are told to save; raise it if a checkpoint takes
+            longer than that.
+        out: directory of the job's files and log; the default is launch/NAME.
+        dry_run: write the files without submitting the job, to read or edit them first.
     """
     cfg, name = read_run(config, flags)
     if gpus_per_node and tasks_per_node not in (1, gpus_per_node):
@@ -105,37 +108,37 @@ def gke(
     volume: list[str] | None = None,
     out: UserPath | None = None,
 ) -> None:
-    """Write a JobSet for Google's Kubernetes, to be given to kubectl apply.
+    """Write a JobSet for Google Kubernetes Engine, for `kubectl apply`.
 
     Args:
-        config: the run's file, as for train.py; flags such as --train.total_steps 1000 change it.
-        flags: the flags that change it.
+        config: the run's config file, as for train.py; flags such as --train.total_steps 1000 override its keys.
+        flags: overrides of the config's keys.
         image: the container image, built from the repository's Dockerfile.
-        topology: the TPUs of a slice, such as v5e:16x16.
-        num_slices: slices, joined by the data-centre network.
-        gpu: GPUs instead: the label of their nodes, such as nvidia-h100-80gb.
-        nodes: of GPUs.
-        gpus_per_node: on each.
-        queue: of Kueue.
-        service_account: of Kubernetes, which may write to the run's bucket.
-        spot: whether nodes may be taken away.
-        max_restarts: after faults; a preemption does not count.
-        grace_s: seconds that a pod has to save when it is taken away.
-        env: NAME=VALUE, a variable of the container's environment; may be given several times.
-        secret: a secret of Kubernetes, whose keys become variables of the environment (kubectl create secret generic
-            wandb --from-literal=WANDB_API_KEY=...); may be given several times.
-        volume: CLAIM:/PATH, a persistent volume's claim and where it is mounted; may be given several times.
-        out: folder of the job's files; without it launch/ and the run's name.
+        topology: type and shape of a TPU slice, such as v5e:16x16; or give gpu.
+        num_slices: number of TPU slices, joined by the data-centre network; mesh.data must be a multiple of it.
+        gpu: type of GPU nodes, by their label, such as nvidia-h100-80gb; or give topology.
+        nodes: number of GPU nodes.
+        gpus_per_node: number of GPUs on each node.
+        queue: local queue of Kueue, where the cluster uses it.
+        service_account: Kubernetes service account, if the default one may not write to the run's bucket.
+        spot: use spot nodes, which are cheaper and may be preempted; the run then resumes.
+        max_restarts: restarts after failures before the job gives up; preemptions do not count.
+        grace_s: seconds that a preempted pod has to save; raise it if a checkpoint takes longer.
+        env: environment variable of the container, as NAME=VALUE; may be repeated.
+        secret: name of a Kubernetes secret whose keys become environment variables (kubectl create secret generic
+            wandb --from-literal=WANDB_API_KEY=...); may be repeated.
+        volume: persistent volume claim and its mount point, as CLAIM:/PATH; may be repeated.
+        out: directory of the job's files; the default is launch/NAME.
     """
     if (topology is None) == (gpu is None):
-        raise UserError("say what to run on: --topology v5e:16x16, or --gpu nvidia-h100-80gb with --nodes")
+        raise UserError("give the devices to run on: --topology v5e:16x16, or --gpu nvidia-h100-80gb with --nodes")
     cfg, name = read_run(config, flags)
     volumes = parse_volumes(volume)
     check_paths(cfg, volumes)
     cfg = for_container(cfg)
     variables = parse_variables(env)
     if "PROCESS_ID" in variables:
-        raise UserError("--env PROCESS_ID is what tells a pod its number; give another name")
+        raise UserError("--env PROCESS_ID is reserved for the number of a pod; use another name")
     tpus = None if topology is None else parse_slice(topology)
     check_mesh(cfg, nodes * gpus_per_node if tpus is None else tpus.chips * num_slices)
     text = config_to_yaml(cfg)
@@ -162,28 +165,28 @@ def tpu_vm(
     volume: list[str] | None = None,
     out: UserPath | None = None,
 ) -> None:
-    """Write a script of gcloud commands that queues for TPU VMs and trains on them.
+    """Write a shell script that queues for TPU VMs with gcloud and trains on them.
 
     Args:
-        config: the run's file, as for train.py; flags such as --train.total_steps 1000 change it.
-        flags: the flags that change it.
+        config: the run's config file, as for train.py; flags such as --train.total_steps 1000 override its keys.
+        flags: overrides of the config's keys.
         image: the container image, built from the repository's Dockerfile.
-        topology: the TPUs of a slice, such as v5e:16x16.
-        zone: of Google Cloud, such as us-west4-a.
-        num_slices: slices, joined by the data-centre network.
-        spot: whether they may be taken away.
-        env: NAME=VALUE, a variable of the container's environment; may be given several times.
-        secret: NAME of a variable that the script's own environment has when it runs, such as WANDB_API_KEY; its
-            value is in no file of the job. May be given several times.
-        volume: DIRECTORY:/PATH, a directory of every host and where it is mounted; may be given several times.
-        out: folder of the job's files; without it launch/ and the run's name.
+        topology: type and shape of a TPU slice, such as v5e:16x16.
+        zone: zone of Google Cloud, such as us-west4-a.
+        num_slices: number of TPU slices, joined by the data-centre network; mesh.data must be a multiple of it.
+        spot: use spot capacity, which is cheaper and may be preempted; the script then queues again and resumes.
+        env: environment variable of the container, as NAME=VALUE; may be repeated.
+        secret: name of an environment variable of the script, such as WANDB_API_KEY, whose value is passed to the
+            container and written to no file of the job; may be repeated.
+        volume: directory of every host and its mount point, as DIRECTORY:/PATH; may be repeated.
+        out: directory of the job's files; the default is launch/NAME.
     """
     cfg, name = read_run(config, flags)
     volumes = parse_volumes(volume)
     check_paths(cfg, volumes)
     cfg = for_container(cfg)
     if strange := [text for text in secret or [] if not re.fullmatch(VARIABLE, text)]:
-        raise UserError(f"--secret {strange[0]!r} is no name of a variable; give e.g. --secret WANDB_API_KEY")
+        raise UserError(f"--secret {strange[0]!r} is not the name of a variable; write it as --secret WANDB_API_KEY")
     tpus = parse_slice(topology)
     check_mesh(cfg, tpus.chips * num_slices)
     given = (parse_variables(env), secret or [], volumes)
@@ -196,21 +199,21 @@ VERBS: dict[str, Callable[..., None]] = {"slurm": slurm, "gke": gke, "tpu-vm": t
 
 
 def read_run(config: str, flags: list[str]) -> tuple[Config, str]:
-    """The run, and its name as a DNS label."""
+    """Return the run's config, and its name as a DNS label."""
     cfg = load_config([config, *flags])
     name = re.sub(r"[^a-z0-9]+", "-", (cfg.workdir or "").rstrip("/").rpartition("/")[2].lower()).strip("-")[:40]
     return cfg, name if name[:1].isalpha() else f"run-{name}".rstrip("-")
 
 
 def make_folder(out: str | None, name: str, cfg: Config) -> Path:
-    """The folder of a job's files, with the run's whole config in it; raises UserError where it cannot be written."""
+    """Return the directory of a job's files, with the run's whole config; raise UserError if it cannot be written."""
     with writing(os.path.join(out or f"launch/{name}", "config.yaml")) as path:
         path.write_text(config_to_yaml(cfg), encoding="utf-8")
     return path.parent.absolute()
 
 
 def _words(option: str, text: str) -> list[str]:
-    """The words of an option's value, as a shell splits them; raises UserError for a quote without its end."""
+    """Return the words of an option's value, as a shell splits them; raise UserError for an unclosed quote."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -218,7 +221,7 @@ def _words(option: str, text: str) -> list[str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as they are, instead of quoted."""
+    """A dumper that writes texts of several lines as blocks."""
 
 
 def _represent(dumper: yaml.SafeDumper, text: str) -> Any:

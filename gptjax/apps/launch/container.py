@@ -1,4 +1,4 @@
-"""What a job's container is given from outside: environment variables, volumes, and the paths that exist in it."""
+"""Prepare what a job's container gets from outside: environment variables, volumes, and paths that exist in it."""
 
 import dataclasses
 import os
@@ -15,8 +15,8 @@ from gptjax.tokenizers import TIKTOKEN_FILES
 CONFIG_FOLDER = "/etc/gptjax"  # where a pod finds the run's config
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"  # of a model, such as gpt2 or openai-community/gpt2
-HOME = os.path.expanduser("~")  # of this machine, which configs have in place of ~
-# Names that stand for no path.
+HOME = os.path.expanduser("~")  # of this machine; configs contain it in place of ~
+# Values of data.path and data.tokenizer that are not paths.
 DATA_NAMES = (*DOWNLOADS, "shakespeare")
 TOKENIZER_NAMES = ("byte", "char", *TIKTOKEN_FILES)
 
@@ -25,13 +25,13 @@ def parse_variables(given: list[str] | None) -> dict[str, str]:
     """Return the environment variables of `--env NAME=VALUE`; a value may contain anything.
 
     Raises:
-        UserError: no NAME=VALUE, a name that no shell accepts, or a name given twice.
+        UserError: a text that is not NAME=VALUE, a name that no shell accepts, or a name given twice.
     """
     found: dict[str, str] = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(VARIABLE, name):
-            raise UserError(f"--env {text!r} is not NAME=VALUE; give e.g. --env HF_HOME=/data/hub")
+            raise UserError(f"--env {text!r} is not NAME=VALUE; write it as --env HF_HOME=/data/hub")
         if name in found:
             raise UserError(f"--env {name} is given twice; give it once")
         found[name] = value
@@ -49,14 +49,14 @@ def parse_volumes(given: list[str] | None) -> dict[str, str]:
     """Return, for `--volume SOURCE:/PATH`, each path inside the container and the source that is mounted there.
 
     Raises:
-        UserError: not SOURCE:/PATH, or a path given twice.
+        UserError: a text that is not SOURCE:/PATH, or a path given twice.
     """
     found: dict[str, str] = {}
     for text in given or []:
         source, _, path = text.rpartition(":")
         path = path.rstrip("/")
         if not source or not path.startswith("/") or ".." in path.split("/"):
-            raise UserError(f"--volume {text!r} is not SOURCE:/PATH; give e.g. --volume shared-disk:/data")
+            raise UserError(f"--volume {text!r} is not SOURCE:/PATH; write it as --volume shared-disk:/data")
         if path in found or path == CONFIG_FOLDER:
             raise UserError(f"--volume {text!r}: something else is mounted at {path}; give another path")
         found[path] = source
@@ -64,13 +64,13 @@ def parse_volumes(given: list[str] | None) -> dict[str, str]:
 
 
 def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
-    """Check that the paths of a config exist for a container, and outlive it where the run writes.
+    """Check that a config's inputs exist in a container, and that the run's directory outlives it.
 
     Args:
-        volumes: paths inside the container on which something is mounted.
+        volumes: mount points inside the container.
 
     Raises:
-        UserError: a run's directory on no volume, or input of which only this machine knows the place.
+        UserError: the run's directory is on no volume, or an input is a path of this machine only.
     """
     workdir = cfg.workdir or ""
     if "://" not in workdir and not _is_mounted(workdir, volumes):

@@ -1,4 +1,4 @@
-"""A JobSet, by which Kubernetes runs one pod on each host of TPU slices or of GPU nodes."""
+"""Write a JobSet, with which Kubernetes runs one pod on each host of TPU slices or GPU nodes."""
 
 from typing import Any, NamedTuple
 
@@ -11,24 +11,24 @@ USER = 1000  # the Dockerfile's
 
 
 class GkeJob(NamedTuple):
-    """What the cluster is to be asked for.
+    """A job for a Kubernetes cluster.
 
     Attributes:
-        name: a DNS label.
-        image: built from the repository's Dockerfile, with the extra tpu or cuda.
-        config: of the run, as YAML.
-        slice: the TPUs; None for GPUs.
-        num_slices: of TPUs, joined by the data-centre network.
-        gpu: the node label cloud.google.com/gke-accelerator.
-        nodes: of GPUs.
-        gpus_per_node: on each.
-        queue: of Kueue; None for none.
-        service_account: of Kubernetes, which may write to the bucket; None for the default one.
-        spot: whether nodes may be taken away.
-        max_restarts: after faults. Restarts after a preemption are not counted.
-        grace_s: seconds that a pod has to save.
-        variables: of the environment.
-        secrets: of Kubernetes, each of whose keys becomes a variable of the environment.
+        name: name of the JobSet, a DNS label.
+        image: container image, built from the repository's Dockerfile with the extra tpu or cuda.
+        config: the run's config, as YAML.
+        slice: the TPU slice; None for GPUs.
+        num_slices: number of TPU slices, joined by the data-centre network.
+        gpu: value of the node label cloud.google.com/gke-accelerator.
+        nodes: number of GPU nodes.
+        gpus_per_node: number of GPUs on each.
+        queue: local queue of Kueue; None without Kueue.
+        service_account: Kubernetes service account that may write to the bucket; None for the default one.
+        spot: whether nodes may be preempted.
+        max_restarts: restarts after failures; restarts after a preemption do not count.
+        grace_s: seconds that a preempted pod has to save.
+        variables: environment variables.
+        secrets: names of Kubernetes secrets, whose keys become environment variables.
         volumes: path inside the container -> claim of a persistent volume.
     """
 
@@ -51,7 +51,7 @@ class GkeJob(NamedTuple):
 
 
 def manifests(job: GkeJob) -> list[dict[str, Any]]:
-    """A ConfigMap with the run's config, and the JobSet."""
+    """Return a ConfigMap with the run's config, and the JobSet."""
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -59,7 +59,7 @@ def manifests(job: GkeJob) -> list[dict[str, Any]]:
         "data": {"config.yaml": job.config},
     }
     metadata: dict[str, Any] = {"name": job.name}
-    if job.slice is not None:  # a replicated job is a slice, and has a node pool to itself
+    if job.slice is not None:  # a replicated job is a slice, with a node pool of its own
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     if job.queue is not None:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": job.queue}
@@ -68,7 +68,7 @@ def manifests(job: GkeJob) -> list[dict[str, Any]]:
         "completionMode": "Indexed",
         "completions": pods,
         "parallelism": pods,
-        "backoffLimit": 0,  # one pod cannot come back alone: the whole set starts again
+        "backoffLimit": 0,  # one pod cannot rejoin alone: the whole set restarts
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -81,7 +81,7 @@ def manifests(job: GkeJob) -> list[dict[str, Any]]:
         "template": {"spec": _pod(job)},
     }
     spec = {
-        # Without end after what the pods' policy names, a preemption; so many times after anything else.
+        # Preemptions, which the pods' policy names, restart without limit; anything else up to maxRestarts times.
         "failurePolicy": {
             "maxRestarts": job.max_restarts,
             "rules": [
@@ -106,7 +106,7 @@ def _pod(job: GkeJob) -> dict[str, Any]:
     for number, (path, claim) in enumerate(job.volumes.items()):
         volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"volume-{number}", "mountPath": path})
-    if job.slice is None:  # GKE tells TPU hosts who they are, and nobody tells GPU nodes
+    if job.slice is None:  # GKE tells TPU hosts their numbers, but not GPU nodes
         index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         environment.append({"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}})
         command += [f"--distributed.coordinator={job.name}-workers-0-0.{job.name}:{PORT}"]

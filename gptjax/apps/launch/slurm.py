@@ -1,4 +1,4 @@
-"""A batch job of Slurm."""
+"""Write a batch job for Slurm."""
 
 import shlex
 from typing import NamedTuple
@@ -8,19 +8,19 @@ from gptjax.errors import UserError
 
 
 class SlurmJob(NamedTuple):
-    """What sbatch is to be asked for.
+    """A job for Slurm.
 
     Attributes:
-        name: of the job.
-        command: of one task.
-        log: the file that all output is appended to; %j is the job's number.
-        nodes: how many.
-        tasks_per_node: processes on each.
-        gpus_per_node: 0 for a cluster of CPUs.
+        name: name of the job.
+        command: command of one task.
+        log: file to which all output is appended; %j is the job's number.
+        nodes: number of nodes.
+        tasks_per_node: processes on each node.
+        gpus_per_node: number of GPUs on each node; 0 for a cluster of CPUs.
         grace_s: seconds before the time limit at which the tasks are told to save.
-        options: further ones of sbatch, such as --partition=NAME.
-        setup: lines of shell before the tasks start.
-        variables: of the tasks' environment.
+        options: further options of sbatch, such as --partition=NAME.
+        setup: shell commands that run before the tasks start.
+        variables: environment variables of the tasks.
     """
 
     name: str
@@ -37,25 +37,25 @@ class SlurmJob(NamedTuple):
 
 SCRIPT = """\
 #!/bin/bash
-# Written by `gptjax launch slurm`. The tasks find each other through JAX, which asks Slurm who they are.
+# Written by `gptjax launch slurm`. JAX reads the number of processes and their ranks from Slurm.
 {options}
 
 {setup}
-# Node names need not resolve, so JAX is told the address under which Slurm itself knows the first node. The port lies
-# above the ephemeral ones.
+# Node names need not resolve, so JAX gets the address under which Slurm knows the first node. The port is above the
+# ephemeral ones.
 first=$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(timeout 60 scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 if [ -z "$address" ]; then
-  echo "scontrol does not tell the address of the first node of $SLURM_JOB_NODELIST" >&2
+  echo "scontrol does not report the address of the first node of $SLURM_JOB_NODELIST" >&2
   exit 1
 fi
 case "$address" in *:*) address="[$address]" ;; esac # IPv6
 export JAX_COORDINATOR_ADDRESS="$address:$((61440 + SLURM_JOB_ID % 4096))"
 
-# A task that fails ends the others itself, with a log that says why; Slurm's own, sudden way is the second line.
+# A task that fails ends the others by itself and logs the reason; srun kills them only if that takes over 300 s.
 srun --kill-on-bad-exit=0 --wait=300 {command}
 code=$?
-if [ "$code" -eq 75 ]; then # stopped by a signal, all is saved
+if [ "$code" -eq 75 ]; then # stopped by a signal, with everything saved
   echo "requeueing: attempt $((${{SLURM_RESTART_COUNT:-0}} + 1)) ended with everything saved"
   timeout 60 scontrol requeue "$SLURM_JOB_ID" || echo "scontrol requeue failed: submit the job again to resume" >&2
 fi
@@ -64,15 +64,15 @@ exit "$code"
 
 
 def batch_script(job: SlurmJob) -> str:
-    """Return the script that sbatch takes.
+    """Return the script for sbatch.
 
     Raises:
-        UserError: a path or option with a line break, which no #SBATCH line can hold.
+        UserError: a path or option with a line break, which an #SBATCH line cannot contain.
     """
     options = [f"--job-name={job.name}", f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks_per_node}"]
     if job.gpus_per_node:
         options.append(f"--gpus-per-node={job.gpus_per_node}")
-    # Without B: the signal goes to the tasks alone; this script lives on to see their exit code.
+    # Without "B:" the signal goes to the tasks only; this script keeps running and reads their exit code.
     options += [
         f"--signal=TERM@{job.grace_s}",
         "--requeue",
@@ -80,7 +80,7 @@ def batch_script(job: SlurmJob) -> str:
         f"--output={job.log}",
     ]
     if broken := [option for option in (*options, *job.options) if "\n" in option]:
-        raise UserError(f"{broken[0]!r} has a line break, which no #SBATCH line can hold; give another")
+        raise UserError(f"{broken[0]!r} has a line break, which an #SBATCH line cannot contain; remove it")
     variable, flags = XLA_FLAGS["cuda" if job.gpus_per_node else "cpu"]
     setup = [job.setup] if job.setup else []
     setup += [f"export {name}={shlex.quote(value)}" for name, value in job.variables.items()]
@@ -93,6 +93,6 @@ def batch_script(job: SlurmJob) -> str:
 
 
 def _quoted(option: str) -> str:
-    """An option with its value in quotes where it needs them; sbatch reads them as a shell does."""
+    """Return an option with its value quoted if necessary; sbatch parses it as a shell does."""
     name, _, value = option.partition("=")
     return f"{name}={shlex.quote(value)}" if value else name

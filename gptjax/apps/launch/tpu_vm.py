@@ -1,4 +1,4 @@
-"""TPU slices of Google Cloud without Kubernetes: a script of gcloud's commands."""
+"""Write a script of gcloud commands for TPU slices of Google Cloud without Kubernetes."""
 
 import shlex
 from typing import NamedTuple
@@ -8,17 +8,17 @@ from gptjax.apps.launch.container import merge_xla_flags
 
 
 class TpuVmJob(NamedTuple):
-    """What Google is to be asked for.
+    """A job for TPU VMs.
 
     Attributes:
-        name: of the queued resource, and of its slices.
-        image: built from the repository's Dockerfile with the extra tpu; the VMs' own Python is too old.
-        slice: the TPUs.
-        num_slices: joined by the data-centre network.
-        zone: such as us-west4-a.
-        spot: whether they may be taken away.
-        variables: of the container's environment.
-        secrets: variables that the script's own environment has; their values are in no file of the job.
+        name: name of the queued resource, and of its slices.
+        image: container image, built from the repository's Dockerfile with the extra tpu; the VMs' Python is too old.
+        slice: the TPU slice.
+        num_slices: number of slices, joined by the data-centre network.
+        zone: zone of Google Cloud, such as us-west4-a.
+        spot: whether the slices may be preempted.
+        variables: environment variables of the container.
+        secrets: names of variables in the script's environment; their values are in no file of the job.
         volumes: path inside the container -> directory of each host.
     """
 
@@ -35,12 +35,12 @@ class TpuVmJob(NamedTuple):
 
 SCRIPT = """\
 #!/usr/bin/env bash
-# Written by `gptjax launch tpu-vm`. It queues for the slices, trains on them, queues again when they are taken away,
-# and gives them back at the end. It needs gcloud with a project, and lives as long as the run: start it in tmux.
+# Written by `gptjax launch tpu-vm`. It queues for the slices, trains on them, queues again when they are preempted,
+# and deletes them at the end. It needs gcloud with a project, and runs as long as the training: start it in tmux.
 set -euo pipefail
 cd "$(dirname "$0")"
 command -v gcloud >/dev/null || {{
-  echo "there is no gcloud on PATH; install the Google Cloud CLI" >&2
+  echo "gcloud is not on PATH; install the Google Cloud CLI" >&2
   exit 2
 }}
 name={name}
@@ -48,7 +48,7 @@ zone={zone}
 slices=({slices})
 secrets=({secrets})
 
-# A request ends after GCLOUD_TIMEOUT_S, so that a hung gcloud stops nothing for good. (macOS has no `timeout`.)
+# A request ends after GCLOUD_TIMEOUT_S, so that a hung gcloud does not block the script. (macOS has no `timeout`.)
 tpus() {{
   local limit=(timeout "${{GCLOUD_TIMEOUT_S:-1800}}")
   command -v timeout >/dev/null || limit=(env)
@@ -57,7 +57,7 @@ tpus() {{
 
 state() {{ tpus queued-resources describe "$name" --format='value(state.state)'; }}
 
-still_ours() {{ # whether the slices are there; one answer of gcloud that is missing proves nothing
+still_ours() {{ # whether the slices still exist; gcloud may fail once without meaning anything
   local found
   for _ in 1 2 3 4 5; do
     if found=$(state); then
@@ -66,11 +66,11 @@ still_ours() {{ # whether the slices are there; one answer of gcloud that is mis
     fi
     sleep "${{POLL_S:-30}}"
   done
-  echo "gcloud does not tell the state of $name; the slices are kept. Start this script again to go on with them" >&2
+  echo "gcloud does not report the state of $name; the slices are kept. Start this script again to resume on them" >&2
   exit 1
 }}
 
-obtain() {{ # until the slices are there; those of an earlier start of this script are taken over
+obtain() {{ # waits for the slices; those of an earlier start of this script are reused
   local found
   state >/dev/null 2>&1 || tpus queued-resources create "$name" {node} \\
     --accelerator-type={accelerator} --runtime-version={runtime}{spot} || return
@@ -86,7 +86,7 @@ obtain() {{ # until the slices are there; those of an earlier start of this scri
 
 give_back() {{ tpus queued-resources delete "$name" --force --quiet; }}
 
-everywhere() {{ # a command, on every host of every slice at once; the first code that is not 0
+everywhere() {{ # runs a command on every host of every slice at once; returns the first exit code that is not 0
   local jobs=() code=0 slice job
   for slice in "${{slices[@]}}"; do
     gcloud compute tpus tpu-vm ssh "$slice" --zone="$zone" --worker=all --command="$1" &
@@ -127,11 +127,11 @@ while true; do
     give_back
     exit 0
   fi
-  if still_ours && [ "$code" -ne 75 ]; then # the run's own fault, and nobody's preemption
+  if still_ours && [ "$code" -ne 75 ]; then # a failure of the run, not a preemption
     echo "training ended with $code; the slices are kept: gcloud compute tpus queued-resources delete $name" >&2
     exit "$code"
   fi
-  echo "the slices were taken away; queueing for them again"
+  echo "the slices were preempted; queueing for them again"
   give_back
   sleep "${{POLL_S:-30}}"
 done
@@ -139,7 +139,7 @@ done
 
 
 def script(job: TpuVmJob) -> str:
-    """Return the script, to lie beside the run's config.yaml."""
+    """Return the script, which expects the run's config.yaml in its directory."""
     several = job.num_slices > 1
     node = [f"--node-count={job.num_slices}", f"--node-prefix={job.name}"] if several else [f"--node-id={job.name}"]
     slices = [f"{job.name}-{i}" for i in range(job.num_slices)] if several else [job.name]
@@ -161,7 +161,7 @@ def script(job: TpuVmJob) -> str:
 
 
 def _docker_run(job: TpuVmJob) -> str:
-    """The command of one host's shell, which alone knows $HOME."""
+    """Return the command for a host's shell, which expands $HOME."""
     options = ["--rm", "--privileged", "--user=0", "--net=host", "--stop-timeout=120"]  # root: it opens the TPUs
     for name, value in merge_xla_flags(job.variables, "tpu").items():
         options += ["-e", f"{name}={value}"]

@@ -1,1 +1,1 @@
-"""Reports of runs: one run as a page, and several runs side by side."""
+"""`gptjax report` and `gptjax compare`: pages about one run, and about several runs side by side."""

@@ -1,4 +1,4 @@
-"""`gptjax report` and `gptjax compare`."""
+"""The commands `gptjax report` and `gptjax compare`."""
 
 import json as json_format
 from pathlib import Path
@@ -16,8 +16,8 @@ def report(run: UserPath, out: UserPath | None = None) -> None:
     """Write one run as a self-contained HTML page: figures, curves, samples, config, provenance.
 
     Args:
-        run: the directory of a run, finished or not.
-        out: the file to write; without it report.html in the run's directory.
+        run: the directory of a run, finished or still training.
+        out: the file to write; the default is report.html in the run's directory.
     """
     found = read_run(run)
     try:
@@ -36,11 +36,11 @@ def compare(
     """Compare runs: losses over steps, tokens, FLOPs and time, what differs, and final figures with seeds grouped.
 
     Args:
-        runs: directories of runs, folders of runs, and other trainers' CSV files (columns step, val_loss, and perhaps
-            tokens, flops, seconds).
-        html: a page to write.
-        png: a picture to write.
-        json: print one JSON object.
+        runs: directories of runs, folders that contain runs, and CSV files of other trainers (columns step and
+            val_loss; optionally tokens, flops and seconds).
+        html: also write the comparison as a page to this file.
+        png: also write the loss curves as a picture to this file.
+        json: print one JSON object instead of the table.
     """
     found = find_runs(runs)
     from gptjax.process import prepare_process

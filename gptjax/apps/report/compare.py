@@ -1,4 +1,4 @@
-"""Several runs side by side: losses, what differs in their configs, and final figures with seeds grouped."""
+"""Compare runs: losses, differences of their configs, and final figures with seeds grouped."""
 
 import json
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ MOST_KEYS = 60  # of a config that the page's table shows
 
 
 def loss_key(runs: Sequence[Run]) -> str:
-    """Return the loss that every run has: validation's, or else training's."""
+    """Return the key of the loss that every run has: the validation loss, or else the training loss."""
     return "val/loss" if all(run.last("val/loss") is not None for run in runs) else "train/loss"
 
 
 def flops_per_token(run: Run) -> float | None:
-    """Return the training FLOPs of a token by the run's config; None where it has none. Loads JAX."""
+    """Return the training FLOPs per token from the run's config; None without a config. Imports JAX."""
     from gptjax.configfile import config_from_dict
     from gptjax.nn.transformer import flops_per_token
 
@@ -54,7 +54,7 @@ def curves(runs: Sequence[Run], rates: Sequence[float | None]) -> list[Curve]:
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:
-    """Return the runs' names, with their parent folders where two are the same."""
+    """Return the runs' names, with their parent folders if two are equal."""
     names = [run.name for run in runs]
     return [
         f"{run.path.resolve().parent.name}/{name}" if names.count(name) > 1 else name
@@ -63,7 +63,7 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 def compare(runs: Sequence[Run], rates: Sequence[float | None]) -> dict[str, Any]:
-    """Return the comparison as plain values: `loss`, `runs`, `groups` (one recipe, several seeds), `differing`."""
+    """Return the comparison as plain values: `loss`, `runs`, `groups` (a recipe's seeds), `differing`."""
     key, names = loss_key(runs), distinct_names(runs)
     rows = []
     for run, name, rate in zip(runs, names, rates, strict=True):
@@ -116,7 +116,7 @@ def differing(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[str, 
 
 
 def compare_page(runs: Sequence[Run], rates: Sequence[float | None], values: dict[str, Any], command: str) -> str:
-    """Return the comparison as a page."""
+    """Return the comparison as an HTML page."""
     what = {"val/loss": "validation loss", "train/loss": "training loss"}[values["loss"]]
     made = curves(runs, rates)
     best = values["groups"][0] if values["groups"] else {"runs": [], "mean": None}
@@ -161,7 +161,7 @@ def _runs_table(values: dict[str, Any], what: str) -> Table:
 def _differing_table(values: dict[str, Any]) -> list[Any]:
     found = values["differing"]
     if not found:
-        return [Paragraph("Nothing: the configs are the same, or there is one at most.")]
+        return [Paragraph("Nothing: the configs are equal, or only one run has a config.")]
     names = list(next(iter(found.values())))
     rows = [[Cell(name), *(Cell(_text(found[key][name])) for key in list(found)[:MOST_KEYS])] for name in names]
     return [Table("Keys of the config that differ", ["run", *list(found)[:MOST_KEYS]], rows)]
@@ -172,7 +172,7 @@ def _text(value: Any) -> str:
 
 
 def lines(values: dict[str, Any]) -> list[str]:
-    """Return the comparison as a terminal shows it."""
+    """Return the lines of the comparison for a terminal."""
     rows = [
         [
             display.shorten(row["run"], 40),

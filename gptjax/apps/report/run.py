@@ -1,4 +1,4 @@
-"""One run as a page: final figures, curves, samples, config, environment, and what to do with it."""
+"""Write one run as a page: final figures, curves, samples, config, environment, and next commands."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def run_page(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """Say in a sentence or two what the run came to."""
+    """Return one or two sentences on the run's outcome."""
     if not run.rows:
         return "The run has logged nothing yet."
     steps, total = run.rows[-1]["step"], run.config.get("train.total_steps")
@@ -45,12 +45,12 @@ def summary(run: Run) -> str:
     said += "." if best[0] >= last else f"; the best, {best[0]:.4f}, came at step {best[1]:,}."
     skipped = sum(row["skipped"] for row in run.rows if display.finite(row.get("skipped")))
     resumes = sum(event.get("event") == "resume" for event in run.events)
-    said += f" It skipped {display.plural(int(skipped), 'step')} for want of a finite gradient." if skipped else ""
+    said += f" It skipped {display.plural(int(skipped), 'step')} whose gradient was not finite." if skipped else ""
     return said + (f" It was resumed {display.plural(resumes, 'time')}." if resumes else "")
 
 
 def final_figures(run: Run) -> list[tuple[str, str]]:
-    """Return the figures that come first."""
+    """Return the final figures that head the page."""
     seconds = run.seconds()
     spent = seconds[np.isfinite(seconds)]
     shown = [
@@ -92,10 +92,10 @@ def _curves(run: Run) -> list[Any]:
 
 def _samples(run: Run) -> list[Any]:
     if not run.samples:
-        return [Paragraph("No samples are kept; --log.sample_tokens 200 keeps one at each evaluation.")]
+        return [Paragraph("No samples are stored; --log.sample_tokens 200 stores one at each evaluation.")]
     chosen = np.unique(np.linspace(0, len(run.samples) - 1, min(MOST_SAMPLES, len(run.samples))).astype(int))
     losses = {row["step"]: row["val/loss"] for row in run.rows if display.finite(row.get("val/loss"))}
-    blocks: list[Any] = [Paragraph("Sampled from nothing at temperature 0.8, as the run improved.")]
+    blocks: list[Any] = [Paragraph("Sampled without a prompt at temperature 0.8 during the run.")]
     for row in (run.samples[i] for i in chosen):
         step = row.get("step")
         heading = f"Step {step:,}" if isinstance(step, int) else "A step"
@@ -119,7 +119,7 @@ def _value(value: Any) -> str:
 
 
 def provenance(run: Run) -> list[tuple[str, str]]:
-    """Return where the run comes from: commit, versions, devices, data, tokenizer."""
+    """Return the provenance of the run: commit, versions, devices, data, tokenizer."""
     env, tokenizer = run.environment, run.meta.get("tokenizer")
     versions = env.get("versions") if isinstance(env.get("versions"), dict) else {}
     devices = env.get("devices") if isinstance(env.get("devices"), list) else []
@@ -152,7 +152,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
         (f"{shell('python', 'sample.py', run.path)} --prompt '...'", "Sample from it:"),
         (
             shell("python", "train.py", run.path / "config.yaml", "--workdir", run.path),
-            "Resume it, where steps are left:",
+            "Resume it if it has steps left:",
         ),
         (shell("gptjax", "convert", "to-hf", run.path, "--out", "my-model"), "Export it for transformers:"),
     ]

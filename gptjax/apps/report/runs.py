@@ -15,7 +15,7 @@ from gptjax.configfile import config_from_dict, config_to_yaml, read_yaml
 from gptjax.errors import UserError
 from gptjax.metrics import read_metrics, read_records
 
-# Columns of other trainers' CSV files, by the key that they have here; the first that a file has counts.
+# Column names of other trainers' CSV files, by our key; the first that a file has is used.
 COLUMNS = {
     "step": ("step", "_step", "global_step", "iteration", "iter", "trainer/global_step"),
     "tokens": ("tokens", "consumed_tokens", "train/tokens", "tokens_seen"),
@@ -24,7 +24,8 @@ COLUMNS = {
     "seconds": ("seconds", "wall_time", "elapsed", "time_s", "_runtime"),
     "flops": ("flops", "total_flos", "train/flops"),
 }
-BESIDE = (
+# Keys that do not belong to the recipe of a run: two runs that differ in them only are the same experiment.
+NOT_IN_RECIPE = (
     "seed",
     "workdir",
     "run.",
@@ -33,18 +34,18 @@ BESIDE = (
     "distributed.",
     "data.cache_dir",
     "profile",
-)  # of one and the same recipe
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left behind.
+    """The records of a run.
 
     Attributes:
         path: its directory, or its CSV file.
-        rows: of metrics.jsonl, by step.
+        rows: the rows of metrics.jsonl, sorted by step.
         config: every value by `section.key`; empty for a CSV file.
-        meta: of the newest checkpoint: tokenizer and the corpus' fingerprint.
+        meta: metadata of the newest checkpoint: tokenizer and fingerprint of the corpus.
     """
 
     path: Path
@@ -61,16 +62,16 @@ class Run:
         return self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
 
     def last(self, key: str) -> float | None:
-        """Return a metric's last finite value; None where there is none."""
+        """Return a metric's last finite value; None if there is none."""
         return next((row[key] for row in reversed(self.rows) if display.finite(row.get(key))), None)
 
     def best(self, key: str) -> tuple[float, int] | None:
-        """Return a metric's least value and its step; None where there is none."""
+        """Return a metric's lowest value and its step; None if there is none."""
         known = [(row[key], row["step"]) for row in self.rows if display.finite(row.get(key))]
         return min(known) if known else None
 
     def seconds(self) -> np.ndarray:
-        """Return the seconds of training up to each row, [n]: evaluations and saves left out; NaN where unknown."""
+        """Return the seconds of training up to each row, [n], without evaluations and saves; NaN if unknown."""
         if any("seconds" in row for row in self.rows):
             return np.array([row.get("seconds", math.nan) for row in self.rows], float)
         steps = np.array([row["step"] for row in self.rows], float)
@@ -83,7 +84,7 @@ def read_run(path: str | Path) -> Run:
     """Read a run's directory.
 
     Raises:
-        UserError: no metrics.jsonl there, or none that can be read.
+        UserError: there is no metrics.jsonl, or it cannot be read.
     """
     folder = Path(path)
     if not (folder / "metrics.jsonl").is_file():
@@ -103,7 +104,7 @@ def read_csv(path: str | Path) -> Run:
     """Read another trainer's CSV file, with a step and a loss in columns of any of the names in COLUMNS.
 
     Raises:
-        UserError: it cannot be read, or has no column of steps or of a loss.
+        UserError: the file cannot be read, or lacks a column of steps or of a loss.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
@@ -127,7 +128,7 @@ def find_runs(paths: list[str]) -> list[Run]:
     """Read every run that the paths name: runs, CSV files, and folders of runs.
 
     Raises:
-        UserError: a path holds none.
+        UserError: a path contains no run.
     """
     found: list[Run] = []
     for path in map(Path, paths):
@@ -138,7 +139,7 @@ def find_runs(paths: list[str]) -> list[Run]:
         else:
             inside = sorted(p.parent for p in [*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])
             if not inside:
-                raise UserError(f"{path} is no run, no folder of runs and no .csv file; give one of these")
+                raise UserError(f"{path} is neither a run, a folder of runs nor a .csv file; give one of these")
             found += [read_run(folder) for folder in inside]
     return found
 
@@ -161,7 +162,7 @@ def defaults() -> dict[str, Any]:
 
 def recipe(run: Run) -> dict[str, Any]:
     """Return the values that make two runs the same experiment: all but the seed and where it ran."""
-    return {key: value for key, value in run.config.items() if not key.startswith(BESIDE)}
+    return {key: value for key, value in run.config.items() if not key.startswith(NOT_IN_RECIPE)}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _config(folder: Path) -> dict[str, Any]:
     values = read_yaml(path)
     try:
         return flatten(yaml.safe_load(config_to_yaml(config_from_dict(values))))
-    except UserError:  # of another version of this package: shown as it stands
+    except UserError:  # written by another version of this package: shown unchanged
         return flatten(values)
 
 
