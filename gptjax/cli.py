@@ -4,7 +4,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,20 +51,17 @@ def sample_from(
 
     Args:
         model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
-        prompt: the text to continue; - reads it from standard input. Without a prompt, generation starts from
-            nothing.
+        prompt: the text to continue; - reads it from standard input. The default is an empty prompt.
         prompt_file: a file with one prompt per line, in place of --prompt.
         num_samples: number of samples for each prompt.
         max_new_tokens: number of tokens to generate; beyond the model's context, a sliding window is used.
-        temperature: randomness: 0 always takes the most probable token, 1 samples from the model's probabilities;
-            lower it for safer text.
+        temperature: 0 always takes the most probable token; 1 samples from the model's probabilities; lower is safer.
         top_k: sample from the k most probable tokens only.
         top_p: sample from the smallest set of tokens whose total probability is at least p.
         min_p: sample from the tokens that are at least p times as probable as the most probable one.
         seed: seed of the random numbers; the same seed gives the same text.
         format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
-        logprobs: also report the natural log of each token's probability: in jsonl as a list, in text after each
-            sample.
+        logprobs: also report the natural log of each token's probability.
         dtype: data type of weights and matmuls; bfloat16 halves the memory. The default is that of training.
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
@@ -78,29 +75,43 @@ def sample_from(
     from gptjax.generate import Sampling
 
     lm = load(model, dtype, axes)
-    ascii_only = not writes_unicode()
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
-    longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
-    if longest + max_new_tokens > lm.config.context_length:
-        note = f"note: {longest} + {max_new_tokens} tokens exceed the context of {lm.config.context_length}"
-        print(f"{note}; a sliding window is used beyond it", file=sys.stderr)
-
+    _note_a_sliding_window(lm, prompts, max_new_tokens)
     if format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
-        print(repeated[0], end="", flush=True)
-        for piece in lm.stream_text(repeated[0], max_new_tokens, how, seed):
-            print(piece, end="", flush=True)
-        print()
+        _stream(repeated[0], lm.stream_text(repeated[0], max_new_tokens, how, seed))
         return
     for number, done in enumerate(lm.complete(repeated, max_new_tokens, how, seed)):
         if format == "jsonl":
             row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
-            print(json.dumps(row | ({"logprobs": done.logprobs} if logprobs else {}), ensure_ascii=ascii_only))
+            row |= {"logprobs": done.logprobs} if logprobs else {}
+            print(json.dumps(row, ensure_ascii=not writes_unicode()))
             continue
         print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
         if logprobs:
-            for token, value in zip(done.tokens, done.logprobs, strict=True):
-                print(f"{lm.tokenizer.decode([token])!r}\t{value:.4f}")
+            _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
+
+
+def _note_a_sliding_window(lm: Any, prompts: list[str], new_tokens: int) -> None:
+    """Print a note if the longest sample exceeds the model's context."""
+    longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
+    if longest + new_tokens > lm.config.context_length:
+        note = f"note: {longest} + {new_tokens} tokens exceed the context of {lm.config.context_length}"
+        print(f"{note}; a sliding window is used beyond it", file=sys.stderr)
+
+
+def _stream(prompt: str, pieces: Iterable[str]) -> None:
+    """Print a prompt and its continuation, piece by piece as it is generated."""
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _print_logprobs(tokens: list[str], logprobs: list[float]) -> None:
+    """Print each token with the natural log of its probability, one per line."""
+    for token, value in zip(tokens, logprobs, strict=True):
+        print(f"{token!r}\t{value:.4f}")
 
 
 def _mesh_axes(mesh: str) -> dict[str, int]:

@@ -45,7 +45,6 @@ def slurm(
 
     Args:
         config: the run's config file, as for train.py; flags such as --train.total_steps 1000 override its keys.
-        flags: overrides of the config's keys.
         nodes: number of nodes; the mesh must fit nodes x gpus_per_node devices.
         gpus_per_node: number of GPUs on each node; 0 for a cluster of CPUs.
         tasks_per_node: processes on a node: 1, which uses all of its GPUs, or as many as GPUs; try the latter if a
@@ -77,15 +76,20 @@ def slurm(
     job = SlurmJob(name, command, log, *layout, options, setup, parse_variables(env))
     path = folder / "job.sbatch"
     path.write_text(batch_script(job))
-    by_hand = shlex.join(["sbatch", str(path)])
     if dry_run:
-        print(f"{by_hand}    submits it")
-        return
+        print(f"{shlex.join(['sbatch', str(path)])}    submits it")
+    else:
+        submit(path)
+
+
+def submit(path: Path) -> None:
+    """Submit a Slurm job, and print its number and log; raise UserError if sbatch fails."""
     try:
         number = run_program(["sbatch", "--parsable", str(path)], SBATCH_TIMEOUT_S).partition(";")[0]
     except ProgramError as error:
+        by_hand = shlex.join(["sbatch", str(path)])
         raise UserError(f"{error}; on a login node: {by_hand}   (--dry_run only writes it)") from None
-    print(f"job {number}, log {folder}/{number}.log    (scancel --signal=TERM {number} saves and requeues it)")
+    print(f"job {number}, log {path.parent}/{number}.log    (scancel --signal=TERM {number} saves and requeues it)")
 
 
 def gke(
@@ -112,7 +116,6 @@ def gke(
 
     Args:
         config: the run's config file, as for train.py; flags such as --train.total_steps 1000 override its keys.
-        flags: overrides of the config's keys.
         image: the container image, built from the repository's Dockerfile.
         topology: type and shape of a TPU slice, such as v5e:16x16; or give gpu.
         num_slices: number of TPU slices, joined by the data-centre network; mesh.data must be a multiple of it.
@@ -141,10 +144,9 @@ def gke(
         raise UserError("--env PROCESS_ID is reserved for the number of a pod; use another name")
     tpus = None if topology is None else parse_slice(topology)
     check_mesh(cfg, nodes * gpus_per_node if tpus is None else tpus.chips * num_slices)
-    text = config_to_yaml(cfg)
-    layout = (tpus, num_slices, gpu, nodes, gpus_per_node)
+    layout = (tpus, num_slices, gpu, nodes, gpus_per_node, queue, service_account, spot, max_restarts, grace_s)
     given = (variables, secret or [], volumes)
-    job = GkeJob(name, image, text, *layout, queue, service_account, spot, max_restarts, grace_s, *given)
+    job = GkeJob(name, image, config_to_yaml(cfg), *layout, *given)
     path = make_folder(out, name, cfg) / "jobset.yaml"
     path.write_text(yaml.dump_all(manifests(job), Dumper=_Dumper, sort_keys=False, width=1000))
     apply = shlex.join(["kubectl", "apply", "-f", str(path)])
@@ -169,7 +171,6 @@ def tpu_vm(
 
     Args:
         config: the run's config file, as for train.py; flags such as --train.total_steps 1000 override its keys.
-        flags: overrides of the config's keys.
         image: the container image, built from the repository's Dockerfile.
         topology: type and shape of a TPU slice, such as v5e:16x16.
         zone: zone of Google Cloud, such as us-west4-a.

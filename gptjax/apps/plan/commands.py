@@ -28,12 +28,10 @@ def plan(
 ) -> None:
     """Predict whether a run fits on given chips, what limits its speed, and what it costs, without the chips.
 
-    With libtpu installed (pip install 'gptjax[tpu]'), it compiles the training step for the topology, on a CPU, in
-    one or two minutes. The exit code is 3 if the run does not fit.
+    With libtpu (pip install 'gptjax[tpu]') it compiles the step in a minute or two. Exit code 3: does not fit.
 
     Args:
         config: the run's config file, as for train.py; flags such as --run.remat full override its keys.
-        flags: overrides of the config's keys.
         topology: chips and shape, such as v5e:16x16, v5p:8x8x8, or h100:16x8 (16 hosts of 8 GPUs, estimated).
         num_slices: number of such slices, joined by the data-centre network; mesh.data must be a multiple of it.
         tokens: training tokens of the whole run, such as 300e9; give it to see the days that the run takes.
@@ -54,12 +52,9 @@ def plan(
     jax.config.update("jax_platforms", "cpu")  # a plan must not occupy the TPU of the machine that it runs on
     from gptjax.apps.plan import planning
     from gptjax.apps.plan.chips import parse_topology
-    from gptjax.apps.plan.report import flags as as_flags
-    from gptjax.apps.plan.report import report
     from gptjax.apps.plan.roofline import run_costs
 
-    chips = parse_topology(topology, num_slices)
-    cfg = planning.config_on_accelerators(cfg)
+    chips, cfg = parse_topology(topology, num_slices), planning.config_on_accelerators(cfg)
     if search:
         overrides, made, tried = planning.search(cfg, chips, analytic)
         made["overrides"] = overrides
@@ -70,16 +65,25 @@ def plan(
     made["config"] = " ".join([config, *(flag.removeprefix("--") for flag in flags)])
     for speed in (made["ceiling"], made["expected"]):
         speed |= run_costs(speed["tokens_per_s"], chips.n_chips, tokens, price_per_chip_hour)
-    print(json_format.dumps(made, allow_nan=False) if json else "\n".join(report(made)))
-    if search:
-        if not json:
-            print(f"\nthe best of {made['candidates']} that fit by arithmetic: {as_flags(overrides)}")
-        if out is not None:
-            write_config(out, config, flags, overrides)
+    print_plan(made, json)
+    if out is not None:
+        write_config(out, config, flags, overrides)
     if html is not None:
         write_plan_page(html, cfg, chips, made, tried)
     if not made["fits"]:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def print_plan(plan: dict[str, Any], json: bool) -> None:
+    """Print a plan as a table or as one JSON object; after a search, also the overrides that it found."""
+    from gptjax.apps.plan.report import flags, report
+
+    if json:
+        print(json_format.dumps(plan, allow_nan=False))
+        return
+    print("\n".join(report(plan)))
+    if "overrides" in plan:
+        print(f"\nthe best of {plan['candidates']} that fit by arithmetic: {flags(plan['overrides'])}")
 
 
 def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tried: list[Any]) -> None:
