@@ -29,11 +29,16 @@ def make_evaluate(t: Trainable, corpus: Corpus) -> Callable[[TrainState], dict[s
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = state.params if state.ema is None else state.ema
-        losses = []
+        means = []
         for source in corpus.sources:
-            sums = [eval_step(params, global_batch(b, rows, t.batch_sharding, B)) for b in batches_of(source)]
-            loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-            losses.append(float(loss / weight))
-        return corpus.validation_metrics(losses)
+            terms = [eval_step(params, global_batch(b, rows, t.batch_sharding, B)) for b in batches_of(source)]
+            means.append(mean_terms(jax.device_get(terms)))
+        return corpus.validation_metrics(means, bits_per_byte=t.objective.every_token)
 
     return evaluate
+
+
+def mean_terms(batches: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
+    """Return the mean of each term over batches: its sums over its weights, added in float64."""
+    totals = {name: np.sum([terms[name] for terms in batches], axis=0, dtype=np.float64) for name in batches[0]}
+    return {name: float(total / weight) for name, (total, weight) in totals.items()}

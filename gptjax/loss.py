@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, with the logits of only some positions in memory at a time."""
+"""Log-probabilities and next-token cross-entropy, with the logits of only some positions in memory at a time."""
 
 from functools import partial
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class LossSpec(NamedTuple):
-    """What is static about the loss.
+    """What is static about how logits become log-probabilities and a loss.
 
     Attributes:
         vocab_size: logits beyond it belong to padding rows, and count for nothing.
@@ -23,11 +23,32 @@ class LossSpec(NamedTuple):
     z_loss: float = 0.0
 
 
+def log_probabilities(hidden: jax.Array, head: jax.Array, targets: jax.Array, spec: LossSpec) -> jax.Array:
+    """Return the log-probability of each target, in nats: [B, T] float32, with gradients to hidden and head.
+
+    The backward pass computes a chunk's logits again. Where a weighted sum is all that is wanted, `next_token_loss`
+    saves that.
+
+    Args:
+        hidden: [B, T, D], in the compute dtype.
+        head: [D, V] float32.
+        targets: [B, T] int32.
+    """
+
+    @jax.checkpoint
+    def body(_, chunk):
+        h, t = chunk
+        return None, _chunk_log_probabilities(h, head, t, spec)[0]
+
+    _, parts = jax.lax.scan(body, None, _chunks(spec.n_chunks, hidden, targets))
+    return jnp.moveaxis(parts, 0, 2).reshape(targets.shape)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def next_token_loss(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, spec: LossSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over all positions, to be divided by the sum of the weights.
+    """Return sums over all positions, to be divided by the sum of the weights.
 
     Args:
         hidden: [B, T, D], in the compute dtype.
@@ -46,7 +67,7 @@ def next_token_loss(
         return jax.tree.map(jnp.add, sums, _chunk_loss(h, head, t, w, spec)), None
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, (zero, zero), _chunks(hidden, targets, weights, spec.n_chunks))[0]
+    return jax.lax.scan(body, (zero, zero), _chunks(spec.n_chunks, hidden, targets, weights))[0]
 
 
 def _forward(hidden, head, targets, weights, spec):
@@ -60,7 +81,7 @@ def _forward(hidden, head, targets, weights, spec):
 
     zero = jnp.zeros((), jnp.float32)
     carry = ((zero, zero), jnp.zeros_like(head))
-    (sums, head_grad), parts = jax.lax.scan(body, carry, _chunks(hidden, targets, weights, spec.n_chunks))
+    (sums, head_grad), parts = jax.lax.scan(body, carry, _chunks(spec.n_chunks, hidden, targets, weights))
     return sums, (jnp.moveaxis(parts, 0, 2).reshape(hidden.shape), head_grad)
 
 
@@ -73,7 +94,7 @@ def _backward(spec, gradients, cotangents):
 next_token_loss.defvjp(_forward, _backward)
 
 
-def _chunks(hidden, targets, weights, n):
+def _chunks(n, *arrays):
     """Cut [B, T, ...] to [n, B, T / n, ...]: chunk i holds the positions i, i + n, i + 2 n, ...
 
     Both B and T may be spread over devices. Of a chunk of neighbouring positions one device holds all, so that every
@@ -83,10 +104,16 @@ def _chunks(hidden, targets, weights, n):
     def cut(x):
         return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // n, n, *x.shape[2:]), 2, 0)
 
-    return cut(hidden), cut(targets), cut(weights)
+    return tuple(map(cut, arrays))
 
 
 def _chunk_loss(hidden, head, targets, weights, spec):
+    log_probability, log_denominator = _chunk_log_probabilities(hidden, head, targets, spec)
+    cross_entropy = jnp.sum(weights * -log_probability)
+    return cross_entropy + spec.z_loss * jnp.sum(weights * jnp.square(log_denominator)), cross_entropy
+
+
+def _chunk_log_probabilities(hidden, head, targets, spec):
     logits = _logits(hidden, head)
     if spec.cap is not None:
         logits = spec.cap * jnp.tanh(logits / spec.cap)
@@ -95,8 +122,7 @@ def _chunk_loss(hidden, head, targets, weights, spec):
     log_denominator = jax.nn.logsumexp(logits, axis=-1)
     # A comparison, not a gather: its gradient is no scatter, and V may be spread over devices.
     chosen = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
-    cross_entropy = jnp.sum(weights * (log_denominator - chosen))
-    return cross_entropy + spec.z_loss * jnp.sum(weights * jnp.square(log_denominator)), cross_entropy
+    return chosen - log_denominator, log_denominator
 
 
 @jax.custom_vjp

@@ -140,8 +140,9 @@ def make_optimizer(cfg: OptimConfig, metadata: Metadata) -> optax.GradientTransf
         metadata: of each weight that is trained, by its path.
 
     Raises:
-        UserError: `optim.name` is unknown.
+        UserError: `optim.name` or `optim.schedule` is unknown.
     """
+    choose(SCHEDULES, cfg.schedule, "optim.schedule")
     treatments = {path: treat(cfg, path, weight) for path, weight in metadata.items()}
     # Checkpoints of every optimizer have a group "muon", without arrays where it is not used.
     groups = {Group("muon", 1.0), *(treatment.group for treatment in treatments.values())}

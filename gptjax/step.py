@@ -13,15 +13,13 @@ from jax.sharding import Mesh
 
 from gptjax import cpu
 from gptjax.config import Config
-from gptjax.errors import UserError
-from gptjax.loss import LossSpec, next_token_loss
+from gptjax.errors import UserError, choose
 from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
-from gptjax.nn.transformer import Params, abstract_model, bind, init_params
+from gptjax.nn.transformer import Params, abstract_model, init_params
+from gptjax.objectives import OBJECTIVES, Batch, Model, Objective, Terms, check_arrays
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
 from gptjax.sharding import check_divides, sharding
-
-Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
 
 
 class TrainState(NamedTuple):
@@ -49,6 +47,7 @@ class Trainable(NamedTuple):
         cfg: with what was left open chosen for the mesh.
         graphdef: the model's structure.
         optimizer: gradients to directions, of the weights that are trained.
+        objective: what a step minimises.
         frozen: paths of the weights that `optim.freeze` keeps out of gradients and moments.
         state: abstract TrainState, every leaf with its sharding.
         batch_sharding: of a batch's arrays.
@@ -58,20 +57,30 @@ class Trainable(NamedTuple):
     mesh: Mesh
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
+    objective: Objective
     frozen: frozenset[tuple[str, ...]]
     state: TrainState
     batch_sharding: jax.sharding.NamedSharding
 
 
 def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
-    """Shapes and shardings of a run; nothing is allocated.
+    """Return the shapes and shardings of a run; nothing is allocated.
 
     Raises:
-        UserError: a dimension that the mesh cannot cut into equal parts.
+        UserError: a dimension that the mesh cannot cut into equal parts; an unknown objective, optimizer, schedule or
+            role.
     """
     model, train = cfg.model, cfg.train
+    objective = choose(OBJECTIVES, train.objective, "train.objective")
+    rows, group = train.batch_sequences // train.microbatches, objective.group_rows
+    if rows % group:
+        raise UserError(
+            f"train.batch_sequences / train.microbatches {rows} must be a multiple of {group}, the rows that "
+            f"train.objective {train.objective} keeps together"
+        )
+    per_group = f" / {group} rows of a group" if group > 1 else ""
     for key, size, axis in (
-        ("train.batch_sequences / train.microbatches", train.batch_sequences // train.microbatches, "batch"),
+        (f"train.batch_sequences / train.microbatches{per_group}", rows // group, "batch"),
         ("model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"),
         ("model.context_length", model.context_length, "stream_length"),
     ):
@@ -93,7 +102,7 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
     moments = abstract_opt_state(optimizer, split_frozen(weights, frozen)[0], replicated)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = TrainState(scalar, scalar, weights, moments, weights if cfg.optim.ema_decay else None)
-    return Trainable(cfg, mesh, graphdef, optimizer, frozen, state, sharding(mesh, ("batch", "length")))
+    return Trainable(cfg, mesh, graphdef, optimizer, objective, frozen, state, sharding(mesh, ("batch", "length")))
 
 
 def split_frozen(params: Params, frozen: frozenset[tuple[str, ...]]) -> tuple[Params, Params]:
@@ -127,68 +136,106 @@ def init_state(t: Trainable) -> TrainState:
     return jax.block_until_ready(_on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(t.state)))())
 
 
-def make_loss(t: Trainable) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """(params, batch, dropout_key) -> summed objective, (summed cross-entropy, summed weights)."""
-    cfg = t.cfg
-    spec = LossSpec(cfg.model.vocab_size, cfg.train.loss_chunks, cfg.model.logit_softcap, cfg.train.z_loss)
+def make_terms(t: Trainable) -> Callable[[Params, Batch, jax.Array | None], Terms]:
+    """Return (params, batch, key) -> the objective's terms, one of them named "loss"."""
+    cfg, model = t.cfg, Model(t.cfg, t.graphdef)
 
-    def loss(params: Params, batch: Batch, dropout_key: jax.Array | None = None):
-        model = bind(t.graphdef, params)
+    def terms_of(params: Params, batch: Batch, key: jax.Array | None = None) -> Terms:
+        check_arrays(cfg.train.objective, t.objective, batch)
         if cfg.run.attention == "ring":
             positions = batch.get("positions", jnp.arange(cfg.model.context_length, dtype=jnp.int32)[None])
             order = zigzag(cfg.model.context_length, t.mesh.shape["context"])
             batch = {name: x[:, order] for name, x in {**batch, "positions": positions}.items()}
-        hidden, _ = model(
-            batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"), dropout_key=dropout_key
-        )
-        objective, cross_entropy = next_token_loss(
-            hidden, model.head_matrix(), batch["targets"], batch["weights"], spec
-        )
-        return objective, (cross_entropy, batch["weights"].sum())
+        terms = t.objective.terms(model, params, batch, key)
+        for name in cfg.train.aux_weights:
+            choose(terms, name, "train.aux_weights")
+        if "loss" in terms:
+            return terms
+        first = next(iter(terms))
+        return {"loss" if name == first else name: term for name, term in terms.items()}
 
-    return loss
+    return terms_of
 
 
-def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step. It gives its input's memory away: use only the state that it returns.
+def make_gradient(t: Trainable) -> Callable[[Params, Params, Batch, jax.Array | None], tuple[Any, Params]]:
+    """Return (trained, frozen, batch, key) -> ((weight of the minimised term, all terms), gradient of its mean).
 
-    Metrics, float32 scalars: `train/loss` (mean cross-entropy in nats), `grad_norm` (before clipping), `lr`, and
-    `skipped`: 1 where loss or gradient was not finite, and weights and moments therefore stayed as they were.
+    Sums and weights are those of the whole batch and are divided once: unequal microbatches change nothing.
     """
-    cfg, M = t.cfg, t.cfg.train.microbatches
-    loss_of = make_loss(t)
+    M, aux_weights = t.cfg.train.microbatches, t.cfg.train.aux_weights
+    terms_of = make_terms(t)
 
-    def loss(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None):
-        return loss_of(join_frozen(trained, frozen), batch, key)
+    def minimised(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None, totals: Any):
+        """The sum whose gradient, divided by the first term's weight in the step, is the step's."""
+        terms = terms_of(join_frozen(trained, frozen), batch, key)
+        objective, weight = next(iter(terms.values()))
+        if totals is None:
+            totals = weight, {name: term[1] for name, term in terms.items()}
+        for name, scale in aux_weights.items():
+            objective += scale * terms[name][0] * jax.lax.stop_gradient(totals[0] / totals[1][name])
+        return objective, (weight, terms)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(minimised, has_aux=True)
 
-    def accumulate(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None):
-        """Sums over the microbatches: cross-entropy, token weights, and the gradient of the objective."""
-        if M == 1:
-            (_, sums), grads = gradient(trained, frozen, batch, key)
-            return sums, grads
+    def accumulated(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None):
+        """The same over microbatches, one after the other."""
+        parts = jax.tree.map(lambda x: split_rows(x, M, t.objective.group_rows), batch)
+        inputs = (jnp.arange(M), parts)
+
+        def key_of(index: jax.Array) -> jax.Array | None:
+            return None if key is None else jax.random.fold_in(key, index)
+
+        def weights(inputs):
+            index, part = inputs
+            _, (weight, terms) = minimised(trained, frozen, part, key_of(index), None)
+            return weight, {name: term[1] for name, term in terms.items()}
+
+        # Auxiliary terms have weights of their own, which the step's ratios need first; their sums are not computed.
+        totals = jax.tree.map(lambda x: x.sum(0), jax.lax.map(weights, inputs)) if aux_weights else None
 
         def body(carry, inputs):
             index, part = inputs
-            sub = None if key is None else jax.random.fold_in(key, index)
-            (_, sums), grads = gradient(trained, frozen, part, sub)
+            (_, sums), grads = gradient(trained, frozen, part, key_of(index), totals)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        # Every M-th row to a microbatch, so that a device finds its rows of each at home.
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, M, *x.shape[1:]), 1, 0), batch)
-        zeros = jax.tree.map(jnp.zeros_like, ((jnp.zeros(()), jnp.zeros(())), trained))
-        return jax.lax.scan(body, zeros, (jnp.arange(M), parts))[0]
+        shapes = jax.eval_shape(minimised, trained, frozen, jax.tree.map(lambda x: x[0], parts), key, totals)[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, trained))
+        return jax.lax.scan(body, zeros, inputs)[0]
+
+    def whole(trained: Params, frozen: Params, batch: Batch, key: jax.Array | None):
+        if M == 1:
+            (_, sums), grads = gradient(trained, frozen, batch, key, None)
+        else:
+            sums, grads = accumulated(trained, frozen, batch, key)
+        return sums, jax.tree.map(lambda g: g / sums[0], grads)
+
+    return whole
+
+
+def split_rows(x: jax.Array, n_parts: int, group_rows: int) -> jax.Array:
+    """Split [B, ...] into microbatches [M, B / M, ...]: every M-th group of rows, so that devices keep their rows."""
+    groups = jnp.moveaxis(x.reshape(-1, n_parts, group_rows, *x.shape[1:]), 1, 0)
+    return groups.reshape(n_parts, -1, *x.shape[1:])
+
+
+def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the compiled step. It consumes its input state: use only the state that it returns.
+
+    Metrics, float32 scalars: `train/loss` and `train/NAME` of every other term (means over the step), `grad_norm`
+    (before clipping), `update_norm` (of what the weights changed by), `lr`, and `skipped`: 1 where the objective or
+    its gradient was not finite, and weights and moments therefore stayed as they were.
+    """
+    cfg, gradient = t.cfg, make_gradient(t)
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if cfg.model.dropout else None
         trained, frozen = split_frozen(state.params, t.frozen)
-        (cross_entropy, weight), grads = accumulate(trained, frozen, batch, key)
-        loss, grads = cross_entropy / weight, jax.tree.map(lambda g: g / weight, grads)
+        (_, terms), grads = gradient(trained, frozen, batch, key)
         grad_norm = optax.tree.norm(grads)
+        means = {f"train/{name}": total / weight for name, (total, weight) in terms.items()}
 
         lr = learning_rate(cfg.optim, state.step, state.total_steps)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(means["train/loss"]) & jnp.isfinite(grad_norm)
 
         def update(grads, trained, opt_state, ema):
             directions, opt_state = t.optimizer.update(grads, opt_state, trained)
@@ -197,15 +244,17 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
                 # A young average forgets faster, so that the first weights do not linger in it.
                 decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
                 ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
-            return trained, opt_state, ema
+            return lr * optax.tree.norm(directions), trained, opt_state, ema
 
-        ema, still = (None, None) if state.ema is None else split_frozen(state.ema, t.frozen)
+        def skip(grads, *kept):
+            return jnp.zeros(()), *kept
+
+        ema, frozen_ema = (None, None) if state.ema is None else split_frozen(state.ema, t.frozen)
         # A branch and not a choice of results: the moments are then changed in place, where a CPU copied them first.
-        kept = jax.lax.cond(good, update, lambda _, *old: old, grads, trained, state.opt_state, ema)
-        trained, opt_state, ema = kept
+        update_norm, trained, opt_state, ema = jax.lax.cond(good, update, skip, grads, trained, state.opt_state, ema)
         params = join_frozen(trained, frozen)
-        ema = None if ema is None else join_frozen(ema, still)
-        metrics = {"train/loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": 1.0 - good}
+        ema = None if ema is None else join_frozen(ema, frozen_ema)
+        metrics = {**means, "grad_norm": grad_norm, "update_norm": update_norm, "lr": lr, "skipped": 1.0 - good}
         return TrainState(state.step + 1, state.total_steps, params, opt_state, ema), metrics
 
     compiled = jax.jit(
@@ -218,13 +267,9 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
     return _on_mesh(t.mesh, compiled)
 
 
-def make_eval_step(t: Trainable) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, batch) -> summed cross-entropy in nats and summed weights, two float32 scalars."""
-    loss = make_loss(t)
-    compiled = jax.jit(
-        lambda params, batch: loss(params, batch)[1],
-        in_shardings=(shardings_of(t.state.params), t.batch_sharding),
-    )
+def make_eval_step(t: Trainable) -> Callable[[Params, Batch], Terms]:
+    """Return (params, batch) -> the objective's terms, one named "loss": sums and weights, float32 scalars."""
+    compiled = jax.jit(make_terms(t), in_shardings=(shardings_of(t.state.params), t.batch_sharding))
     return _on_mesh(t.mesh, compiled)
 
 

@@ -86,5 +86,5 @@ def test_logits_and_loss_of_packed_documents_are_those_alone(model):
             np.testing.assert_allclose(together[r, start : start + n], by_itself[i, :n], atol=1e-5, rtol=1e-5)
             start += n
     step = make_eval_step(t)
-    for one, other in zip(step(params, packed), step(params, alone), strict=True):
+    for one, other in zip(step(params, packed)["loss"], step(params, alone)["loss"], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -22,6 +22,7 @@ FLOORS = [
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
     ["nn.backends"],
     ["nn.transformer"],
+    ["objectives"],
     ["step", "engine"],
     ["generate"],
     ["convert"],

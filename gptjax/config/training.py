@@ -78,6 +78,9 @@ class TrainConfig:
     """Batch, length of the run, and how often it logs and evaluates.
 
     Args:
+        objective: what is minimised: next_token is the cross-entropy of every token; docs/extending.md adds others.
+        aux_weights: factors by which other terms of the objective are added to it, by name, such as the auxiliary
+            losses of the model's blocks; a term without a factor is reported only.
         total_steps: optimizer steps of the whole run; raise it and resume to train longer.
         batch_sequences: sequences in a step, over all devices and microbatches.
         microbatches: number of microbatches whose gradients a step accumulates; raise it if activations do not fit in
@@ -92,6 +95,8 @@ class TrainConfig:
             evaluation takes too long.
     """
 
+    objective: str = "next_token"
+    aux_weights: dict[str, float] = field(default_factory=dict)
     total_steps: int = field(default=1000, metadata=FREE)
     batch_sequences: int = 8
     microbatches: int = 1

@@ -100,15 +100,20 @@ class Corpus:
         """Return the number of training tokens of all sources."""
         return sum(source.train_tokens for source in self.sources)
 
-    def validation_metrics(self, losses: list[float]) -> dict[str, float]:
-        """Return val/loss and val/bpb from each source's loss in nats a token; for a mixture also val/loss/NAME."""
-        bits = [s.val_predictions / s.val_bytes / np.log(2) for s in self.sources]
-        metrics = {
-            "val/loss": sum(share * loss for share, loss in zip(self.shares, losses, strict=True)),
-            "val/bpb": sum(share * loss * b for share, loss, b in zip(self.shares, losses, bits, strict=True)),
-        }
+    def validation_metrics(self, means: list[dict[str, float]], bits_per_byte: bool) -> dict[str, float]:
+        """Return val/NAME of each term, sources weighted by their shares; of several sources also val/loss/SOURCE.
+
+        Args:
+            means: of each source, its terms by name; "loss" is one of them.
+            bits_per_byte: whether to add val/bpb: "loss" is then in nats a token.
+        """
+        parts = list(zip(self.shares, means, strict=True))
+        metrics = {f"val/{name}": sum(share * of[name] for share, of in parts) for name in means[0]}
+        if bits_per_byte:
+            bits = [s.val_predictions / s.val_bytes / np.log(2) for s in self.sources]
+            metrics["val/bpb"] = sum(share * of["loss"] * b for (share, of), b in zip(parts, bits, strict=True))
         if len(self.sources) > 1:
-            metrics |= {f"val/loss/{s.name}": loss for s, loss in zip(self.sources, losses, strict=True)}
+            metrics |= {f"val/loss/{s.name}": of["loss"] for s, of in zip(self.sources, means, strict=True)}
         return {name: float(value) for name, value in metrics.items()}
 
 

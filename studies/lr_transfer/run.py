@@ -73,13 +73,13 @@ def make_train(cfg: Config) -> Callable[[int, float], float | None]:
     from gptjax.nn.transformer import init_params
     from gptjax.optim import learning_rate
     from gptjax.sharding import make_mesh
-    from gptjax.step import make_eval_step, make_loss, make_trainable
+    from gptjax.step import make_eval_step, make_gradient, make_trainable
     from gptjax.trainer import with_vocabulary
 
     corpus = load_corpus(cfg.data)
     cfg = with_vocabulary(cfg, corpus)
     t = make_trainable(cfg, make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}))
-    gradient, evaluate = jax.value_and_grad(make_loss(t), has_aux=True), make_eval_step(t)
+    gradient, evaluate = make_gradient(t), make_eval_step(t)
     B, T, total = cfg.train.batch_sequences, cfg.model.context_length, cfg.train.total_steps
 
     @jax.jit
@@ -89,8 +89,7 @@ def make_train(cfg: Config) -> Callable[[int, float], float | None]:
 
     @jax.jit
     def step(params, opt_state, batch, number, rate):
-        (_, (_, weight)), grads = gradient(params, batch)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        _, grads = gradient(params, {}, batch, None)
         directions, opt_state = t.optimizer.update(grads, opt_state, params)
         lr = rate * learning_rate(cfg.optim, number, np.int32(total))
         return jax.tree.map(lambda p, d: p - lr * d, params, directions), opt_state
@@ -101,7 +100,7 @@ def make_train(cfg: Config) -> Callable[[int, float], float | None]:
         for number in range(total):
             params, opt_state = step(params, opt_state, batches[number], np.int32(number), np.float32(rate))
         windows = validation_batches(corpus.sources[0].val, T, 32, 128, range(32))
-        sums = np.sum([jax.device_get(evaluate(params, batch)) for batch in windows], axis=0)
+        sums = np.sum([jax.device_get(evaluate(params, batch)["loss"]) for batch in windows], axis=0)
         loss = float(sums[0] / sums[1])
         return loss if math.isfinite(loss) else None
 

@@ -1,0 +1,94 @@
+"""What a training step minimises. `train.objective` names one of `OBJECTIVES`; the step knows none by name.
+
+An objective is a function `(model, params, batch, key) -> {name: (sum, weight)}`. The first term is minimised, as its
+sum over the step divided by its weight over the step; the others are reported. docs/extending.md adds one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.loss import LossSpec, next_token_loss
+from gptjax.nn.transformer import Params, Transformer, bind
+
+Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
+Terms = dict[str, tuple[jax.Array, jax.Array]]  # name -> a sum and the weight that it is divided by, float32 scalars
+
+
+class Model(NamedTuple):
+    """What is static about the model that an objective is computed with.
+
+    Attributes:
+        cfg: of the run.
+        graphdef: the model's structure.
+    """
+
+    cfg: Config
+    graphdef: nnx.GraphDef
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """How logits become log-probabilities in this run."""
+        m, train = self.cfg.model, self.cfg.train
+        return LossSpec(m.vocab_size, train.loss_chunks, m.logit_softcap, train.z_loss)
+
+    def run(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[Transformer, jax.Array, Terms]:
+        """Return the model bound to its weights, the hidden states [B, T, D], and the blocks' auxiliary terms.
+
+        Args:
+            key: for dropout; None drops nothing.
+        """
+        model = bind(self.graphdef, params)
+        hidden, aux = model(
+            batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"), dropout_key=key
+        )
+        return model, hidden, aux
+
+
+class Objective(NamedTuple):
+    """An objective and what it asks of the step.
+
+    Attributes:
+        terms: (model, params, batch, key) -> terms. The one named "loss", or else the first, is the `train/loss` and
+            `val/loss` of the run.
+        group_rows: rows that belong together, such as 2 for pairs, one after the other in the batch: they stay in one
+            microbatch.
+        arrays: of the batch that it needs besides tokens, targets and weights, each [B, T].
+        every_token: whether "loss" is the cross-entropy of every token in nats, of which bits per byte can be made.
+    """
+
+    terms: Callable[[Model, Params, Batch, jax.Array | None], Terms]
+    group_rows: int = 1
+    arrays: tuple[str, ...] = ()
+    every_token: bool = False
+
+
+def next_token(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Terms:
+    """Return the cross-entropy of the next token in nats, and with `train.z_loss` the objective that includes it."""
+    transformer, hidden, aux = model.run(params, batch, key)
+    total, cross_entropy = next_token_loss(
+        hidden, transformer.head_matrix(), batch["targets"], batch["weights"], model.loss_spec
+    )
+    weight = batch["weights"].sum()
+    if model.cfg.train.z_loss:
+        return {"objective": (total, weight), "loss": (cross_entropy, weight), **aux}
+    return {"loss": (total, weight), **aux}
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "next_token": Objective(next_token, every_token=True),
+}
+
+
+def check_arrays(name: str, objective: Objective, batch: Batch) -> None:
+    """Raise UserError where the batch lacks an array that the objective needs."""
+    for array in objective.arrays:
+        if array not in batch:
+            raise UserError(
+                f"train.objective {name} needs the array {array!r} in every batch, which has "
+                f"{', '.join(sorted(batch))}; give data that has it"
+            )
