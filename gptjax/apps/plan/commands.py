@@ -7,6 +7,7 @@ import yaml
 
 from gptjax.config import Config, override
 from gptjax.configfile import load_config, read_yaml
+from gptjax.configversions import current_key, upgrade
 from gptjax.errors import DOES_NOT_FIT, UserError
 from gptjax.paths import UserPath, writing
 from gptjax.process import prepare_process
@@ -113,9 +114,12 @@ def write_config(out: str, config: str, flags: list[str], overrides: dict[str, o
     Raises:
         UserError: `out` cannot be written.
     """
-    values = read_yaml(config)
-    pairs = [flag.removeprefix("--").partition("=") for flag in flags]
-    for name, value in {**{name: yaml.safe_load(text) for name, _, text in pairs}, **overrides}.items():
+    values = upgrade(read_yaml(config))
+    own = {}
+    for name, _, text in (flag.removeprefix("--").partition("=") for flag in flags):
+        value = yaml.safe_load(text)
+        own[current_key(name, plain=not isinstance(value, dict))] = value
+    for name, value in {**own, **overrides}.items():
         *sections, key = name.split(".")
         section = values
         for part in sections:
