@@ -20,12 +20,12 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.hosts import exchange, from_writer, is_writer
 
-# Orbax reports every phase of a save, and the whole trace of what it also raises.
+# Orbax logs every phase of a save, and the traceback of each error that it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 ITEMS = ("params", "rest", "meta", "metrics")
-REQUIRED = ("params", "meta")  # an imported model has no `rest`, and a save without an evaluation no `metrics`
+REQUIRED = ("params", "meta")  # an imported model has no `rest`, a save without an evaluation no `metrics`
 JSON_FILES = {"meta": "metadata", "metrics": "metrics"}
 Result = TypeVar("Result")
 
@@ -76,8 +76,8 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        workdir: the run's directory; they lie in its subfolder `checkpoints`.
-        cfg: which are kept; None to read only.
+        workdir: the run's directory; the checkpoints are in its subfolder `checkpoints`.
+        cfg: which checkpoints are kept; None to only read.
     """
 
     def __init__(self, workdir: str, cfg: CheckpointConfig | None = None):
@@ -96,15 +96,15 @@ class Checkpoints:
             )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name in ("params", "rest"):
-            # Compressing spares a float32 weight a twelfth of its bytes, takes half of the time that a save takes,
-            # and holds what it has compressed in memory: nearly a second copy of the model.
+            # Compression saves a twelfth of the bytes of a float32 weight, but takes half of the time of a save and
+            # keeps the compressed bytes in memory: nearly a second copy of the model.
             registry.add(name, ocp.args.PyTreeSave, CheckedArrays(use_compression=False))
             registry.add(name, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
         for name, file in (("meta", None), ("metrics", "metrics")):
             handler = CheckedJson(file)
             for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
                 registry.add(name, args, handler)
-        self.refused: dict[int, str] = {}  # step -> why reading it has failed
+        self.refused: dict[int, str] = {}  # step -> why reading it failed
         self.checked: dict[tuple[int, str], str | None] = {}  # step, item -> damage
         self.manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
 
@@ -119,20 +119,20 @@ class Checkpoints:
         items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(meta)}
         if rest is not None:
             items["rest"] = ocp.args.PyTreeSave(rest)
-        begun = self.manager.save(
+        is_saving = self.manager.save(
             step,
             args=ocp.args.Composite(**items),
             metrics=None if val_loss is None else {"val/loss": val_loss},
         )
-        assert begun, f"Orbax did not save step {step}; it has {self.steps()}"
+        assert is_saving, f"Orbax did not save step {step}; it has {self.steps()}"
 
     def damage(self, step: int, items: Sequence[str] = ITEMS, part: int = 0, parts: int = 1) -> str | None:
         """Return what is wrong with a checkpoint's files; None where nothing is.
 
-        What older versions wrote has no checksums, and only its JSON is checked.
+        Checkpoints of older versions have no checksums; only their JSON is checked.
 
         Args:
-            part, parts: of the files of each item, check every so-manieth, from this one on.
+            part, parts: check only every `parts`-th file of each item, starting at number `part`.
         """
         if step in self.refused:
             return self.refused[step]
@@ -164,9 +164,9 @@ class Checkpoints:
         return all((folder / WHOLE).exists() for folder in folders if folder.exists())
 
     def set_aside_after(self, step: int) -> None:
-        """Move newer checkpoints, which are damaged, out of the way of those that will take their numbers.
+        """Rename newer checkpoints, which are damaged, so that new ones can take their numbers.
 
-        An older one moves too where the loss that it is kept by is damaged. Every process calls it.
+        An older one is renamed too where its metrics are damaged, by which Orbax ranks it. Every process calls it.
         """
         if is_writer():
             for other in self.steps():
@@ -192,9 +192,10 @@ class Checkpoints:
     def _restore(self, step: int, **abstract: Any) -> Any:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        for name, tree in abstract.items():  # never trust a layout that was not asked for
-            for want, got in zip(jax.tree.leaves(tree), jax.tree.leaves(found[name]), strict=True):
-                assert got.shape == want.shape and got.sharding == want.sharding, (name, want, got)
+        for name, tree in abstract.items():  # Orbax may return another layout than the requested one
+            for wanted, restored in zip(jax.tree.leaves(tree), jax.tree.leaves(found[name]), strict=True):
+                assert restored.shape == wanted.shape, (name, wanted, restored)
+                assert restored.sharding == wanted.sharding, (name, wanted, restored)
         return found
 
     def close(self) -> None:
@@ -216,7 +217,7 @@ def newest_sound(checkpoints: Checkpoints, items: Sequence[str] = ITEMS) -> int 
     Every process calls it, and checks its share of the files. Nothing is moved or changed.
 
     Args:
-        items: those that will be read; the others are not looked at.
+        items: the items that will be read; the others are not checked.
 
     Raises:
         UserError: all checkpoints are damaged.
@@ -228,7 +229,7 @@ def newest_sound(checkpoints: Checkpoints, items: Sequence[str] = ITEMS) -> int 
             return step
         _warn(checkpoints, step, damages[min(damages)])
     if steps:
-        raise UserError(f"no checkpoint in {checkpoints.folder} can be read; delete the folder to start again")
+        raise UserError(f"all checkpoints in {checkpoints.folder} are damaged; delete the folder to start again")
     return None
 
 
@@ -237,8 +238,8 @@ def read_newest(
 ) -> tuple[int, Result] | None:
     """Return the newest undamaged step and `read(step)`; None where nothing is saved. Every process calls it.
 
-    What `read` raises is raised, whatever it is: lack of memory or a failing network say nothing of the files. Of a
-    checkpoint without checksums, which older versions wrote, some errors prove damage; then the one before is read.
+    Errors of `read` are raised: lack of memory or a failing network prove no damage. For a checkpoint without
+    checksums, which older versions wrote, some errors do prove damage; then the previous checkpoint is read.
 
     Raises:
         UserError: all checkpoints are damaged.
@@ -259,7 +260,7 @@ def read_newest(
 
 
 def proves_damage(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, can only come from a file that is missing, cut short or changed."""
+    """Return whether an error, or its cause, can only come from a file that is missing, truncated or changed."""
     while error is not None and not isinstance(error, UserError):
         of_tensorstore = re.search(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND):", str(error))
         if of_tensorstore or isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):

@@ -1,8 +1,8 @@
 """The part of each host (process) in a run: the rows of the batch that it reads, the arrays that it gives to JAX,
 which one writes the run's files, and how all of them reach one decision.
 
-A mesh gives a host rows that need not be contiguous, and several hosts the same rows where they hold other parts of
-the sequence or of the weights. So rows are always named one by one.
+The rows of a host need not be contiguous, and several hosts have the same rows where they hold other parts of the
+sequence or of the weights. So rows are always listed one by one.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from gptjax.errors import UserError
 Index = tuple[slice, ...]
 Result = TypeVar("Result")
 
-WRITER = 0  # the process that writes all of a run's files but its own parts of checkpoints
-LONGEST_WAIT_S = 7 * 24 * 3600  # for other processes: the watchdog ends a wait much earlier
+WRITER = 0  # the process that writes a run's files, except the other processes' parts of checkpoints
+LONGEST_WAIT_S = 7 * 24 * 3600  # for other processes; the watchdog ends a wait much earlier
 _exchanges = itertools.count()
 
 
@@ -28,8 +28,8 @@ def rows_of_hosts(sharding: Sharding, shape: tuple[int, ...]) -> dict[int, np.nd
     """Return the rows of a global batch that the devices of each process hold.
 
     Args:
-        sharding: of the batch; a row is one index of its first dimension.
-        shape: of one of the batch's arrays.
+        sharding: the batch's; a row is one index of its first dimension.
+        shape: the shape of one of the batch's arrays.
 
     Returns:
         process index -> row indices, int64, ascending, each once.
@@ -50,12 +50,12 @@ def rows_of_this_host(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def part_of(local: np.ndarray, rows: np.ndarray, index: Index) -> np.ndarray:
-    """Return the part of the global array at `index`, out of the rows that a host has read.
+    """Return the part of the global array at `index`, cut from the rows that a host has read.
 
     Args:
         local: [len(rows), ...], the host's rows.
         rows: their indices in the global array, ascending.
-        index: of a device's shard; its first slice holds consecutive rows, all of them among `rows`.
+        index: a device's shard; its first slice has consecutive rows, all of them among `rows`.
     """
     first, *rest = index
     start = 0 if first.start is None else first.start
@@ -92,7 +92,7 @@ def is_writer() -> bool:
 def exchange(text: str | None) -> dict[int, str]:
     """Return what each process gave (process index -> text, without those that gave None); all of them must call.
 
-    It goes through JAX's coordination service: no device is used, and a process may keep the others waiting.
+    It uses JAX's coordination service: no device is involved, and a slow process keeps the others waiting.
     """
     if jax.process_count() == 1:
         return {} if text is None else {0: text}
@@ -109,13 +109,13 @@ def from_writer(make: Callable[[], str]) -> str:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Return work(), where no process raises a UserError in it; all of them must call.
+    """Return work(), unless it raises a UserError on some process; all processes must call.
 
     Args:
-        work: must not call a function of this kind itself, or processes would answer each other's questions.
+        work: must not call a collective function of this module itself, or the exchanges would be mixed up.
 
     Raises:
-        UserError: of the first process that raised one, on every process. (Another kind of error ends its own
+        UserError: that of the first process that raised one, on every process. (Any other error ends its own
             process, and thereby the others.)
     """
     result, problem = None, None
@@ -130,7 +130,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def writer_first(work: Callable[[], Result]) -> Result:
-    """Return work(), done by the writer's process before the others begin: they find what it left on a shared disk.
+    """Return work(), run by the writer's process before the others, which find its files on a shared disk.
 
     Raises:
         UserError: as `together`.
@@ -139,9 +139,9 @@ def writer_first(work: Callable[[], Result]) -> Result:
     return together(lambda: first) if is_writer() else together(work)  # type: ignore[return-value]
 
 
-def check_same(what: str, text: str) -> None:
-    """Raise UserError, on every process, where the processes do not give the same text; all of them must call."""
+def check_same(name: str, text: str) -> None:
+    """Raise UserError, on every process, unless all processes give the same text; all of them must call."""
     found = exchange(text)
     other = next((process for process in sorted(found) if found[process] != found[WRITER]), None)
     if other is not None:
-        raise UserError(f"{what} on process {other} differs from that on process {WRITER}; give all hosts the same")
+        raise UserError(f"{name} on process {other} differs from that on process {WRITER}; give all hosts the same")

@@ -3,8 +3,8 @@
 A weight's role is stated where the weight is declared (`nn/layers.py:param`). Optimizer, decay, freezing and the
 rules below follow from it.
 
-A model of the config's base_width and base_layers is the standard one, bit for bit. One m times as wide and l
-times as deep departs from it by the powers of m and l below. muP follows the width alone: for it l is 1.
+A model of the config's base_width and base_layers is bitwise identical to the standard one. A model m times as wide
+and l times as deep differs from it by the powers of m and l below. muP follows only the width: for it l is 1.
 
 Sources: Yang et al. 2022 (arXiv 2203.03466), table 8, in which input and output weights may be tied; Dey et al. 2025
 (CompleteP, arXiv 2505.01618), table 1 with alpha = 1, for depth, decay and eps; Yang et al. 2023 (arXiv 2310.17813),
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from gptjax.config import ModelConfig
 from gptjax.errors import nearest
 
-Exponents = tuple[float, float]  # of m and of l
+Exponents = tuple[float, float]  # exponents of m and of l
 
 
 class Role(NamedTuple):
@@ -24,9 +24,9 @@ class Role(NamedTuple):
 
     Attributes:
         decays: whether weight decay applies.
-        hidden: a matrix from features to features inside the network, such as Muon orthogonalizes.
+        hidden: whether it is a matrix inside the network, whose update Muon orthogonalizes.
         lr: exponent of m in the learning rate of an entrywise optimizer (Adam).
-        decay: exponent of m in the weight decay, which acts times the rate.
+        decay: exponent of m in the weight decay, which is multiplied by the rate.
         eps: exponent of m in Adam's eps; in a stack of layers eps is also divided by l.
     """
 
@@ -46,9 +46,9 @@ ROLES: dict[str, Role] = {
     "bias": Role(decays=False),
     "conv": Role(decays=False),
 }
-# Kind of weight -> what multiplies the standard deviation of its first value.
+# Kind of weight -> exponents of the factor of its initial standard deviation.
 INIT_STDS = {"embed": (0, 0), "position": (0, 0), "matrix": (-0.5, 0), "residual": (-0.5, 0), "head": (0, 0)}
-# What multiplies the last hidden state, and what a residual branch adds.
+# Exponents of the factors of the last hidden state, and of the output of a residual branch.
 MULTIPLIERS = {"output": (-1, 0), "residual": (0, -1)}
 
 
@@ -56,7 +56,7 @@ def role_named(name: str) -> Role:
     """Return the role of this name.
 
     Raises:
-        ValueError: there is none; the message names the nearest.
+        ValueError: the role is unknown; the message names the nearest.
     """
     if name not in ROLES:
         raise ValueError(f"role {name!r} is not in parametrization.ROLES{nearest(name, ROLES)}")
@@ -64,7 +64,7 @@ def role_named(name: str) -> Role:
 
 
 def growth(cfg: ModelConfig) -> tuple[float, float]:
-    """Return m and l; 1 for what the parametrization does not follow."""
+    """Return m and l; 1 for a size that the parametrization does not follow."""
     base = cfg.parametrization
     m = 1.0 if base.kind == "standard" else cfg.d_model / base.base_width
     l = cfg.n_layers / base.base_layers if base.kind == "completep" else 1.0
@@ -72,12 +72,12 @@ def growth(cfg: ModelConfig) -> tuple[float, float]:
 
 
 def factor(cfg: ModelConfig, exponents: Exponents) -> float:
-    """Return a power of m times one of l."""
+    """Return m and l to these powers, multiplied."""
     return growth(cfg)[0] ** exponents[0] * growth(cfg)[1] ** exponents[1]
 
 
 def size_factors(cfg: ModelConfig, weight: dict[str, Any]) -> dict[str, float]:
-    """Return what multiplies a weight's `lr`, `decay` and `eps` under an entrywise optimizer.
+    """Return the factors of a weight's `lr`, `decay` and `eps` under an entrywise optimizer.
 
     Args:
         weight: its `role` and `axes`, of its metadata (`transformer.abstract_model`).

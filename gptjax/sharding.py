@@ -12,7 +12,6 @@ from gptjax.checks import filled_axes
 from gptjax.errors import UserError
 
 # Logical axis -> mesh axis or axes. Weights and activations name their axes; nothing else knows the mesh.
-# `pipeline` and `expert` will be two more mesh axes, for "layers" and for an axis "experts".
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
     "layers": None,
@@ -27,7 +26,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": "context",
-    "stream_length": ("context", "tensor"),  # between a block's matmuls: norms and sums work on their part alone
+    "stream_length": ("context", "tensor"),  # between a block's matmuls, where each position is independent
     "residual": None,
 }
 
@@ -36,7 +35,7 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
     """Return the mesh with these axis sizes, in this order; one size may be -1, for the remaining devices.
 
     Args:
-        slices: how many groups of devices the first axis is laid across; neighbours on other axes share a group.
+        slices: number of groups of devices that the first axis spans; the other axes stay inside a group.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
@@ -48,14 +47,16 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
         asked = ", ".join(f"{name}={size}" for name, size in axes.items() if size != 1)
         raise UserError(
             f"mesh {asked} needs a multiple of {fixed} devices and there are {len(devices)}; change mesh.* "
-            "(-1 takes what is left), or on a CPU set mesh.cpu_devices"
+            "(-1 takes the remaining devices), or on a CPU set mesh.cpu_devices"
         )
     sizes = list(filled.values())
     found = len({getattr(d, "slice_index", 0) for d in devices})
-    anywhere = slices == 1 and devices[0].platform == "gpu"  # JAX counts each GPU node as a slice; NCCL joins them
+    anywhere = (
+        slices == 1 and devices[0].platform == "gpu"
+    )  # JAX counts each GPU node as a slice, and NCCL connects them
     if sizes[0] % slices or not (found in (1, slices) or anywhere):
         raise UserError(
-            f"mesh.slices {slices} must divide mesh.{next(iter(axes))} {sizes[0]}, and the devices lie in {found}; "
+            f"mesh.slices {slices} must divide mesh.{next(iter(axes))} {sizes[0]}, and the devices are in {found}; "
             f"set mesh.slices {found} and make mesh.{next(iter(axes))} a multiple of it"
         )
     devices = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index))
@@ -65,7 +66,7 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
         create_device_mesh(shape, devices[i : i + per_slice], allow_split_physical_axes=True)
         for i in range(0, len(devices), per_slice)
     ]
-    # Auto: the compiler places what the constraints leave open. (The default, Explicit, types every array.)
+    # Auto: the compiler shards what the constraints leave open. (The default, Explicit, types every array.)
     return Mesh(np.concatenate(parts), names, axis_types=(AxisType.Auto,) * len(sizes))
 
 

@@ -102,10 +102,10 @@ CHANGES = {  # keys that would change what is computed
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
         "partial_rotary_factor 0.25",
     ),
-    "another scale": ({"logit_scale": 0.5}, "logit_scale 0.5 is no part of Llama"),
-    "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is no part of Llama"),
-    "norms of queries": ({"use_qk_norm": True}, "use_qk_norm True is no part of Llama"),
-    "experts": ({"num_local_experts": 4}, "num_local_experts 4 is no part of Llama"),
+    "another scale": ({"logit_scale": 0.5}, "logit_scale 0.5 is not a key of Llama"),
+    "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not a key of Llama"),
+    "norms of queries": ({"use_qk_norm": True}, "use_qk_norm True is not a key of Llama"),
+    "experts": ({"num_local_experts": 4}, "num_local_experts 4 is not a key of Llama"),
     "layers unlike": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be 2 of full_att"),
     "layers apart": ({"per_layer_config": {"0": {}}}, "per_layer_config .* cannot be run here"),
     "rope by layers": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "must be an object"),
@@ -113,7 +113,7 @@ CHANGES = {  # keys that would change what is computed
     "pruned heads": ({"pruned_heads": {"0": [1]}}, "pruned_heads .* cannot be run here"),
     "a strange part of the rope": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_factor": [1.0]}},
-        r"short_factor \[1.0\] is no part of the rope_type 'linear'",
+        r"short_factor \[1.0\] is not a key of the rope_type 'linear'",
     ),
 }
 
@@ -131,7 +131,7 @@ def test_a_key_that_nobody_reads_is_noted(llama, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        "note: config.json: logit_scale, my_note: no part of Llama; ignored, as by transformers\n"
+        "note: config.json: logit_scale, my_note: not read for Llama; ignored, as by transformers\n"
     )
 
 
@@ -339,7 +339,7 @@ FOREIGN = {
         {"model_type": "my_llama", "architectures": ["LlamaForCausalLM"]},
         "'my_llama' is not known, but LlamaForCausalLM is that of 'llama'",
     ),
-    "no name": ({"model_type": None}, "model_type None names no family"),
+    "no name": ({"model_type": None}, "model_type None is not the name of a family"),
     "a classifier": (
         {"architectures": ["LlamaForSequenceClassification"]},
         "its class LlamaForSequenceClassification is no language model",

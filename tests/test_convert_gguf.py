@@ -71,7 +71,7 @@ GGUF_CHANGES = {
         {"arch": "qwen3moe"},
         "architecture 'qwen3moe' is not known: a mixture of experts; known",
     ),
-    "an adapter": ({"general.type": "adapter"}, "GGUF file of the type 'adapter', no whole model"),
+    "an adapter": ({"general.type": "adapter"}, "GGUF file of the type 'adapter', not a whole model"),
     "a tensor of experts": (
         {"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((2, 64), np.float32)}},
         "a tensor 'blk.0.ffn_gate_exps.weight', which no model that can be run here has: of a mixture of experts",
@@ -100,7 +100,7 @@ def test_a_gguf_file_means_what_it_means_to_llama_cpp(tmp_path, capsys):
     assert config(**{"attention.head_count": [4, 4]}).n_heads == 4
     assert capsys.readouterr().err == ""
     config(my_key=1)
-    assert capsys.readouterr().err == "note: my_key: keys of llama that nothing here reads; ignored\n"
+    assert capsys.readouterr().err == "note: my_key: unknown keys of llama; ignored\n"
 
 
 def test_the_biases_of_a_gguf_file_are_read(tmp_path, llama):

@@ -73,14 +73,17 @@ REFUSED = {
     "c.parquet": (b"<html>not found</html>", "has the name of a Parquet file, but not its content"),
     "p.parquet.gz": (gzip.compress(b"PAR1" + bytes(99)), "is a compressed Parquet file"),
     "cut.txt.gz": (gzip.compress(os.urandom(9000).hex().encode())[:4000], "compressed and truncated"),
-    "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000, "deep.jsonl, line 2 is not read: it nests too deep"),
-    "deep.json": (b"[\n" * 100_000, "deep.json is not read: it nests too deep"),
-    "deepest.jsonl": (b'{"text": "a", "b": ' + b'{"a":' * 100_000, "line 1 is not read: it nests too deep"),
-    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1 is not read: Exceeds the limit"),
-    "object.json": (json.dumps({"data": []}, indent=1).encode(), "make one line: jq -c ."),
+    "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000, "deep.jsonl, line 2 cannot be read: it nests too deep"),
+    "deep.json": (b"[\n" * 100_000, "deep.json cannot be read: it nests too deep"),
+    "deepest.jsonl": (b'{"text": "a", "b": ' + b'{"a":' * 100_000, "line 1 cannot be read: it nests too deep"),
+    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1 cannot be read: Exceeds the limit"),
+    "object.json": (
+        json.dumps({"data": []}, indent=1).encode(),
+        "write an object of several lines as one line: jq -c .",
+    ),
     "numbers.json": (b"[1, 2]", "row 1 has no text in the field 'text'"),
-    "c.csv": (b"id,body\n1,a\n", "has no column 'text'; it has id, body: name another with text_field"),
-    "open.csv": (b'id,text\n1,"a\n', "is no row of a table: unexpected end of data"),
+    "c.csv": (b"id,body\n1,a\n", "has no column 'text'; it has id, body; set text_field to one of them"),
+    "open.csv": (b'id,text\n1,"a\n', "is not a row of a table: unexpected end of data"),
     "short.csv": (b"id,text\n1\n", "line 2 has no column 'text'"),
     "latin.csv": (b"id,text\n1,caf\xe9\n", "is not UTF-8"),
 }
@@ -100,13 +103,13 @@ def test_what_holds_no_text_is_refused_by_what_it_is(tmp_path, name):
 
 def test_pipes_and_folders_that_hold_themselves_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is no regular file"):
+    with pytest.raises(UserError, match="pipe is not a regular file"):
         load(tmp_path, tmp_path / "pipe")
     loop = tmp_path / "loop" / "inside"
     loop.mkdir(parents=True)
     (loop / "a.txt").write_text("text")
     (loop / "again").symlink_to(loop.parent)
-    with pytest.raises(UserError, match="is a link to a folder that it lies in"):
+    with pytest.raises(UserError, match="is a link to a folder that contains it"):
         list_files(str(loop.parent))
 
 
@@ -247,7 +250,7 @@ def test_a_dataset_folder_is_divided_by_its_names_and_says_what_it_leaves_out(tm
     train, val = ("".join(source.tokenizer.decode(half[:].tolist())) for half in (source.train, source.val))
     assert train == "".join(f"train{i}\n" for i in range(9)) and val == "".join(f"validation{i}\n" for i in range(9))
     assert len(source.notes) == 2
-    assert "6 that are no documents are left out" in source.notes[0] and "README.md" in source.notes[0]
+    assert "6 files that are no documents are left out" in source.notes[0] and "README.md" in source.notes[0]
     assert "1 files for validation by name; 1 for testing are left out" in source.notes[1]
 
 

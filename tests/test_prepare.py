@@ -198,7 +198,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    assert "going on after" in again.stderr
+    assert "resuming after" in again.stderr
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
     assert not (tmp_path / "killed" / "work").exists()
 
@@ -309,7 +309,7 @@ BAD = {
     "null.jsonl": (b'{"text": null}\n', r"null.jsonl, line 1 has no text"),
     "list.jsonl": (b"[1]\n", r"list.jsonl, row 1 has no text"),
     "latin1.jsonl": ('{"text": "Käse"}\n'.encode("latin-1"), r"latin1.jsonl, line 1 is not UTF-8: byte 0xe4"),
-    "half.jsonl": (b'{"text": "\\ud83d"}\n', r"half.jsonl, line 1 names half a character"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', r"half.jsonl, line 1 contains half a character"),
     "latin1.txt": ("Käse".encode("latin-1"), r"latin1.txt is not UTF-8: byte 0xe4 at offset 1"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20], r"cut.jsonl.gz: .*compressed and truncated"),
     "not.jsonl.gz": (b"not compressed", r"not.jsonl.gz, line 1 is not JSON"),
@@ -364,7 +364,7 @@ def test_a_full_disk_stops_with_one_line_and_the_work_goes_on_later(tmp_path, co
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     stopped = subprocess.run([*command], preexec_fn=limit, check=False, **how)
     assert stopped.returncode == 2
-    assert "cannot write to" in stopped.stderr and "make room, and the same command goes on" in stopped.stderr
+    assert "cannot write to" in stopped.stderr and "make room and run the same command to resume" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
     again = subprocess.run(command, check=False, **how)
@@ -397,7 +397,7 @@ def test_unfinished_work_on_other_options_is_begun_anew_unless_it_is_much(tmp_pa
         made(tmp_path / "out", source, skip_bad=True)
     monkeypatch.undo()
     assert made(tmp_path / "out", source, skip_bad=True)["counts"]["bad"] == 1
-    assert "begun anew" in capsys.readouterr().err
+    assert "started again" in capsys.readouterr().err
 
 
 def test_damaged_shards_are_refused_before_training(tmp_path):

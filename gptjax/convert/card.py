@@ -1,4 +1,4 @@
-"""The model card of an export, written from what the run's directory says."""
+"""Write the model card of an export from the run's directory."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,13 @@ def model_card(model: Model, family: str, dtype: str) -> str:
         f"# {name}",
         f"A {family}-form language model, written by `gptjax convert to-hf` in {dtype}. {shape}",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this folder lies\n'
+        'folder = "."  # path of this folder\n'
         "tokenizer, model = (c.from_pretrained(folder) for c in (AutoTokenizer, AutoModelForCausalLM))\n```",
         "## Training",
         *_training(model, config),
         "## Limits",
         "A language model continues text; it may be wrong, and it repeats the biases of its data. It has been "
-        "evaluated by the losses above alone. Attention is trained up to the context length; beyond it, quality is "
+        "evaluated only by the losses above. Attention is trained up to the context length; beyond it, quality is "
         "unknown." + _CHAR_LIMIT * (model.tokenizer.kind == "char"),
     ]
     return "\n".join(front) + "\n\n" + "\n\n".join(lines[len(front) :]) + "\n"
@@ -40,17 +40,17 @@ _TOKENIZERS = {
     "char": "one id a character",
     "hf": "the tokenizer in this folder",
     "tiktoken": "a byte-level BPE of OpenAI's, in this folder",
-    "none": "no tokenizer came with it",
+    "none": "no tokenizer",
 }
-_CHAR_LIMIT = " The tokenizer knows the characters of its corpus only: `AutoTokenizer` drops others without a word."
+_CHAR_LIMIT = " The tokenizer knows only the characters of its corpus: `AutoTokenizer` drops others silently."
 
 
 def _training(model: Model, config: dict[str, Any]) -> list[str]:
     last = _last_metrics(model.path / "metrics.jsonl", model.meta.get("step", 0))
     if not last:
-        return ["Imported, not trained here: see the card of the model that it came from for data and recipe."]
+        return ["Imported, not trained here: see the original model's card for data and recipe."]
     data, optim, train = config["data"], config["optim"], config["train"]
-    begun = f" It began from the weights of `{config['init_from']}`." if config.get("init_from") else ""
+    start = f" It started from the weights of `{config['init_from']}`." if config.get("init_from") else ""
     tokens = f"{int(last['tokens']):,} tokens in {int(last['step']):,} steps" if "tokens" in last else "some steps"
     names = {
         "train/loss": "training loss, nats a token",
@@ -59,7 +59,7 @@ def _training(model: Model, config: dict[str, Any]) -> list[str]:
     }
     table = [f"| {title} | {last[key]:.4f} |" for key, title in names.items() if key in last]
     return [
-        f"- **Data**: `{data['path']}`; the last {data['val_frac']:.0%} of its tokens are held out.{begun}\n"
+        f"- **Data**: `{data['path']}`; the last {data['val_frac']:.0%} of its tokens are held out.{start}\n"
         f"- **Recipe**: {tokens}, {train['batch_sequences']} sequences a step; {optim['name']}, peak learning rate "
         f"{optim['peak_lr']}, {optim['schedule']} schedule, weight decay {optim['weight_decay']}, seed "
         f"{config['seed']}.",

@@ -1,4 +1,4 @@
-"""A config.json of Hugging Face to our config: every key of it is used, known to change nothing, or refused by name.
+"""Convert Hugging Face's config.json to our config: every key is used, known to have no effect, or refused by name.
 
 Source: the configuration_*.py of `transformers` 5.24, and its configuration_utils.py, modeling_rope_utils.py and
 masking_utils.py for the keys of all families.
@@ -30,7 +30,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
     "partial_rotary_factor": (1, None),
 }
-# Keys that say how a model is trained, saved or asked, not what it computes; and what they may begin with.
+# Keys about training, saving or generation, not about what a model computes; and prefixes of such keys.
 _IRRELEVANT = """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path architectures
     attention_dropout attn_implementation attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id
@@ -48,7 +48,7 @@ _IRRELEVANT = """
 IRRELEVANT = frozenset(_IRRELEVANT.split())
 IRRELEVANT_BEGINNINGS = ("summary_", "unsloth_")
 READ_ELSEWHERE = ("compression_config", "quantization_config", "transformers_weights")  # foreign.py, safetensors.py
-# Parts of the names of keys by which other families change what is computed.
+# Patterns of keys with which other families change what is computed.
 MECHANISMS = (
     r"softcap|multiplier|logit_scale|logits_scaling|scale_emb|scale_depth|dim_model_base|expert|router|clip_qkv|alibi"
     r"|parallel_(residual|attn)|qk_(layer)?norm|no_rope|nope_|lora_rank|mamba|ssm_|chunk_size|bidirectional"
@@ -60,7 +60,7 @@ class Imported(NamedTuple):
 
     Attributes:
         model: our config of it.
-        absent: beginnings of the paths of biases that its files do not hold: they are zeros.
+        absent: prefixes of the paths of biases that its files lack and that are zeros.
     """
 
     model: ModelConfig
@@ -68,7 +68,7 @@ class Imported(NamedTuple):
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family that a config.json names; raises UserError for one that is not known."""
+    """Return the family that a config.json names; raise UserError for an unknown one."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(unknown_family(config, {key: (f.title, f.architecture) for key, f in FAMILIES.items()}))
@@ -98,7 +98,7 @@ def import_config(config: Mapping[str, Any]) -> Imported:
     if model["positions.kind"] == "rope":
         model |= _import_rope(config)
     if (window := _window(family, config, model["n_layers"])) is not None:
-        # Within its window, attention with one is attention without.
+        # Up to the window's length, a sliding window has no effect.
         model["context_length"] = min(model["context_length"], window)
     try:
         return Imported(config_from_dict({"model": nested_values(model)}).model, absent)
@@ -115,15 +115,15 @@ def _value(ours: str, theirs: str, value: Any, default: Any) -> Any:
 
 
 def _import_biases(family: Family, config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Return whether the model has biases, and the beginnings of the paths of those that are not in its files."""
+    """Return whether the model has biases, and the prefixes of the paths of those that are not in its files."""
     if not family.biases:
         return family.form["bias"], ()
-    there = {key: config.get(key, False) for key in family.biases}
-    for key, value in there.items():
+    present = {key: config.get(key, False) for key in family.biases}
+    for key, value in present.items():
         if not isinstance(value, bool):
             raise UserError(f"config.json: {key} {value!r} must be true or false")
-    some = any(there.values())
-    return some, tuple(family.biases[key] for key, value in there.items() if some and not value)
+    some = any(present.values())
+    return some, tuple(family.biases[key] for key, value in present.items() if some and not value)
 
 
 def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
@@ -142,16 +142,18 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
     for key in unknown:
         if re.search(MECHANISMS, key) and _has_effect(config[key]):
             raise UserError(
-                f"config.json: {key} {config[key]!r} is no part of {family.title}, and cannot be run here; remove it "
-                "if the weights were trained without it (transformers ignores it)"
+                f"config.json: {key} {config[key]!r} is not a key of {family.title}, and cannot be run here; remove "
+                "it if the weights were trained without it (transformers ignores it)"
             )
     if unknown:
         names = ", ".join(sorted(unknown)[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        print(f"note: config.json: {names}: no part of {family.title}; ignored, as by transformers", file=sys.stderr)
+        print(
+            f"note: config.json: {names}: not read for {family.title}; ignored, as by transformers", file=sys.stderr
+        )
 
 
 def _has_effect(value: Any) -> bool:
-    """Return whether a mechanism's value turns it on: true, or a number that is no factor of 1."""
+    """Return whether a value turns a mechanism on: true, or a number other than 0 and 1."""
     return value is True or (value is not False and value not in (None, 0, 1, [], {}))
 
 
@@ -187,12 +189,12 @@ def _window(family: Family, config: Mapping[str, Any], n_layers: int) -> int | N
 
 def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return our keys of rotary positions. transformers 5 keeps theirs in `rope_parameters`, 4 in `rope_theta` and
-    `rope_scaling`; where both are there, 5 takes `rope_scaling`."""
+    `rope_scaling`; with both, 5 takes `rope_scaling`."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "dynamic":  # it changes positions beyond max_position_embeddings alone, which are not run here
+    if kind == "dynamic":  # it changes only positions beyond max_position_embeddings, which are not run here
         kind, given = "default", {key: value for key, value in given.items() if key != "factor"}
         print(
             "note: config.json: rope_type 'dynamic': run up to max_position_embeddings, where it is the default",
@@ -205,8 +207,8 @@ def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if strange := given.keys() - used:
         key = min(strange)
         raise UserError(
-            f"config.json: {key} {given[key]!r} is no part of the rope_type {kind!r} here; remove it if the weights "
-            "were trained without it"
+            f"config.json: {key} {given[key]!r} is not a key of the rope_type {kind!r} here; remove it if the "
+            "weights were trained without it"
         )
     turned = given.get("partial_rotary_factor")
     if turned not in (None, 1):

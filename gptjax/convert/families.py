@@ -1,4 +1,4 @@
-"""Hugging Face's model families: what their config.json and their tensors are called here. One table each.
+"""Hugging Face's model families: one table each, which maps the names of its config.json and tensors to ours.
 
 To add one: a `Family`, and a line in `FAMILIES`.
 
@@ -13,13 +13,13 @@ from gptjax.errors import UserError
 
 
 class Tensor(NamedTuple):
-    """Where a weight lies.
+    """The tensor, or part of one, that holds a weight.
 
     Attributes:
-        name: of the tensor; `{}` stands for the layer.
+        name: the tensor's name, with `{}` for the layer.
         dims: the tensor's dimensions, in order, each a product of axes (docs/design.md's letters): `HK,D`. P counts
             the parts that are fused into one tensor, N is the width of a norm or bias.
-        part: which of the fused parts.
+        part: index of the fused part.
     """
 
     name: str
@@ -31,20 +31,20 @@ class Family(NamedTuple):
     """A family of models.
 
     Attributes:
-        title: its name for people.
+        title: its name in messages.
         architecture: the class in `transformers`.
-        keys: (our field, their key, what a config.json without the key means).
+        keys: (our field, their key, the value of a config.json without the key).
         form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
         demands: their keys, with the values under which the model is the one that we run. The first is exported.
         aliases: other names of their keys, which override them (`attribute_map` of their config class).
-        window: their key for a sliding window (4096 without the key), and the key that must be true for it to
-            count; None: has none.
+        window: their key for a sliding window (4096 without the key), and the key that turns it on; None: the family
+            has no window.
         prefix: of the tensors' names, which a file of the bare model lacks.
         tensors: by our weight's path.
         ignored: endings of tensors that hold no weights.
-        biases: their keys that say whether some of the biases are there: the beginning of these weights' paths. Where
-            only some are, the others are read as zeros.
-        preset: one of ours that the family can express.
+        biases: their keys that turn some of the biases on -> the prefix of these weights' paths. Where only some
+            are on, the others are read as zeros.
+        preset: a preset of ours that the family can express.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Family(NamedTuple):
 # The names of one function in `transformers` (activations.py).
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 SILUS = ("silu", "swish")
-IN_NO_FAMILY = {"logit_softcap": None, "conv_width": None}  # what no family has
+IN_NO_FAMILY = {"logit_softcap": None, "conv_width": None}  # values of features that no family has
 
 _GPT2 = Family(
     title="GPT-2",
@@ -303,15 +303,15 @@ def family_for(cfg: ModelConfig, origin: str | None = None) -> str:
     """Return the `model_type` under which a model can be exported; `origin`, where it came from, if that still fits.
 
     Raises:
-        UserError: no family has this form. It names the fields that stand in the way of the nearest.
+        UserError: no family has this form; the message names the fields that differ from the nearest family.
     """
     kinds = [origin, *FAMILIES] if origin in FAMILIES else list(FAMILIES)
     obstacles = {kind: _obstacles(FAMILIES[kind], cfg) for kind in kinds}
     best = min(kinds, key=lambda kind: len(obstacles[kind]))
     if obstacles[best]:
         raise UserError(
-            f"no Hugging Face family has this model's form; in the way: {', '.join(obstacles[best].values())} "
-            f"(model.preset {FAMILIES[best].preset} would export)"
+            f"no Hugging Face family has this model's form; differing: {', '.join(obstacles[best].values())} "
+            f"(model.preset {FAMILIES[best].preset} can be exported)"
         )
     return best
 

@@ -1,5 +1,5 @@
-"""Models that cannot be run here, named for what they are: by their config.json, by their tensors, by the files of
-their folder. Each message ends with the way out.
+"""Identify models that cannot be run here: by their config.json, by their tensors, by the files of their folder. Each
+message ends with the remedy.
 
 Source: `transformers` 5.24: the classes of models/auto, utils/quantization_config.py and quantizers/.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# What a model is that has any of these keys with a value, and the families by whose names it is told without them.
+# Kind of model, the config keys whose presence identifies it, and a pattern of its families' names.
 KINDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "a mixture of experts",
@@ -37,7 +37,7 @@ KINDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 LANGUAGE_HEADS = r"(ForCausalLM|LMHeadModel|DoubleHeadsModel|Model)$"
 
-# How a quantized model becomes plain floats, by `quant_method`; the others have no way in `transformers`.
+# `quant_method` -> how `transformers` dequantizes the model; it cannot dequantize the other methods.
 _FROM = "in Python: AutoModelForCausalLM.from_pretrained(DIR{}){}.save_pretrained(NEW_DIR)"
 DEQUANTIZE = {
     "bitsandbytes": _FROM.format("", ".dequantize()"),
@@ -45,7 +45,7 @@ DEQUANTIZE = {
     "mxfp4": _FROM.format(", quantization_config=Mxfp4Config(dequantize=True)", ""),
     "compressed-tensors": _FROM.format(", quantization_config=CompressedTensorsConfig(run_compressed=False)", ""),
 }
-# The ends of tensors' names by which a quantization is known; a pattern, and its `quant_method`.
+# Patterns of tensor names that identify a quantization, with its `quant_method`.
 QUANTIZED_NAMES = (
     (r"\.qzeros$|\.g_idx$|\.qweight$", "gptq or awq"),
     (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\.bitsandbytes", "bitsandbytes"),
@@ -54,13 +54,13 @@ QUANTIZED_NAMES = (
     (r"\.weight_packed$|\.weight_scale$|\.input_scale$|\.weight_zero_point$", "compressed-tensors"),
     (r"\.codebooks$|\.codes$", "aqlm"),
 )
-# What a model is whose tensors have such names; a pattern, what it is, and the way out.
+# Patterns of tensor names that identify a model, what it is, and the remedy.
 FOREIGN_NAMES = (
     (r"experts\.|block_sparse_moe|shared_expert", "of a mixture of experts", "use a dense model"),
     (
         r"vision_tower|vision_model|visual\.|multi_modal_projector|audio_tower",
         "of a multimodal model",
-        "save its language model alone",
+        "save only its language model",
     ),
     (
         r"\.lora_[AB]\.|\.base_layer\.|lora_embedding",
@@ -76,7 +76,7 @@ FOREIGN_NAMES = (
 
 
 def unknown_family(config: Mapping[str, Any], known: Mapping[str, tuple[str, str]]) -> str:
-    """Say what a config.json describes whose `model_type` is none of those known.
+    """Return a message about a config.json whose `model_type` is unknown.
 
     Args:
         known: (title, architecture), by model_type.
@@ -91,14 +91,14 @@ def unknown_family(config: Mapping[str, Any], known: Mapping[str, tuple[str, str
             f"config.json: model_type {kind!r} is not known, but {architecture} is that of {of_class!r}; {families}"
         )
     if not isinstance(kind, str):
-        return f"config.json: model_type {kind!r} names no family; set it to that of the model, {families}"
+        return f"config.json: model_type {kind!r} is not the name of a family; set it to the model's own, {families}"
     what = _what(kind, config)
     if what is not None:
         inner = config.get("text_config")
         text = inner.get("model_type") if isinstance(inner, Mapping) else None
-        way = f"its language model, a {text!r}, can be run when it is saved alone; " if text in known else ""
+        way = f"its language model, a {text!r}, can be run when it is saved separately; " if text in known else ""
         return f"config.json: model_type {kind!r} is {what}, which cannot be run here; {way}{families}"
-    # Many families differ by a letter (ministral, gptj), so that only another spelling of one is a guess.
+    # Many families differ by one letter (ministral, gptj), so only another spelling of a known one is suggested.
     guess = next((f"; did you mean {key!r}?" for key in known if key == re.sub("[^a-z0-9]", "", kind.lower())), "")
     return f"config.json: model_type {kind!r} is not known{guess}; {families}"
 
@@ -113,12 +113,12 @@ def _what(kind: str, config: Mapping[str, Any]) -> str | None:
 
 
 def kind_of(family: str) -> str | None:
-    """Return what a family of models is by its name; None where the name tells nothing."""
+    """Return the kind of a family of models by its name; None where the name is unknown."""
     return next((what for what, _, names in KINDS if re.search(names, family)), None)
 
 
 def another_head(config: Mapping[str, Any]) -> str | None:
-    """Say what a model of a known family is when its class is one without a head for the next token."""
+    """Return a message for a class without a head for the next token; None for a language model."""
     classes = config.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
     if not isinstance(name, str) or re.search(LANGUAGE_HEADS, name):
@@ -127,10 +127,10 @@ def another_head(config: Mapping[str, Any]) -> str | None:
 
 
 def quantization(config: Mapping[str, Any], tensors: Iterable[str], dtypes: Iterable[str]) -> str | None:
-    """Say how a model is quantized, by its config.json or by its tensors; None where it is not.
+    """Return a message about a model's quantization, by its config.json or by its tensors; None without one.
 
     Args:
-        dtypes: of tensors that hold no plain floats.
+        dtypes: those of the tensors that hold no plain floats.
     """
     found = [method for pattern, method in QUANTIZED_NAMES if any(re.search(pattern, name) for name in tensors)]
     stated = config.get("quantization_config") or config.get("compression_config")
@@ -161,27 +161,27 @@ def _method(stated: Any) -> str:
         return str(stated["quant_method"]).removeprefix("QuantizationMethod.").lower()
     if stated.get("load_in_8bit") or stated.get("load_in_4bit"):
         return "bitsandbytes"
-    return "a method that it does not name"
+    return "a method without a name"
 
 
 def foreign_tensors(extra: Iterable[str]) -> str | None:
-    """Say what a model is that has tensors which no model of its family has; None where they tell nothing."""
+    """Return a message about tensors that no model of the family has; None where they identify nothing."""
     extra = list(extra)
     for pattern, what, way in FOREIGN_NAMES:
         if name := next((name for name in extra if re.search(pattern, name)), None):
-            return f"the model has, and should not, {name}: {what}, which cannot be run here; {way}"
+            return f"the model has an unexpected tensor {name}: {what}, which cannot be run here; {way}"
     return None
 
 
 def wrapping(found: Iterable[str], wanted: Iterable[str]) -> str | None:
-    """Return what stands before every name that a model should have, such as torch.compile's `_orig_mod.`."""
+    """Return the prefix of a wrapped model's tensor names, such as torch.compile's `_orig_mod.`; None without."""
     found, last = list(found), max(wanted, key=len)
     prefix = next((name.removesuffix(last) for name in found if name != last and name.endswith(last)), None)
     return prefix or None
 
 
 def no_weights(folder: Path) -> str:
-    """Say what lies in a folder that has a config.json and no model.safetensors."""
+    """Return a message about a folder that has a config.json and no model.safetensors."""
     if (folder / "adapter_config.json").exists():
         return adapter(folder)
     if others := _names(folder, "*.safetensors"):
@@ -189,7 +189,7 @@ def no_weights(folder: Path) -> str:
         if any(re.search(r"-\d+-of-\d+\.safetensors$", name) for name in others):
             return f"{str(folder)!r} holds {first} and no model.safetensors.index.json; copy the index, too"
         return (
-            f"{str(folder)!r} holds {first}, but no model.safetensors, which is the name that is read; rename it, or "
+            f"{str(folder)!r} holds {first}, but no model.safetensors, the only name that is read; rename it, or "
             f'set "transformers_weights": "{first}" in its config.json'
         )
     if pickles := _names(folder, "*.bin", "*.pt", "*.pth", "*.ckpt"):
@@ -206,7 +206,7 @@ def no_weights(folder: Path) -> str:
 
 
 def no_model(folder: Path) -> str | None:
-    """Say what a folder is that has no config.json and no checkpoints; None where its files tell nothing."""
+    """Return a message about a folder without a model, by its files; None where they identify nothing."""
     here = repr(str(folder))
     if (folder / "adapter_config.json").exists():
         return adapter(folder)
@@ -228,7 +228,7 @@ def model_inside(folder: Path) -> Path | None:
 
 
 def adapter(folder: Path) -> str:
-    """Say that a folder is an adapter of PEFT, and of which model."""
+    """Return a message that a folder is an adapter of PEFT, and of which model."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -245,6 +245,6 @@ def _names(folder: Path, *patterns: str) -> list[str]:
 
 
 def _last_number(path: Path) -> tuple[int, str]:
-    """Order checkpoint-900 before checkpoint-1000."""
+    """Return a sort key that orders checkpoint-900 before checkpoint-1000."""
     numbers = re.findall(r"\d+", path.parent.name)
     return (int(numbers[-1]) if numbers else -1, path.parent.name)

@@ -98,7 +98,7 @@ class GGUFTensors:
         self.unreadable = {name: kind for name, kind in types.items() if kind in strange}
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give tensors, by their names so far, other names."""
+        """Rename tensors: a mapping from their present names to the new ones."""
         for field in ("_tensors", "shapes", "unreadable"):
             setattr(self, field, {names.get(name, name): value for name, value in getattr(self, field).items()})
 
@@ -175,7 +175,7 @@ def _reader(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except Exception as error:  # the reader raises what numpy does where a file ends early
-        raise UserError(f"{str(path)!r} is cut short or no GGUF file ({error}); copy it again") from None
+        raise UserError(f"{str(path)!r} is truncated or not a GGUF file ({error}); copy it again") from None
 
 
 def _parts(path: Path, reader: Any, fields: Mapping[str, Any]) -> list[Any]:
@@ -202,7 +202,7 @@ def _config(fields: Mapping[str, Any], tensors: list[Any]) -> dict[str, Any]:
     """Return the values of a config.json; every key of the architecture is used, neutral or refused."""
     kind, role = fields.get("general.architecture"), fields.get("general.type", "model")
     if role != "model":
-        raise UserError(f"it is a GGUF file of the type {role!r}, no whole model; give the model's own file")
+        raise UserError(f"it is a GGUF file of the type {role!r}, not a whole model; give the model's own file")
     if kind not in ARCHITECTURES:
         what = kind_of(str(kind))
         raise UserError(
@@ -217,7 +217,7 @@ def _config(fields: Mapping[str, Any], tensors: list[Any]) -> dict[str, Any]:
         raise UserError(f"it lacks {kind}.{missing[0]}; convert the model again")
     used = {*KEYS, *OPTIONAL_KEYS, *NEUTRAL_VALUES, *READ_HERE, *IRRELEVANT}
     if unknown := sorted(given.keys() - used):
-        print(f"note: {', '.join(unknown[:5])}: keys of {kind} that nothing here reads; ignored", file=sys.stderr)
+        print(f"note: {', '.join(unknown[:5])}: unknown keys of {kind}; ignored", file=sys.stderr)
     config = {"model_type": kind}
     config |= {ours: _value(given[key]) for key, ours in {**KEYS, **OPTIONAL_KEYS}.items() if key in given}
     for key, ours in {**KEYS, **OPTIONAL_KEYS}.items():

@@ -137,7 +137,7 @@ def _read(fields: dict[str, Any], usual: Mapping[str, int]) -> Vocabulary:
     """Return the vocabulary of a file's metadata; `usual` gives the ids of roles that the file does not name."""
     tokens = fields.get("tokens")
     if tokens is None:
-        raise UserError("its metadata lack tokenizer.ggml.tokens; convert the model anew")
+        raise UserError("its metadata lack tokenizer.ggml.tokens; convert the model again")
     types = list(fields.get("token_type") or [1] * len(tokens))
     types += [1] * (len(tokens) - len(types))
     types = [CONTROL if token in ENDS | CONTROLS else type for token, type in zip(tokens, types, strict=False)]
@@ -169,7 +169,7 @@ def _byte_level(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabular
             "directory"
         )
     if "merges" not in fields:
-        raise UserError("its metadata lack tokenizer.ggml.merges; convert the model anew")
+        raise UserError("its metadata lack tokenizer.ggml.merges; convert the model again")
     cut = CUTS[name]
     # A token may hold a space of its own, as the first character.
     ends = [(merge, merge.index(" ", 1)) for merge in fields["merges"] if " " in merge[1:]]

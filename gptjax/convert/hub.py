@@ -1,4 +1,4 @@
-"""Names of models to folders: a path, or an id of the Hugging Face hub, from its cache here or by a download."""
+"""Find the folder of a model: a path, or an id of the Hugging Face hub, from its local cache or by a download."""
 
 import importlib.util
 import os
@@ -9,11 +9,11 @@ from gptjax.convert.safetensors import has_weights
 from gptjax.errors import UserError
 from gptjax.paths import user_path
 
-# What a download brings: weights, config and tokenizer, and never a pickle; and of these what it leaves: what lies in
-# folders, and the weights once more in the form of their maker.
+# Files to download: weights, config and tokenizer, never a pickle; and files to skip: those in subfolders, and the
+# second copy of the weights in their maker's format.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
 LEFT_OUT = ["*/*", "consolidated*"]
-# Ids that moved: the cache may have them under either name.
+# Renamed ids: the cache may have them under either name.
 MOVED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
@@ -50,7 +50,7 @@ def _cached(name: str) -> Path | None:
         commits = [main.read_text().strip()] if main.exists() else []
         newest = sorted((folder / "snapshots").glob("*"), key=lambda f: f.stat().st_mtime, reverse=True)
         for snapshot in (*(folder / "snapshots" / commit for commit in commits), *newest):
-            # A snapshot may hold no more than what someone once asked for, such as the tokenizer, or some shards.
+            # A snapshot may be partial, with only the tokenizer or some of the shards.
             if (snapshot / "config.json").exists() and has_weights(snapshot):
                 return snapshot
     return None

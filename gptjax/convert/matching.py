@@ -1,5 +1,5 @@
-"""The tensors that a file holds against those that its config.json promises: names without their prefix, a head that
-is the embedding or is not, and what is missing, too many or of another shape.
+"""Match the tensors of a file with those of its config.json: names without their prefix, a head that is tied to the
+embedding or not, and tensors that are missing, unexpected or of another shape.
 
 Source: `transformers` 5.24, modeling_utils.py (`tie_weights`) and core_model_loading.py (`rename_source_key`).
 """
@@ -17,7 +17,7 @@ from gptjax.convert.foreign import foreign_tensors, quantization, wrapping
 from gptjax.convert.weights import Layout, TensorSource
 from gptjax.errors import UserError
 
-# Heads beside the one for the next token, which change nothing in it: GPT-2's for choices, and values of TRL.
+# Heads that do not affect the one for the next token: GPT-2's for multiple choice, and TRL's value heads.
 OTHER_HEADS = ("multiple_choice_head.", "v_head.", "value_head.")
 
 
@@ -25,7 +25,7 @@ def match_tensors(layout: Layout, source: TensorSource, config: Mapping[str, Any
     """Give the source's tensors the names of the family, and return the layout with the head that the source has.
 
     Raises:
-        UserError: tensors are missing, are there and should not be, have another shape, or hold no plain floats.
+        UserError: tensors are missing, unexpected, of another shape, or hold no plain floats.
     """
     if reason := quantization(config, source.shapes, source.unreadable.values()):
         raise UserError(reason)
@@ -51,7 +51,7 @@ def _match_names(layout: Layout, source: TensorSource) -> None:
             names[name] = prefix + name
     if twice := [name for name in names if names[name] in source.shapes]:
         raise UserError(
-            f"the model has both {twice[0]} and {names[twice[0]]}, which are one weight; save the model again"
+            f"the model has both {twice[0]} and {names[twice[0]]}, which are the same weight; save the model again"
         )
     source.rename(names)
 
@@ -59,7 +59,7 @@ def _match_names(layout: Layout, source: TensorSource) -> None:
 def _match_head(layout: Layout, source: TensorSource) -> Layout:
     """Return the layout of a model whose head is its own where the file has another than the embedding.
 
-    As `transformers` ties them: both in the file and different, they are two; the head alone is the embedding, too.
+    As in `transformers`: two different tensors are not tied; a head without an embedding is both.
     """
     embed, head = (layout.family.tensors[name].name for name in ("embed", "head"))
     shapes = source.shapes
@@ -80,7 +80,7 @@ def _match_head(layout: Layout, source: TensorSource) -> Layout:
 
 
 def _check_tensors(layout: Layout, source: TensorSource) -> None:
-    wanted = {name: held.shape for name, held in layout.tensors.items()}
+    wanted = {name: tensor.shape for name, tensor in layout.tensors.items()}
     found, family = source.shapes, layout.family
     ignored = family.ignored
     if layout.cfg.tie_embeddings:
@@ -125,26 +125,29 @@ def _about_missing(layout: Layout, missing: list[str], found: Mapping[str, Any])
 
 
 def _about_extra(layout: Layout, extra: list[str]) -> str:
-    """Say which keys of config.json are at odds with tensors that should not be there."""
+    """Return a message that names the keys of config.json that contradict unexpected tensors."""
     pattern = re.escape(layout.family.tensors["blocks.mlp.down"].name).replace(r"\{\}", r"(\d+)")
     layers = {int(found[1]) for name in extra if (found := re.fullmatch(pattern, name))}
     if layers:
         key = next(theirs for ours, theirs, _ in layout.family.keys if ours == "n_layers")
         stated = f"config.json says {key} {layout.cfg.n_layers}"
-        return f"the model has, and should not, {_listed(extra)}, since {stated}; correct the key"
+        return f"the model has the unexpected tensors {_listed(extra)}, and {stated}; correct the key"
     return (
-        f"the model has, and should not, {_listed(extra)}, which no {layout.family.title} of its config.json has; "
-        "give the config.json that was saved with it"
+        f"the model has the unexpected tensors {_listed(extra)}, which no {layout.family.title} of its config.json "
+        "has; give the config.json that was saved with it"
     )
 
 
 def _about_shapes(family: Family, wrong: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Say which tensors have another shape, and the keys of config.json that speak of the first one's shape."""
-    told = [f"{name} {found[name]} instead of {wanted[name]}" for name in wrong]
+    """Return a message about tensors of another shape, with the keys of config.json that set the first one's."""
+    differences = [f"{name} {found[name]} instead of {wanted[name]}" for name in wrong]
     first = re.sub(r"\.\d+\.", ".{}.", wrong[0])
     dims = next(tensor.dims for tensor in family.tensors.values() if tensor.name == first)
     of_letter = {"V": "vocab_size", "D": "d_model", "N": "d_model", "F": "mlp.width", "T": "context_length"}
     of_letter |= {"H": "n_heads", "G": "n_kv_heads", "K": "head_dim"}
     fields = {of_letter[letter] for letter in dims if letter in of_letter}
     keys = ", ".join(theirs for ours, theirs, _ in family.keys if ours in fields)
-    return f"the model has of the wrong shape {_listed(told)}; is {keys} in config.json another model's?"
+    return (
+        f"the model has tensors of the wrong shape: {_listed(differences)}; check {keys} in config.json, which may "
+        "be another model's"
+    )

@@ -35,17 +35,17 @@ from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer
 
 
 class Model(NamedTuple):
-    """A model that was found; its weights are not read yet.
+    """A model whose weights are not read yet.
 
     Attributes:
-        config: of the model.
-        tokenizer: its own.
-        path: where it lies.
+        config: the model's.
+        tokenizer: the model's.
+        path: its file or folder.
         meta: of a run, the plain values in its checkpoint, and its `step`; of an import, `origin`: its `model_type`
             and generation_config.json.
-        is_run: whether it is one of our runs. Elsewhere, `read` may be asked for another padding of the vocabulary
-            and for fewer learned positions than there are.
-        read: abstract weights with their shardings -> weights; each device is given its shards alone.
+        is_run: whether it is one of our runs. If not, `read` can pad the vocabulary differently, and
+            return fewer learned positions than the file has.
+        read: abstract weights with their shardings -> weights; each device receives only its own shards.
     """
 
     config: ModelConfig
@@ -82,10 +82,10 @@ def open_model(path_or_id: str | os.PathLike[str]) -> Model:
     inside = sorted(f.name for f in path.glob("*"))[:3] if path.is_dir() else []
     here = f"holds {', '.join(inside)}, but " if inside else "is empty: " if path.is_dir() else "does not exist: "
     within = model_inside(path)
-    such = f", such as {str(within)!r}" if within else ""
+    example = f", such as {str(within)!r}" if within else ""
     raise UserError(
         f"{path_or_id!r} {here}no checkpoint of a run, and no config.json of a Hugging Face model; train first, or "
-        f"give the directory of one{such}"
+        f"give the directory of one{example}"
     )
 
 
@@ -98,7 +98,7 @@ def load(
         dtype: of the matmuls and of the matrices, float32 or bfloat16; None computes as the model was trained, with
             float32 weights.
         mesh: devices on each axis of data, fsdp and tensor, such as {"fsdp": 4, "tensor": 2}; the weights are sharded
-            as in training. None for the first device alone.
+            as in training. None for the first device.
 
     Raises:
         UserError: as `open_model`; a dtype or a mesh that is unknown or does not fit the devices or the model.
@@ -171,7 +171,7 @@ def _open_run(workdir: str) -> Model:
 
 def _open_huggingface(folder: Path) -> Model:
     config = read_json(folder / "config.json")
-    family_of(config)  # what the model is comes before what its files are
+    family_of(config)  # check the kind of model before its files
     source = SafetensorsFolder(folder, config.get("transformers_weights"))
     carried = ("tokenizer.json", "vocab.json", "tokenizer.model")
     has_tokenizer = any((folder / name).exists() for name in carried)
@@ -190,8 +190,8 @@ def _open_tensors(path: Path, config: dict[str, Any], source: TensorSource, toke
     model = layout.cfg
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{str(path)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model only "
-            f"{model.vocab_size} embeddings; are the two of one model?"
+            f"{str(path)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only "
+            f"{model.vocab_size} embeddings; use the model's own tokenizer"
         )
     generation = path / "generation_config.json"
     origin = {"model_type": config["model_type"], "generation": read_json(generation) if generation.exists() else {}}
@@ -213,9 +213,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-# Fields in which a model may differ from the one it starts from: they change how it is run or trained.
+# Fields in which a model may differ from the one it starts from, since they change only how it runs or trains.
 MAY_DIFFER = ("preset", "init", "dropout", "dtype")
-# These change what it computes, as those who stretch a context or cap the logits want it: a note says so.
+# Fields that change what it computes, as intended when a context is extended or logits are capped: print a note.
 DIFFER_WITH_NOTE = ("positions.theta", "positions.scaling", "logit_softcap")
 
 
@@ -223,7 +223,7 @@ def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) ->
     """Return the model from whose weights a run of this config can start.
 
     Raises:
-        UserError: the model or its tokenizer is another one than the run's.
+        UserError: the model's shape, form or tokenizer differs from the run's.
     """
     model = open_model(path_or_id)
     given, now = (_resolved(cfg) for cfg in (model.config, wanted))
@@ -238,16 +238,17 @@ def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) ->
     if given["vocab_multiple"] != now["vocab_multiple"] and model.is_run:
         differing.add("vocab_multiple")
     if strange := [
-        f"model.{f} {given[f]} there, {now[f]} here" for f in given if f in differing - {*DIFFER_WITH_NOTE}
+        f"model.{f} {given[f]} there and {now[f]} here" for f in given if f in differing - {*DIFFER_WITH_NOTE}
     ]:
         raise UserError(
-            f"init_from {path_or_id!r} is a model of another shape or form: {', '.join(strange)}; set these as there"
+            f"init_from {path_or_id!r} is a model of another shape or form: {', '.join(strange)}; set these to "
+            "its values"
         )
     for field in differing & {*DIFFER_WITH_NOTE}:
         print(f"note: init_from {path_or_id!r} has model.{field} {given[field]}, and this run {now[field]}")
     if model.tokenizer.kind != NoTokenizer.kind and not same_ids(model.tokenizer, tokenizer):
         raise UserError(
-            f"init_from {path_or_id!r} has another tokenizer than data.tokenizer makes of this corpus, so its ids "
+            f"init_from {path_or_id!r} has another tokenizer than data.tokenizer makes for this corpus, so its ids "
             f"mean other text; set data.tokenizer to {_tokenizer_of(model)}"
         )
     return model

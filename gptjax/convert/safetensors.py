@@ -23,7 +23,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-# Bits a value, of types that may lie in a file but hold no weights as they are: masks, counters, quantized values.
+# Bits of a value, for types that hold no plain weights: masks, counters, quantized values.
 OTHER_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -113,7 +113,7 @@ def has_weights(folder: Path) -> bool:
     try:
         files = {*json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return True  # damaged: what is wrong with it is said when it is read
+        return True  # damaged: reading it raises the error
     return (folder / NAME).is_file() or all((folder / str(file)).exists() for file in files)
 
 

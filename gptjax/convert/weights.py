@@ -57,11 +57,11 @@ class TensorLayout(NamedTuple):
 
 
 class Layout:
-    """How the weights of a model lie in its family's tensors.
+    """How the weights of a model are stored in its family's tensors.
 
     Args:
-        cfg: of the model as it lies on disk; its vocabulary is not padded there.
-        absent: beginnings of the paths of weights that are not on disk, and are zeros.
+        cfg: the config of the model on disk, whose vocabulary is not padded.
+        absent: prefixes of the paths of weights that are not on disk, and are zeros.
 
     Attributes:
         family, cfg, absent: as given.
@@ -90,11 +90,11 @@ class Layout:
         for path in paths:
             parts.setdefault(self.place(path).name, []).append(path)
         found = {}
-        for name, held in parts.items():
-            dims = self.place(held[0]).dims.split(",")
-            shape = tuple(math.prod(self._size(held[0], letter) for letter in dim) for dim in dims)
+        for name, members in parts.items():
+            dims = self.place(members[0]).dims.split(",")
+            shape = tuple(math.prod(self._size(members[0], letter) for letter in dim) for dim in dims)
             for layer in range(self.cfg.n_layers) if "{}" in name else (None,):
-                found[name.format(layer)] = TensorLayout(shape, layer, held)
+                found[name.format(layer)] = TensorLayout(shape, layer, members)
         return dict(sorted(found.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer))
 
     def view(self, path: Path, tensor: np.ndarray) -> np.ndarray:
@@ -120,8 +120,8 @@ def leaf_at(tree: Any, path: Path) -> Any:
 def read_params(layout: Layout, source: TensorSource, abstract: Params) -> Params:
     """Return the weights; each device holds only its own shards.
 
-    A weight's shards that belong to this host are filled layer by layer from views of the tensors: beside them,
-    memory holds no more than one tensor.
+    The shards of this host's devices are filled layer by layer from views of the tensors; beside them, memory holds
+    at most one tensor.
 
     Args:
         abstract: our weights' shapes and shardings. The vocabulary may be padded further (with zeros), and learned
@@ -175,7 +175,7 @@ def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
         r"^blocks/(attention/out|mlp/down)(_bias)?$": factor(cfg, MULTIPLIERS["residual"]),
         queries: attention_multiplier(cfg),
     }
-    if not cfg.norm.weights:  # what has no scale is given one, to carry the multiplier
+    if not cfg.norm.weights:  # add scales where there are none, to carry the multiplier
         attention = params["blocks"]["attention"]
         if cfg.attention.qk_norm:
             attention = {**attention, "query_norm": {"scale": jnp.ones((cfg.n_layers, cfg.d_head))}}
@@ -197,5 +197,5 @@ def write_value(layout: Layout, params: Params, name: str) -> np.ndarray:
             continue
         value = np.asarray(weight if layer is None else weight[layer])
         target = layout.view(path, tensor)
-        target[...] = value[tuple(slice(0, n) for n in target.shape)]  # without the rows that pad the vocabulary
+        target[...] = value[tuple(slice(0, n) for n in target.shape)]  # without the padding of the vocabulary
     return tensor

@@ -17,7 +17,7 @@ from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
 from gptjax.files import size_of
 
-LONGEST_BYTES = 2**28  # of a line or a compressed text, so that memory stays bounded
+LONGEST_BYTES = 2**28  # longest line or compressed text, which bounds memory
 CHUNK_BYTES = 2**16
 
 
@@ -25,8 +25,8 @@ class Reading(NamedTuple):
     """How documents are extracted from files.
 
     Attributes:
-        text_field: the field, or column, that holds a document's text.
-        separator: what stands between the documents of a text file; None where a file is one document.
+        text_field: the field, or column, with a document's text.
+        separator: the text between the documents of a text file; None where a file is one document.
     """
 
     text_field: str = "text"
@@ -37,12 +37,12 @@ class Piece(NamedTuple):
     """A part of a source file.
 
     Attributes:
-        source: which of the sources it belongs to.
+        source: index of its source.
         file: path or address.
         format: a key of READERS.
         start, stop: bytes of a file that can be cut (documents that begin there), or row groups of a Parquet file.
-        size: bytes of the source that it stands for.
-        validation: whether it is for validation; None where that follows from each document's hash.
+        size: bytes of the source that it covers.
+        validation: whether it is for validation; None where each document's hash decides.
     """
 
     source: int
@@ -70,8 +70,8 @@ def documents(piece: Piece, how: Reading, complain: Callable[[str], None] = refu
     """Yield the documents of a piece, empty ones included.
 
     Args:
-        complain: is told of each document that cannot be read, with file and place; if it returns, that one is
-            left out.
+        complain: called with a message for each document that cannot be read; if it returns, the document is
+            skipped.
 
     Raises:
         UserError: a file that cannot be read.
@@ -137,7 +137,7 @@ def _json_documents(piece: Piece, how: Reading, complain: Callable[[str], None])
 
 def _text_in(row: Any, how: Reading) -> str:
     text = row[how.text_field]
-    text.encode()  # JSON can name half a character, which no text has
+    text.encode()  # JSON can escape a lone surrogate, which raises here
     return text
 
 
@@ -145,14 +145,16 @@ def _what_is_wrong(record: bytes, error: Exception, how: Reading) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8: byte {record[error.start]:#04x} at offset {error.start}"
     if isinstance(error, json.JSONDecodeError):
-        whole = " (of an object over several lines, make one line: jq -c .)" if record.strip() in (b"{", b"[") else ""
+        whole = " (write an object of several lines as one line: jq -c .)" if record.strip() in (b"{", b"[") else ""
         return f"is not JSON: {error.msg} at column {error.colno}{whole}"
     if isinstance(error, UnicodeEncodeError):
-        return f"names half a character ({error.object[error.start : error.end]!a}) in the field {how.text_field!r}"
+        return (
+            f"contains half a character ({error.object[error.start : error.end]!a}) in the field {how.text_field!r}"
+        )
     if isinstance(error, RecursionError):
-        return "is not read: it nests too deep"
+        return "cannot be read: it nests too deep"
     if isinstance(error, ValueError):  # a number of thousands of digits
-        return f"is not read: {error}"
+        return f"cannot be read: {error}"
     return f"has no text in the field {how.text_field!r}; name the field with text_field"
 
 
@@ -171,7 +173,7 @@ def _csv_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) 
             elif row:
                 complain(f"{piece.file}, line {rows.line_num} has no column {how.text_field!r}")
     except csv.Error as error:
-        raise UserError(f"{piece.file}, line {rows.line_num} is no row of a table: {error}") from None
+        raise UserError(f"{piece.file}, line {rows.line_num} is not a row of a table: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{piece.file} is not UTF-8: {error.reason} near line {rows.line_num + 1}") from None
 
@@ -203,11 +205,11 @@ def _parquet_documents(piece: Piece, how: Reading, complain: Callable[[str], Non
 def _arrow_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
     ipc = import_pyarrow("ipc")
     with epath.Path(piece.file).open("rb") as stream:
-        if stream.read(6) == b"ARROW1":  # the form with an index at its end
+        if stream.read(6) == b"ARROW1":  # the file format, with an index at its end
             stream.seek(0)
             file = ipc.open_file(stream)
             names, batches = file.schema.names, (file.get_batch(i) for i in range(file.num_record_batches))
-        else:  # the form in which `datasets` saves
+        else:  # the stream format, in which `datasets` saves
             stream.seek(0)
             batches = ipc.open_stream(stream)
             names = batches.schema.names
@@ -220,7 +222,7 @@ def _column(file: str, batches: Any, row: int, how: Reading, complain: Callable[
         for value in batch.column(how.text_field):
             row += 1
             text = value.as_py()
-            if isinstance(text, bytes):  # of a writer that does not mark its texts as such
+            if isinstance(text, bytes):  # of a writer that does not mark its texts as strings
                 text = _decode(text, f"{file}, row {row}", complain, 0)
                 if text is None:
                     continue
@@ -234,7 +236,7 @@ def require_column(file: str, names: list[str], how: Reading) -> None:
     """Raise UserError where a file's columns lack the text field."""
     if how.text_field not in names:
         raise UserError(
-            f"{file} has no column {how.text_field!r}; it has {', '.join(names)}: name another with text_field"
+            f"{file} has no column {how.text_field!r}; it has {', '.join(names)}; set text_field to one of them"
         )
 
 
@@ -311,8 +313,8 @@ def _at_most(limit: int, chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
         limit -= len(data)
         if limit < 0:
             raise UserError(
-                f"{file} is one text of more than {LONGEST_BYTES:,} bytes; decompress it, or name what "
-                "separates its documents"
+                f"{file} is one text of more than {LONGEST_BYTES:,} bytes; decompress it, or give the "
+                "separator of its documents"
             )
         yield data
 
@@ -324,7 +326,7 @@ def _records(piece: Piece, separator: bytes) -> Iterator[tuple[int, bytes]]:
         UserError: a record longer than LONGEST_BYTES.
     """
     whole = bool(piece.format.partition(".")[2])
-    # One separator earlier: a record may begin exactly where the piece does.
+    # Start one separator earlier: a record may begin exactly at the start of the piece.
     begin = piece.start if whole or piece.start == 0 else piece.start - len(separator)
     buffer, offset, skip = b"", begin, begin < piece.start
     for data in _bytes_of(piece._replace(start=begin)):

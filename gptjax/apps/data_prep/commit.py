@@ -12,12 +12,12 @@ import numpy as np
 
 from gptjax.apps.data_prep.packing import pack
 
-SHARD_TOKENS = 2**28  # at which a shard is ended
+SHARD_TOKENS = 2**28  # a shard is closed at this size
 CHUNK_TOKENS = 2**22  # copied at a time
 POOL_TOKENS = 2**25  # packed together
 BUCKET_DOCUMENTS = 2**21  # whose hashes are sorted at a time
 
-# What is noted of each document while its unit is tokenized: 128 bits of its text's BLAKE2b, lengths, and its split.
+# Facts recorded of each document when its unit is tokenized: 128 bits of its text's BLAKE2b, lengths, and its split.
 DOCUMENT = np.dtype([("hash", "<u8", 2), ("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?")])
 
 
@@ -70,8 +70,8 @@ class UnitFiles:
 def find_duplicates(work: Path, units: Sequence[UnitFiles], counts: Sequence[int]) -> tuple[np.ndarray, int]:
     """Mark every document whose text occurred earlier.
 
-    Hashes are dealt to files by their value, so that equal ones meet, and each file is sorted on its own: memory is
-    bounded by BUCKET_DOCUMENTS (up to 256 times as many documents), and the marks lie in a file mapped into memory.
+    Hashes are distributed over files by value: equal ones share a file, and each file is sorted separately. Memory is
+    bounded by BUCKET_DOCUMENTS (up to 256 times as many documents), and the marks are a memory-mapped file.
 
     Args:
         counts: number of documents of each unit.
@@ -167,7 +167,7 @@ def _chunks(
     """Yield the tokens of the kept documents, about CHUNK_TOKENS at a time, and each document's number of tokens.
 
     Args:
-        offset: where in the unit's tokens the first of these documents begins.
+        offset: position of the first of these documents in the unit's tokens.
     """
     ends = np.cumsum(lengths)
     if not keep.any() or not ends[-1]:

@@ -16,8 +16,8 @@ from gptjax.tokenizers import Tokenizer
 SAMPLED_TOKENS = 2**26  # of a split, spread evenly: enough for shares of a percent, seconds to read
 SAMPLED_DOCUMENTS = 2**20
 OPENING = 32  # tokens by which documents are compared
-SHORT = 16  # a document of fewer tokens teaches little
-NOTABLE = 0.02  # the share from which a warning is worth its line
+SHORT = 16  # tokens; shorter documents are reported
+NOTABLE = 0.02  # smallest share that is reported
 
 
 def inspect(
@@ -39,7 +39,7 @@ def inspect(
         context_length: their length in tokens; rows of packed data have their own.
         top: how many of the most frequent tokens to show.
         seed: chooses the windows.
-        verify: first read every file and compare it with its checksum.
+        verify: first compare every file with its checksum.
         json: print all of it as JSON.
     """
     if not is_prepared(folder):
@@ -104,20 +104,20 @@ def frequent_tokens(half: Split, tokenizer: Tokenizer, top: int) -> list[dict[st
 
 def warnings(half: Split, manifest: dict[str, Any], lengths: np.ndarray) -> list[str]:
     """Return what a user should know before training on a folder."""
-    said = []
+    found = []
     counts = manifest["counts"]
     for key, what in (("duplicates", "repeated others and were dropped"), ("bad", "could not be read")):
         total = counts["documents"] + counts["bad"]
         if counts[key] >= NOTABLE * total:
-            said.append(f"{counts[key] / total:.1%} of the sources' documents {what}")
+            found.append(f"{counts[key] / total:.1%} of the sources' documents {what}")
     if (share := repeated_openings(half)) >= NOTABLE:
-        said.append(f"{share:.1%} of the documents begin with the same {OPENING} tokens as another: boilerplate?")
+        found.append(f"{share:.1%} of the documents begin with the same {OPENING} tokens as another: boilerplate?")
     if (share := float((lengths < SHORT).mean())) >= NOTABLE:
-        said.append(f"{share:.1%} of the documents have fewer than {SHORT} tokens")
+        found.append(f"{share:.1%} of the documents have fewer than {SHORT} tokens")
     used = manifest["splits"]["train"].get("used_frac", 1.0)
     if used < 0.98:
-        said.append(f"{1 - used:.1%} of the packed positions are empty; a longer --pack_length wastes less")
-    return said
+        found.append(f"{1 - used:.1%} of the packed positions are empty; a longer --pack_length wastes less")
+    return found
 
 
 def repeated_openings(half: Split) -> float:

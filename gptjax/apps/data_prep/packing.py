@@ -54,7 +54,7 @@ def pack(
         token ids in the rows' order, lengths of the parts in tokens, and how many parts each row has.
     """
     parts: list[np.ndarray] = []
-    held = 0
+    pooled = 0
     for tokens, lengths in documents:
         start = 0
         for length in lengths.tolist():
@@ -62,10 +62,10 @@ def pack(
             start += length
             cuts = range(0, length - 1, capacity)
             parts += [document[cut : cut + capacity + 1] for cut in cuts]
-            held += length + len(cuts)
-        if held >= pool_tokens:
+            pooled += length + len(cuts)
+        if pooled >= pool_tokens:
             yield _packed(parts, capacity)
-            parts, held = [], 0
+            parts, pooled = [], 0
     if parts:
         yield _packed(parts, capacity)
 

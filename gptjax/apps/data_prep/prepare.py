@@ -1,8 +1,8 @@
 """`gptjax data prepare`: tokenize sources into shards of token ids, on all cores, resumable after any interruption.
 
-Three phases, each a function of the sources alone, so that neither the number of workers nor a kill changes a byte:
+Three phases, each a function of the sources only, so that neither the number of workers nor a kill changes a byte:
 
-1. The plan cuts the sources into units of work (sources.py) and is written down before anything else.
+1. The plan cuts the sources into units of work (sources.py) and is written before anything else.
 2. Workers tokenize units, in any order. A unit's files count once its marker is there, which is written last.
 3. Duplicates are found, and the units' documents are copied in order into shards. The manifest is written last.
 """
@@ -42,8 +42,8 @@ from gptjax.paths import UserPath, local_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 BATCH_CHARS = 2**20  # of documents that are encoded together
-SPARED_BYTES = 2**30  # of the sources: so much unfinished work on other options is never thrown away
-ORIGIN = ".plan"  # file there: which plan the output is of, times of its sources included
+SPARED_BYTES = 2**30  # of the sources: more unfinished work than this, on other options, is never deleted
+ORIGIN = ".plan"  # file in the output: hash of its plan, which includes the times of its sources
 
 
 class Options(NamedTuple):
@@ -51,8 +51,8 @@ class Options(NamedTuple):
 
     Attributes:
         val_frac: share of the documents that are for validation.
-        pack_length: positions of a packed row; None where documents lie side by side.
-        skip_bad: leave out what cannot be read.
+        pack_length: positions of a packed row; None where documents are concatenated.
+        skip_bad: omit documents that cannot be read.
         licence: for the manifest.
     """
 
@@ -81,16 +81,16 @@ def prepare(
     Args:
         sources: text, .jsonl, .parquet or .arrow files, plain, .gz or .zst; folders of them, saved Hugging Face
             datasets among them; gs:// or s3:// addresses; shakespeare; or tinyshakespeare.
-        out: the folder to make.
+        out: the folder to write.
         tokenizer: gpt2, cl100k, o200k, byte, char, or the path of a tokenizer.json or Hugging Face directory.
         text_field: the field of a JSON line, or the column, that holds a document's text.
-        separator: what stands between the documents of text files, such as <|endoftext|>; without it a file is one.
+        separator: the text between documents in text files, such as <|endoftext|>; without it a file is one document.
         val_frac: share of the documents kept for validation, chosen by their hash; of a single text file its end.
-        pack_length: pack whole documents into rows of so many positions, the model's context_length; without it
-            documents lie side by side and windows are cut anywhere.
+        pack_length: pack whole documents into rows of this many positions, the model's context_length; without it
+            documents are concatenated and windows are cut anywhere.
         skip_bad: leave out and count documents that cannot be read, instead of stopping at the first.
-        licence: of the sources, for the manifest.
-        workers: processes; one for each core unless given.
+        licence: the sources' licence, recorded in the manifest.
+        workers: number of processes; the default is one for each core.
         json: print the manifest's counts as JSON.
     """
     if workers is not None and workers < 1:
@@ -133,7 +133,7 @@ def prepare_data(
     """Run `prepare` from Python, and return the manifest.
 
     Raises:
-        UserError: sources that cannot be read, options at odds, a full disk, or a folder that holds other data.
+        UserError: sources that cannot be read, invalid options, a full disk, or a folder that holds other data.
     """
     if not 0 < options.val_frac < 1:
         raise UserError(f"val_frac {options.val_frac} must lie between 0 and 1")
@@ -185,7 +185,7 @@ def make_plan(sources: list[str], tokenizer: str, options: Options) -> dict[str,
             "skip_bad": options.skip_bad,
         },
         "licence": licence,
-        # Whether the tokenizer has no token for the end of a document, and there are several.
+        # The tokenizer has no token for the end of a document, and there are several documents.
         **({"separated": True} if separates(made, list(chain(*files)), options.reading.separator) else {}),
         "sources": [
             {"path": source, "files": len(found), "bytes": size}
@@ -210,7 +210,7 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
     """Write the plan and the tokenizer, or check that the existing work has the same plan.
 
     Raises:
-        UserError: the work that is there is another, and of more than SPARED_BYTES.
+        UserError: the existing work has another plan, and has read more than SPARED_BYTES.
     """
     path = work / "plan.json"
     if path.exists():
@@ -219,11 +219,11 @@ def start_work(work: Path, plan: dict[str, Any], tokenizer: str, options: Option
         if len(list(work.glob("unit-*.json"))) * UNIT_BYTES > SPARED_BYTES:
             raise UserError(
                 f"{work} holds unfinished work on other sources or options, or its sources have changed; remove it "
-                "to begin anew, or give another --out"
+                "to start again, or give another --out"
             )
-        print(f"note: {work} is begun anew: sources or options have changed", file=sys.stderr)
-    if work.exists():  # a kill may have left it without a plan: between the lines below, or while it was removed
-        path.unlink(missing_ok=True)  # first, since nothing counts without it
+        print(f"note: {work} is deleted and started again: sources or options have changed", file=sys.stderr)
+    if work.exists():  # a kill during the lines below may have left it without a plan
+        path.unlink(missing_ok=True)  # first, since no file counts without the plan
         shutil.rmtree(work)
     work.mkdir()
     texts = (d.text for unit in plan["units"] for piece in unit for d in _readable_only(Piece(*piece), options))
@@ -247,7 +247,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
         remedy = "give another --out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(folder).free
-            remedy = f"{free / 1e9:.1f} GB are free: make room, and the same command goes on"
+            remedy = f"{free / 1e9:.1f} GB are free: make room and run the same command to resume"
         raise UserError(f"cannot write to {where}: {reason}; {remedy}") from None
 
 
@@ -307,7 +307,7 @@ def _result(future: Future) -> None:
         future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker was killed, perhaps for want of memory; the same command goes on, with fewer --workers"
+            "a worker was killed, perhaps for lack of memory; run the same command with fewer --workers to resume"
         ) from None
 
 
@@ -333,7 +333,7 @@ def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options
     """Tokenize one unit. Its files are renamed into place whole, the marker last.
 
     Args:
-        separated: whether DOCUMENT_END stands after each document, in the place of an end-of-text token.
+        separated: whether DOCUMENT_END follows each document, in place of an end-of-text token.
 
     Raises:
         UserError: a document that cannot be read.
@@ -395,27 +395,27 @@ class Progress:
             total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
         )
         self.total, self.done, self.before = total_bytes, done_bytes, done_bytes
-        self.began_at = self.said_at = time.perf_counter()
+        self.began_at = self.reported_at = time.perf_counter()
         if done_bytes:
-            print(f"note: going on after {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", file=sys.stderr)
+            print(f"note: resuming after {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", file=sys.stderr)
 
     def add(self, count: int) -> None:
         self.done += count
         self.bar.update(count)
-        if self.bar.disable and time.perf_counter() - self.said_at >= 10:
-            self.said_at = time.perf_counter()
-            self._say()
+        if self.bar.disable and time.perf_counter() - self.reported_at >= 10:
+            self.reported_at = time.perf_counter()
+            self._print_line()
 
-    def _say(self) -> None:
+    def _print_line(self) -> None:
         rate = (self.done - self.before) / (time.perf_counter() - self.began_at)
         left = f", {(self.total - self.done) / rate:,.0f} s left" if self.done < self.total else ""
-        said = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}"
-        print(said, file=sys.stderr, flush=True)
+        line = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}"
+        print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()
         if self.done > self.before:
-            self._say()
+            self._print_line()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -447,8 +447,8 @@ def commit(folder: Path, plan: dict[str, Any], options: Options) -> dict[str, An
     for name, remedy in (("train", "lower"), ("val", "raise")):
         if not splits[name]["tokens"]:
             raise UserError(
-                f"none of the {counts['documents'] - duplicates:,} documents of {paths} fell to {name}; {remedy} "
-                f"--val_frac {options.val_frac}, or give a --separator if a text file holds many documents"
+                f"none of the {counts['documents'] - duplicates:,} documents of {paths} are in the split {name}; "
+                f"{remedy} --val_frac {options.val_frac}, or give a --separator if a text file holds many documents"
             )
     manifest: dict[str, Any] = {
         "format": MANIFEST_FORMAT,
@@ -463,7 +463,7 @@ def commit(folder: Path, plan: dict[str, Any], options: Options) -> dict[str, An
         "licence": plan["licence"],
         "options": plan["options"],
         "sources": [
-            # Of the documents' hashes, not of the files: compressed anew, a source is still the same.
+            # A hash of the documents, not of the files, so that recompressing a source does not change it.
             {**source, "sha256": _chained(d for m in markers for s, d in m["pieces"] if s == number)}
             for number, source in enumerate(plan["sources"])
         ],

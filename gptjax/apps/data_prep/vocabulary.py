@@ -12,7 +12,7 @@ from gptjax.files import write_atomically
 from gptjax.paths import UserPath, shell, writing
 from gptjax.tokenizers import GPT2_SPLIT, HuggingFaceTokenizer
 
-LONGEST_WORD = 256  # characters; learning from a word takes the square of its length
+LONGEST_WORD = 256  # characters; training takes time quadratic in a word's length
 LONGEST_TOKEN = 128  # letters of the byte-level alphabet, as long as GPT-2's longest
 
 
@@ -27,12 +27,12 @@ def train_tokenizer(
     """Train a byte-level BPE on text and write it as a tokenizer.json, which --tokenizer takes.
 
     Args:
-        sources: as of gptjax data prepare.
+        sources: as for gptjax data prepare.
         out: the file to write.
         vocab_size: tokens, the 256 bytes and <|endoftext|> among them.
         text_field: the field of a JSON line, or the column, that holds a document's text.
-        separator: what stands between the documents of text files.
-        max_mb: how much text is read; merges hardly change beyond.
+        separator: the text between documents in text files.
+        max_mb: megabytes of text to read; merges hardly change with more.
     """
     how = Reading(text_field, separator)
 
@@ -58,8 +58,8 @@ def learn(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     """Return a byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019) trained on texts.
 
     The same texts in the same order give the same merges. Text is cut into words as GPT-2 does; every text has ids,
-    since each byte has one. <|endoftext|> has the last id. A word longer than LONGEST_WORD is learnt from in parts,
-    and no token is longer than LONGEST_TOKEN.
+    since each byte has one. <|endoftext|> has the last id. A word longer than LONGEST_WORD is split for training, and
+    no token is longer than LONGEST_TOKEN.
 
     Raises:
         UserError: a vocabulary without room for the 256 bytes and the end of text, or no text.

@@ -13,8 +13,8 @@ from gptjax.paths import UserPath, shell
 from gptjax.process import prepare_process
 
 
-def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
-    values, lines = said
+def _print_result(result: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
+    values, lines = result
     print(json.dumps(values, allow_nan=False) if as_json else "\n".join(lines))
 
 
@@ -37,7 +37,7 @@ def plan(study: UserPath, probe: bool = False, json: bool = False) -> None:
 
     Args:
         study: the study's directory.
-        probe: measure five steps of every shape for the hours; the times are kept in probe.json for later plans.
+        probe: measure five steps of every shape to predict the hours; probe.json keeps the times for later plans.
         json: print one JSON object.
     """
     read, rungs = _load(study)
@@ -52,7 +52,7 @@ def plan(study: UserPath, probe: bool = False, json: bool = False) -> None:
     if seconds is not None and not {key_of(rung.config) for rung in rungs} <= set(seconds):
         seconds = None  # of an earlier ladder
     _write_plan(study, rungs)
-    _say(describe_plan(read, rungs, seconds), json)
+    _print_result(describe_plan(read, rungs, seconds), json)
 
 
 def _write_plan(study: UserPath, rungs: list[Any]) -> None:
@@ -69,16 +69,17 @@ def run(
 
     Args:
         study: the study's directory.
-        rung: the id of one rung, to carry out that alone.
-        emit: print a Slurm job array, or a Kubernetes Job of GKE, instead: one task for each rung without a result.
-        no_forecast: carry out held-out rungs although nothing was predicted of them.
+        rung: the id of one rung, to run only that one.
+        emit: print a Slurm job array, or a Kubernetes Job of GKE, with a task for each rung without a result; run
+            nothing.
+        no_forecast: run held-out rungs that have no forecast.
     """
     read, rungs = _load(study)
     from gptjax.apps.scaling.emit import EMITTERS
     from gptjax.apps.scaling.runner import collect, missing_forecasts, read_result, run_rungs
 
     if any(Path(study, "rungs").glob("*/result.json")):
-        collect(study, rungs)  # so that a study changed under its results is refused before hours are spent
+        collect(study, rungs)  # raises early if the study changed since its results were computed
     _write_plan(study, rungs)
     wanted = [r for r in rungs if rung in (None, r.id)]
     if not wanted:
@@ -86,7 +87,9 @@ def run(
     unforecast = [] if no_forecast else missing_forecasts(study, wanted)
     wanted = [r for r in wanted if r not in unforecast]
     if emit and read.branches:
-        raise UserError("branches wait for their trunks, which the tasks of a batch system do not; branches: false")
+        raise UserError(
+            "branches must wait for their trunks, and the tasks of a batch system do not; set branches: false"
+        )
     if emit:
         ids = [r.id for r in wanted if read_result(study, r.id) is None]
         if not ids:
@@ -97,7 +100,7 @@ def run(
         raise UserError(f"rung {rung} is held out: gptjax scaling forecast {study} first, or --no_forecast")
     code = run_rungs(study, wanted, rungs if read.branches else None)
     if any(Path(study, "rungs").glob("*/result.json")):
-        collect(study, rungs)  # also of a study that was stopped half way
+        collect(study, rungs)  # also for an unfinished study
     if code:
         raise SystemExit(code)
     for r in unforecast:
@@ -122,8 +125,10 @@ def status(study: UserPath, json: bool = False) -> None:
     rows = [[rung.id, rung.name, power(rung.flops, 2), states[rung.id]] for rung in rungs]
     lines = table(rows, ["rung", "name", "FLOPs", "state"], left=2)
     others = {path.parent.name for path in Path(study, "rungs").glob("*/result.json")} - set(states)
-    lines += [f"{other}  finished, but not a rung of this study any more" for other in sorted(others)]
-    _say(({"rungs": states, "flops_share": share}, [*lines, f"{share:.1%} of the study's FLOPs are spent"]), json)
+    lines += [f"{other}  finished, but no longer a rung of this study" for other in sorted(others)]
+    _print_result(
+        ({"rungs": states, "flops_share": share}, [*lines, f"{share:.1%} of the study's FLOPs are spent"]), json
+    )
 
 
 def collect(study: UserPath) -> None:

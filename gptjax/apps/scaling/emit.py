@@ -1,7 +1,7 @@
 """Emit a study's rungs for a batch system: as a Slurm job array, or as an indexed Job of Kubernetes (GKE).
 
 Each task carries out one rung by `gptjax scaling run DIR --rung ID`; a task that is stopped with everything saved
-(exit code 75) is taken up again, and a finished rung costs a second task nothing.
+(exit code 75) is queued again, and a finished rung costs a second task nothing.
 """
 
 import os

@@ -29,11 +29,11 @@ class Rung:
 
     Attributes:
         id: hash of the resolved config and of the data.
-        config: all of it, but for the run's directory.
+        config: the resolved config, without the run's directory.
         fingerprint: of the corpus.
         params: weights by convention: `total`; `matmul`, those that multiply (blocks and head); `blocks`.
         flops: of training: steps times FLOPs a token (forward and backward, with attention).
-        budget_flops: what was asked for; steps being whole, `flops` differs a little.
+        budget_flops: the budget; `flops` differs a little, since steps are whole.
         epochs: passes over the corpus.
         held_out: no fit may touch it.
     """
@@ -172,7 +172,7 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
     return Rung(name, config, corpus.fingerprint, N, steps * per_step, flops, epochs, held_out)
 
 
-# What decides how a rung is carried out, and not what comes of it.
+# Fields that decide how a rung runs, but not its result.
 NOT_IN_ID = {*free_keys(Config), "data.path"} - {"init_from", "train.total_steps", "train.eval_sequences"}
 
 
@@ -201,7 +201,7 @@ def warnings(study: Study, rungs: list[Rung]) -> list[str]:
         if (share := rung.config.optim.warmup_steps / steps) > LONG_WARMUP:
             found.append(f"{where}: warm-up takes {share:.0%} of the steps; make it shorter")
         if rung.epochs > study.limits.epochs:
-            found.append(f"{where}: {rung.epochs:.1f} epochs; repeated data is worth less, bring more of it")
+            found.append(f"{where}: {rung.epochs:.1f} epochs; repeated data is worth less; add more")
         if abs(rung.flops / rung.budget_flops - 1) > 0.02:
             found.append(f"{where}: whole steps miss the budget by {rung.flops / rung.budget_flops - 1:+.1%}")
     if fitted[-1].flops < 10 * fitted[0].flops:
@@ -244,7 +244,7 @@ def describe_plan(
         spent = f"{steps:9}{rung.tokens:10.3g}{rung.flops:10.3g}{rung.tokens / N['matmul']:11.1f}{rung.epochs:8.2f}"
         shape = f"{model.n_layers}x{model.d_model}"
         lines.append(f"{rung.id}  {shape:8}{counts}{spent}{'  held out' if rung.held_out else ''}")
-    flops, said = sum(rung.flops for rung in rungs), warnings(study, rungs)
+    flops, found = sum(rung.flops for rung in rungs), warnings(study, rungs)
     hours = None if study.flops_per_s is None else flops / study.flops_per_s / 3600
     if seconds is not None:
         hours = sum(steps_to_take(study, rung, rungs) * seconds[key_of(rung.config)] for rung in rungs) / 3600
@@ -256,8 +256,8 @@ def describe_plan(
     if study.branches:
         share = 1 - sum(steps_to_take(study, r, rungs) * r.flops / r.config.train.total_steps for r in rungs) / flops
         lines.append(f"branches spare {share:.0%} of these FLOPs")
-    lines += [f"warning: {warning}" for warning in said]
-    return {"rungs": rows, "flops": flops, "hours": hours, "usd": usd, "warnings": said}, lines
+    lines += [f"warning: {warning}" for warning in found]
+    return {"rungs": rows, "flops": flops, "hours": hours, "usd": usd, "warnings": found}, lines
 
 
 def trunk_of(rung: Rung, rungs: list[Rung]) -> Rung | None:

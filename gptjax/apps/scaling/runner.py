@@ -47,12 +47,12 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
     """Run every rung that has no result yet; one that was killed resumes from its last checkpoint.
 
     Args:
-        trunks: rungs off which others may branch: one begins where its trunk began to cool down, if that checkpoint
-            is there. None: every rung begins at step 0.
+        trunks: rungs from which others may branch: a rung starts where its trunk began to cool down, if that
+            checkpoint exists. None: every rung starts at step 0.
 
     Returns:
-        exit code: 0 all have results; 75 a signal came and the rung at hand is saved; 1 a rung failed, or another
-        process is at it.
+        exit code: 0 all have results; 75 a signal came and the current rung is saved; 1 a rung failed, or another
+        process runs it.
     """
     left_over = 0
     for number, rung in enumerate(rungs, 1):
@@ -60,7 +60,7 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lock").open("w") as lock:
             if not _take(lock):
-                print(f"[{number}/{len(rungs)}] {rung.id}: another process is at it", flush=True)
+                print(f"[{number}/{len(rungs)}] {rung.id}: another process is running it", flush=True)
                 left_over += 1
                 continue
             if read_result(study_dir, rung.id) is not None:
@@ -70,7 +70,7 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
             began, began_at = time.perf_counter(), _first_begun(directory)
             code, stopped = _train(rung, directory, lock)
             if code == STOPPED or (stopped and code < 0):
-                print(f"stopped in rung {rung.id}; all is saved, and the same command goes on")
+                print(f"stopped in rung {rung.id}; all is saved, and the same command resumes it")
                 return STOPPED
             result = _result(rung, directory, code, time.perf_counter() - began, began_at)
             if result is None:
@@ -86,8 +86,8 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
 def begin_at(step: int, trunk: Path, directory: Path) -> None:
     """Copy the trunk's checkpoint of a step, and its metrics up to there, into a run that has not begun.
 
-    The schedule wsd is flat until the cooldown and a batch depends on the step alone, so that the run ends in the
-    bits that it would have come to by itself. Where the trunk keeps no such checkpoint, the run begins at step 0.
+    The schedule wsd is flat until the cooldown and a batch depends only on the step, so the run's result is bitwise
+    identical to that of a run from step 0. Where the trunk has no such checkpoint, the run starts at step 0.
     """
     source, target = trunk / "checkpoints" / str(step), directory / "checkpoints" / str(step)
     if (directory / "checkpoints").exists() or not source.exists():
@@ -132,11 +132,11 @@ def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
             command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()], start_new_session=True
         )
 
-        def hand_on(number: int, frame: Any) -> None:
+        def forward(number: int, frame: Any) -> None:
             stopped.append(number)
             child.send_signal(number)
 
-        before = [(number, signal.signal(number, hand_on)) for number in (signal.SIGINT, signal.SIGTERM)]
+        before = [(number, signal.signal(number, forward)) for number in (signal.SIGINT, signal.SIGTERM)]
         code = child.wait()
         for number, handler in before:
             signal.signal(number, handler)
@@ -146,8 +146,8 @@ def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
 def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str) -> dict[str, Any] | None:
     """Return the values of result.json; None where the training process failed for a reason other than its loss.
 
-    Diverged is what gave up after its first evaluation (its outcome.json says so), skipped most steps, or learned
-    nothing.
+    A run has diverged if it gave up after its first evaluation (so its outcome.json says), skipped most steps, or did
+    not lower the loss.
     """
     rows = read_metrics(directory) if (directory / "metrics.jsonl").exists() else []
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
@@ -179,7 +179,7 @@ def _result(rung: Rung, directory: Path, code: int, wall_s: float, began_at: str
 
 
 def _last_line(directory: Path) -> str:
-    return ["it said nothing", *(directory / "log.txt").read_text(errors="replace").strip().splitlines()][-1]
+    return ["it printed nothing", *(directory / "log.txt").read_text(errors="replace").strip().splitlines()][-1]
 
 
 def state_of(study_dir: str | Path, rung: Rung) -> str:
@@ -218,7 +218,7 @@ def collect(study_dir: str | Path, rungs: list[Rung]) -> list[dict[str, Any]]:
             )
         if result["status"] == "done" and not math.isfinite(result["loss"]):
             raise UserError(f"rung {result['id']} has loss {result['loss']}; remove its result.json and run it again")
-        rung = known[result["id"]]  # the id says what was trained; what it is for is the present study's to say
+        rung = known[result["id"]]  # the id says what was trained; the present study says what the run is used for
         result |= {"held_out": int(rung.held_out), "budget_flops": rung.budget_flops}
     results.sort(key=lambda result: (result["flops"], result["id"]))
     text = io.StringIO()

@@ -1,11 +1,11 @@
 """The study file: which models, which budgets, and which limits. Its directory contains all that follows from it.
 
 study.yaml            this file
-plan.json             the rungs, for the verbs that fit
+plan.json             the rungs, read by the verbs that fit
 probe.json            seconds a step of each shape, by `plan --probe`
 rungs/ID/             a run's directory, and result.json once it is finished
 table.csv             the results, by `collect`
-forecasts/ID.json     what was predicted of a held-out rung, before its run
+forecasts/ID.json     the prediction for a held-out rung, written before its run
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class Sweeps:
 
 @dataclass(frozen=True)
 class Limits:
-    """When to warn, and when to refuse.
+    """The limits beyond which a plan warns or raises.
 
     Args:
         epochs: passes over the corpus beyond which a rung is warned of (Muennighoff et al. 2023, arXiv 2305.16264).
@@ -108,7 +108,7 @@ class Study:
         sweeps: what else is varied.
         warmup_frac: warm-up as a share of each rung's steps; null keeps the base config's warmup_steps.
         branches: with the schedule wsd, begin a rung where the shorter one of its kind began to cool down, rather
-            than at step 0; the results are the same bits.
+            than at step 0; the results are bitwise identical.
         limits: warnings and refusals.
         flops_per_s: FLOPs a second that training reaches, for the hours; null: they are not known.
         usd_per_hour: price of the machine, for the cost.
@@ -148,7 +148,7 @@ def load_study(directory: str | Path) -> Study:
     """Return the study of a directory, from its study.yaml.
 
     Raises:
-        UserError: no file, an unknown key (the nearest is named), a wrong type, or values at odds.
+        UserError: no file, an unknown key (the nearest is named), a wrong type, or conflicting values.
     """
     path = Path(directory, "study.yaml")
     values = read_yaml(path)

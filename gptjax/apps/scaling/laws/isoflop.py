@@ -76,7 +76,7 @@ def find_minimum(
         raise NoMinimum("the parabola is concave: it has no minimum; add sizes or seeds")
     at = -slope / bend / 2
     if not x[0] < at < x[-1]:
-        raise NoMinimum(f"the parabola's vertex, {np.exp(at):.3g}, lies outside the {what}s trained; add some there")
+        raise NoMinimum(f"the parabola's vertex, {np.exp(at):.3g}, is outside the {what}s trained; add some there")
     return float(np.exp(at)), float(parabola(at))
 
 

@@ -15,11 +15,11 @@ DELTA = 1e-3  # of the Huber loss on log loss (Hoffmann et al. 2022, arXiv 2203.
 TOLERANCES = {"ftol": 1e-15, "gtol": 1e-11, "maxiter": 10_000, "maxfun": 50_000, "maxcor": 30}
 EXPONENTS = (0.1, 0.25, 0.4, 0.6, 0.9, 1.5)  # starting values of alpha and of beta
 
-# From an optimum the objective falls by no more than this share of itself along a Newton step. Fits of 240 noisy rows
-# end below 1e-15; on the mean of the Huber terms, scipy's own tolerances end them at 4e-5 and more.
+# At an optimum, a Newton step lowers the objective by at most this share of itself. Fits of 240 noisy rows end below
+# 1e-15; on the mean of the Huber terms, scipy's default tolerances end them at 4e-5 and more.
 CONVERGED = 1e-7
-VANISHED = 1e-4  # an E below this share of the least loss is none: the rows do not determine it
-KEPT_STARTS = 12  # of the grid of exponents, those whose objective is lowest
+VANISHED = 1e-4  # an E below this share of the least loss counts as 0: the rows do not determine it
+KEPT_STARTS = 12  # starts of lowest objective, out of the grid of exponents
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Law:
     Attributes:
         objective: sum of the Huber terms on log loss over the rows fitted.
         converged: whether the fit ended in an optimum with positive exponents and an E that has not vanished.
-        newton_decrement: by what share of itself the objective would still fall along a Newton step.
+        newton_decrement: share by which a Newton step would still lower the objective.
     """
 
     E: float

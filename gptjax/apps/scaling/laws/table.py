@@ -50,7 +50,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; remove it, and have it made again") from None
+        raise UserError(f"cannot read {path}: {error}; remove it and run the command that writes it again") from None
 
 
 def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ def read_rows(path: str | Path, held_out: bool = False) -> list[dict[str, str]]:
 def read_table(path: str | Path, params: str = "params", loss: str = "loss") -> Table:
     """Return the table of a CSV file with columns params, tokens, loss, and flops (without it, 6 N D).
 
-    Of a study's table.csv, held-out and diverged rows are left out: no fit touches them. Where rates or batches were
+    Of a study's table.csv, held-out and diverged rows are omitted: no fit reads them. Where rates or batches were
     swept, each shape and budget counts by the setting that did best, with all of its seeds.
 
     Args:

@@ -16,8 +16,8 @@ class RepetitionLaw:
     """Chinchilla's law on effective weights and tokens (Muennighoff et al. 2023, arXiv 2305.16264, equations 5 to 7).
 
     Attributes:
-        law: of runs that repeat nothing.
-        R_D, R_N: repetitions after which 1 - 1/e of all that repeating tokens, or excess weights, can give is gained.
+        law: the law of runs without repetition.
+        R_D, R_N: repetitions of the tokens, or excess of weights, that give 1 - 1/e of the greatest possible gain.
     """
 
     law: Law
@@ -73,8 +73,8 @@ class BatchLaw:
 
     Attributes:
         target: the loss.
-        least_tokens: what ever smaller batches need.
-        critical: tokens a step, at which twice as many tokens are needed and twice the fewest steps.
+        least_tokens: the tokens that the smallest batches need, in the limit.
+        critical: tokens a step, where both the tokens and the steps are twice their minimum.
         critical_interval: 95 %, from the scatter about the law.
     """
 

@@ -1,1 +1,1 @@
-"""What a study's table says: its law, how far to trust it, and forecasts that it is held to."""
+"""Analyse a study's table: its law, how far to trust it, and audited forecasts."""

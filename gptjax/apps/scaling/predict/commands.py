@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-# Before numpy is loaded: fits work on tables of a few hundred rows, for which BLAS threads only wait for each other.
+# Before numpy is imported: on tables of a few hundred rows, BLAS threads only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from gptjax.errors import UserError
 from gptjax.paths import UserPath, shell, writing
 
 
-def _say(said: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
-    values, lines = said
+def _print_result(result: tuple[dict[str, Any], list[str]], as_json: bool) -> None:
+    values, lines = result
     print(json.dumps(_plain(values), allow_nan=False) if as_json else "\n".join(lines))
 
 
@@ -71,7 +71,7 @@ def fit(
         "batch": lambda: fit.describe_batch(path, target),
         "rate": lambda: fit.describe_rates(path),
     }
-    _say(fit.describe_sensitivity(path, loss) if sensitivity else laws[law](), json)
+    _print_result(fit.describe_sensitivity(path, loss) if sensitivity else laws[law](), json)
 
 
 def recommend(
@@ -105,7 +105,7 @@ def recommend(
         with writing(out) as path:
             path.write_text(config)
         lines.append(f"{shell('gptjax', 'train', out)}    trains it")
-    _say((values, lines), json)
+    _print_result((values, lines), json)
 
 
 def forecast(study: UserPath, force: bool = False, json: bool = False) -> None:
@@ -129,7 +129,7 @@ def forecast(study: UserPath, force: bool = False, json: bool = False) -> None:
         )
         lines.append(f"  loss {one['loss']:.4f} ({low:.4f} to {high:.4f}), made at {one['made_at']}")
         lines.append(f"  sha256 {one['sha256']}; commit {study}/forecasts/{one['rung']}.json before the run")
-    _say(({"forecasts": made}, lines), json)
+    _print_result(({"forecasts": made}, lines), json)
 
 
 def audit(study: UserPath, json: bool = False) -> None:
@@ -143,7 +143,7 @@ def audit(study: UserPath, json: bool = False) -> None:
 
     scores, lines = forecast.audit(study, _source(study, None))
     Path(study, "audit.json").write_text(_dumps(scores))
-    _say(({"audit": scores}, lines), json)
+    _print_result(({"audit": scores}, lines), json)
 
 
 def doctor(study: UserPath, json: bool = False) -> None:
@@ -155,7 +155,7 @@ def doctor(study: UserPath, json: bool = False) -> None:
     """
     from gptjax.apps.scaling.predict.doctor import diagnose
 
-    _say(diagnose(_source(study, None)), json)
+    _print_result(diagnose(_source(study, None)), json)
 
 
 def compare(a: UserPath, b: UserPath, flops: float | None = None, resamples: int = 400, json: bool = False) -> None:
@@ -176,7 +176,7 @@ def compare(a: UserPath, b: UserPath, flops: float | None = None, resamples: int
     paths = [_source(a, None), _source(b, None)]
     refuse_other_data(*(read_rows(path) for path in paths))
     one, other = (fit_table(path, resamples=resamples, seed=seed) for seed, path in enumerate(paths))
-    _say(compare(one, other, flops or min(float(f.table.flops.max()) for f in (one, other))), json)
+    _print_result(compare(one, other, flops or min(float(f.table.flops.max()) for f in (one, other))), json)
 
 
 def plot(study: UserPath, format: Literal["png", "svg"] = "png") -> None:
@@ -252,12 +252,12 @@ def _dumps(values: Any) -> str:
 def _source(study: str | None, table: str | None) -> Path:
     """Return the table that a verb reads; raise UserError for none, for two, or where the table lacks a result."""
     if (study is None) == (table is None):
-        raise UserError("say what to fit: --study DIR, or --table F.csv with columns params, tokens, loss")
+        raise UserError("give what to fit: --study DIR, or --table F.csv with columns params, tokens, loss")
     if table is not None:
         return Path(table)
     path = Path(study, "table.csv")
     newest = max((p.stat().st_mtime for p in Path(study, "rungs").glob("*/result.json")), default=None)
-    if newest is None and not path.exists():  # a study may be handed on as its table alone
+    if newest is None and not path.exists():  # a study may be shared as only its table
         raise UserError(f"{study} has no finished rung yet; gptjax scaling run {study}")
     if not path.exists() or path.stat().st_mtime < (newest or 0):
         raise UserError(f"{path} lacks the newest results; gptjax scaling collect {study}")

@@ -1,4 +1,4 @@
-"""Why a law should not be trusted: the known ways in which studies of scaling went wrong, looked for in a table."""
+"""Check a table for the known ways in which scaling studies go wrong."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +14,8 @@ from gptjax.apps.scaling.predict.fit import Findings
 LONG_WARMUP = 0.1  # share of a run's steps (Porian et al. 2024, arXiv 2406.19146, section 3.2)
 MANY_EPOCHS = 4  # beyond which repeated tokens are worth clearly less (Muennighoff et al. 2023, arXiv 2305.16264)
 FLIP = 0.05  # a difference of exponents that moves N* by a quarter over a hundredfold budget
-SHALLOW = 3  # a valley less deep than so many times the noise has its floor anywhere
-BIAS = 0.02  # share of N* by which the parabola alone may be off
+SHALLOW = 3  # times the noise; the floor of a shallower valley is undetermined
+BIAS = 0.02  # share of N* by which a parabola may err without noise
 
 
 def diagnose(path: Path) -> Findings:
@@ -74,7 +74,7 @@ def warmup(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: 
 
 
 def repetition(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Runs that read their data many times."""
+    """Check for runs that read their data many times."""
     if "epochs" in rows[0]:
         epochs = numbers(rows, "epochs", path)
         if (epochs > MANY_EPOCHS).any():
@@ -115,7 +115,7 @@ def parabola(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std
 
 
 def divergence(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
-    """Runs that are missing from the fit because they diverged."""
+    """Check for runs that are missing from the fit because they diverged."""
     lost = sum(row.get("status") == "diverged" for row in rows)
     if lost:
         yield f"{lost} of {len(rows)} runs diverged and are not in the fit: lower their peak_lr"

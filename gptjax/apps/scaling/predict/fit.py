@@ -13,7 +13,7 @@ from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
 from gptjax.errors import UserError
 
-LEFT_OUT = 40  # rows that are left out one by one; more would take minutes
+LEFT_OUT = 40  # number of rows to omit one at a time; more would take minutes
 Findings = tuple[dict[str, Any], list[str]]  # values for a program, and lines for a reader
 
 
@@ -42,8 +42,8 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Fi
     params, tokens = map(float, law.optimum(budget, ratio))
     values["optimum"] = {"flops": budget, "params": params, "tokens": tokens, "loss": law.loss(params, tokens)}
     lines.append(f"  at {budget:.3g} FLOPs the law's optimum is {params:.4g} params, {tokens:.4g} tokens")
-    values["frontier"], said = _describe_frontier(table, std)
-    lines += said
+    values["frontier"], frontier_lines = _describe_frontier(table, std)
+    lines += frontier_lines
     return values, lines
 
 
@@ -69,14 +69,14 @@ def _describe_frontier(table: Table, std: float) -> tuple[dict[str, Any], list[s
             lines.append(f"  refused: {f.refused}" if f.refused else f"  {found}")
         exponents = frontier(floors)
         if exponents is None:
-            lines.append("  fewer than two floors stand: no frontier")
+            lines.append("  fewer than two floors are valid: no frontier")
             continue
         spread = uncertainty.frontier_intervals(table, method, std)
         for number, (name, line) in enumerate(zip(("params", "tokens"), exponents, strict=True)):
             known = {"exponent": line.exponent, "factor": line.factor}
             values[method][name] = known | ({"interval": spread[number]} if spread else {})
-            said = f"   {spread[number][0]:.4f} to {spread[number][1]:.4f}" if spread else "   interval unresolved"
-            lines.append(f"  optimal {name} ~ C^{line.exponent:.4f}{said}")
+            text = f"   {spread[number][0]:.4f} to {spread[number][1]:.4f}" if spread else "   interval unresolved"
+            lines.append(f"  optimal {name} ~ C^{line.exponent:.4f}{text}")
     return values, lines
 
 
@@ -199,8 +199,8 @@ def describe_rates(path: Path) -> Findings:
     for v in valleys:
         best = None if v.refused else v.best
         values["valleys"].append({"params": v.params, "flops": v.flops, "best": best, "sensitivity": v.sensitivity})
-        said = f"refused: {v.refused}" if v.refused else f"best rate {v.best:.4g}"
-        lines.append(f"{v.params:.4g} params, {v.flops:.3g} FLOPs: {said}; sensitivity {v.sensitivity:.4f}")
+        text = f"refused: {v.refused}" if v.refused else f"best rate {v.best:.4g}"
+        lines.append(f"{v.params:.4g} params, {v.flops:.3g} FLOPs: {text}; sensitivity {v.sensitivity:.4f}")
     lines.append("no law of the rate" if law is None else f"best rate ~ C^{law.exponent:.3f}")
     return values, lines
 
@@ -231,7 +231,7 @@ def valleys_of_rate(rows: list[dict[str, str]]) -> list[Any]:
 
 
 def _rate_columns(rows: list[dict[str, str]]) -> list[np.ndarray]:
-    capped = [  # a diverged run counts as if it had learned nothing
+    capped = [  # a diverged run counts with its first loss
         {**row, "loss": row["first_loss"]} if row.get("status") == "diverged" else row
         for row in rows
         if row.get("status") != "diverged" or row.get("first_loss")

@@ -19,7 +19,7 @@ from gptjax.configfile import config_from_dict, read_yaml
 from gptjax.errors import UserError
 from gptjax.nn.transformer import count_params, flops_per_token
 
-FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade says little beyond
+FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade predicts little beyond
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Fitted:
         if flops * FARTHEST < smallest and not force:
             raise UserError(
                 f"{flops:.3g} FLOPs are less than a {FARTHEST}th of the smallest fitted budget, {smallest:.3g}; "
-                "--force makes the guess"
+                "--force extrapolates anyway"
             )
         if flops > FARTHEST * largest and not force:
             raise UserError(
@@ -110,10 +110,10 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Findings, str]:
     rate = None if rates is None else float(rates(flops))
     values = _sized(study, base, shape, flops, rate, rows)
     loss, intervals["loss"] = fitted.predict(values["params"], values["tokens"])
-    said = {"flops": flops, "optimum": {"params": params, "tokens": tokens}, "intervals": intervals, "loss": loss}
-    said |= {"shape": shape, "steps": values["steps"], "params": values["params"], "tokens": values["tokens"]}
-    said["batch_sequences"] = values["batch_sequences"]
-    said["peak_lr"] = values["config"]["optim"].get("peak_lr")
+    summary = {"flops": flops, "optimum": {"params": params, "tokens": tokens}, "intervals": intervals, "loss": loss}
+    summary |= {"shape": shape, "steps": values["steps"], "params": values["params"], "tokens": values["tokens"]}
+    summary["batch_sequences"] = values["batch_sequences"]
+    summary["peak_lr"] = values["config"]["optim"].get("peak_lr")
     intervals["peak_lr"] = None if rate is None else rate_interval(table, flops, fitted.noise)
     low, high = intervals["params"]
     how = "the base config's: the study sweeps no rate at two budgets"
@@ -125,11 +125,11 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Findings, str]:
         f"{tokens:.4g} tokens ({intervals['tokens'][0]:.3g} to {intervals['tokens'][1]:.3g})",
         f"shape {shape['n_layers']}x{shape['d_model']}, {shape['n_heads']} heads: {values['params']:.4g} params, "
         f"{values['steps']} steps, {values['tokens']:.4g} tokens",
-        f"learning rate {said['peak_lr']} ({how})",
+        f"learning rate {summary['peak_lr']} ({how})",
         *_batch_lines(study, table, values["batch_sequences"]),
         f"expected loss {loss:.4f} ({intervals['loss'][0]:.4f} to {intervals['loss'][1]:.4f})",
     ]
-    return (said, lines), yaml.safe_dump(values["config"], sort_keys=False)
+    return (summary, lines), yaml.safe_dump(values["config"], sort_keys=False)
 
 
 def _batch_lines(study: str, rows: list[dict[str, str]], sequences: int) -> list[str]:
@@ -198,15 +198,15 @@ def _matmul(model: ModelConfig) -> int:
 def write_forecasts(study: str, fitted: Fitted, table: Path, force: bool) -> list[dict[str, Any]]:
     """Write forecasts/ID.json for every held-out rung that has neither forecast nor result; return them.
 
-    Each holds its own hash: the SHA-256 of the rest as JSON with sorted keys. Whoever must not be able to change it
-    afterwards commits it, or publishes the hash.
+    Each contains its own hash: the SHA-256 of the rest as JSON with sorted keys. To make later changes detectable,
+    commit the file or publish the hash before the run.
 
     Raises:
-        UserError: nothing is held out, all of it is forecast or finished, or a budget lies too far.
+        UserError: no rung is held out, every held-out rung is forecast or finished, or a budget is too far.
     """
     held = [row for row in read_plan(study) if row["held_out"]]
     if not held:
-        raise UserError(f"{study}/study.yaml holds nothing out; add budgets.held_out, then gptjax scaling plan")
+        raise UserError(f"{study}/study.yaml holds no run out; add budgets.held_out, then gptjax scaling plan")
     folder, made = Path(study, "forecasts"), []
     begun = {path.parent.name for path in Path(study, "rungs").glob("*/metrics.jsonl")}
     wanted = [row for row in held if row["id"] not in begun and not (folder / f"{row['id']}.json").exists()]
@@ -247,10 +247,10 @@ def audit(study: str, table: Path) -> tuple[list[dict[str, Any]], list[str]]:
         score = {"rung": forecast["rung"], "forecast": forecast["loss"], "interval": forecast["interval"]}
         score |= {"made_at": forecast["made_at"], "sha256": forecast["sha256"]}
         result, (low, high) = results.get(forecast["rung"]), forecast["interval"]
-        said = f"{forecast['rung']}: forecast {forecast['loss']:.4f} ({low:.4f} to {high:.4f}), {forecast['made_at']}"
+        line = f"{forecast['rung']}: forecast {forecast['loss']:.4f} ({low:.4f} to {high:.4f}), {forecast['made_at']}"
         if result is None or result["status"] != "done":
             score["status"] = "not finished" if result is None else result["status"]
-            lines.append(f"{said}; its run is {score['status']}")
+            lines.append(f"{line}; its run is {score['status']}")
         else:
             loss = float(result["loss"])
             score |= {
@@ -262,7 +262,7 @@ def audit(study: str, table: Path) -> tuple[list[dict[str, Any]], list[str]]:
             score |= {"began_at": result["began_at"], "before_the_run": forecast["made_at"] <= result["began_at"]}
             order = "before" if score["before_the_run"] else "AFTER"
             held = "inside" if score["held"] else "OUTSIDE"
-            lines.append(f"{said}, {order} its run began at {result['began_at']}")
+            lines.append(f"{line}, {order} its run began at {result['began_at']}")
             lines.append(f"  came to {loss:.4f}: forecast off by {100 * score['error']:+.2f} %, {held} the interval")
         scores.append(score)
     return scores, lines

@@ -66,7 +66,7 @@ def floors_finding(fitted: Fitted) -> str:
         return ""
     spread = uncertainty.frontier_intervals(fitted.table, "akima", fitted.noise)
     known = f"{spread[0][0]:.2f} to {spread[0][1]:.2f}" if spread else "its interval is unresolved"
-    return f"By the lowest points of the isoFLOP curves alone it grows as C^{found[0].exponent:.2f} ({known}). "
+    return f"By the lowest points of the isoFLOP curves it grows as C^{found[0].exponent:.2f} ({known}). "
 
 
 def forecast_finding(scores: list[dict[str, Any]]) -> str:
@@ -76,8 +76,8 @@ def forecast_finding(scores: list[dict[str, Any]]) -> str:
         return f"{display.plural(len(scores), 'forecast')}, none of whose runs is finished"
     inside = sum(bool(score["held"]) for score in done)
     worst = max(abs(score["error"]) for score in done)
-    said = f"{inside} of {len(done)} runs came inside their intervals"
-    return f"{said}; the forecasts were off by at most {100 * worst:.2f} %"
+    text = f"{inside} of {len(done)} runs came inside their intervals"
+    return f"{text}; the forecasts were off by at most {100 * worst:.2f} %"
 
 
 def _runs(table: Table, by_budget: bool = False) -> figures.Runs:

@@ -1,4 +1,4 @@
-"""A study as a page that a researcher would write: the finding, what not to conclude, figures beside their tables."""
+"""Write a study as a page: the finding, what not to conclude, figures beside their tables."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from gptjax.paths import shell
 ABOUT = {
     "compute": "Loss against training compute of every run, with the law's frontier.",
     "isoflop": "Loss against size at each budget.",
-    "residuals": "What the law leaves of each run's loss.",
+    "residuals": "Residual of each run's loss about the law.",
     "rates": "Loss against the peak learning rate.",
     "batch": "Tokens to one loss against the batch.",
-    "forecasts": "Forecasts with their intervals and what came.",
+    "forecasts": "Forecasts with their intervals, and the losses reached.",
 }
 SHOWN = (
     "id",
@@ -79,12 +79,12 @@ def finding(fitted: Fitted, scores: list[dict[str, Any]]) -> str:
     spread = uncertainty.law_intervals(fitted.laws)
     ends = [display.count(float(edge(table.params)), 2) for edge in (np.min, np.max)]
     budgets = [display.power(float(edge(table.flops)), 2) for edge in (np.min, np.max)]
-    said = f"{exponent_finding(fitted)}, over {display.plural(len(table), 'run')} of {ends[0]} to {ends[1]} "
-    said += f"parameters and {budgets[0]} to {budgets[1]} FLOPs. "
-    said += f"{floors_finding(fitted)}The law L = E + A/N^α + B/D^β has "
-    said += f"α {_with(law.alpha, spread['alpha'])}, β {_with(law.beta, spread['beta'])} and "
-    said += f"E {_with(law.E, spread['E'])} nats per token; runs scatter by {100 * fitted.noise:.2f} % about it."
-    return f"{said} {forecast_finding(scores)}." if scores else said
+    text = f"{exponent_finding(fitted)}, over {display.plural(len(table), 'run')} of {ends[0]} to {ends[1]} "
+    text += f"parameters and {budgets[0]} to {budgets[1]} FLOPs. "
+    text += f"{floors_finding(fitted)}The law L = E + A/N^α + B/D^β has "
+    text += f"α {_with(law.alpha, spread['alpha'])}, β {_with(law.beta, spread['beta'])} and "
+    text += f"E {_with(law.E, spread['E'])} nats per token; runs scatter by {100 * fitted.noise:.2f} % about it."
+    return f"{text} {forecast_finding(scores)}." if scores else text
 
 
 def _with(value: float, interval: tuple[float, float]) -> str:
@@ -97,29 +97,29 @@ def cautions(fitted: Fitted, path: Path, diagnosis: dict[str, Any]) -> list[str]
     decades = float(np.ptp(np.log10(table.flops)))
     largest = display.power(float(table.flops.max()), 2)
     beyond = display.power(FARTHEST * float(table.flops.max()), 2)
-    said = [
+    warnings = [
         f"The budgets span {decades:.2f} decades. Beyond {FARTHEST} times the largest of them, {largest} FLOPs "
         f"(that is, beyond {beyond}), the law is a guess."
     ]
     low, high = uncertainty.law_intervals(fitted.laws)["E"]
     if not law.converged or low < VANISHED * table.loss.min() or (high - low) > 0.2 * max(law.E, 1e-9):
-        said.append(
+        warnings.append(
             f"The irreducible loss E is poorly determined ({low:.2f} to {high:.2f}): do not read it as the entropy "
             "of the text."
         )
     rows = read_rows(path)
     if len({row.get("seed") for row in rows}) < 2:
-        said.append("Every run has the same seed: the scatter about the law is the only estimate of the noise.")
+        warnings.append("Every run has the same seed: the scatter about the law is the only estimate of the noise.")
     if len({row.get("peak_lr") for row in rows}) < 2:
-        said.append(
+        warnings.append(
             "One learning rate served every size; an optimum that moves with the size would bend these curves."
         )
-    said.append("The exponents hold for this data, tokenizer, recipe and way of counting N alone.")
+    warnings.append("The exponents hold only for this data, tokenizer, recipe and way of counting N.")
     if diagnosis["findings"]:
-        said.append(
+        warnings.append(
             f"{display.plural(len(diagnosis['findings']), 'finding')} of the checks below weigh against the law."
         )
-    return said
+    return warnings
 
 
 def check_items(diagnosis: dict[str, Any], names: list[str]) -> list[tuple[bool, str, str, str]]:
