@@ -202,7 +202,7 @@ def test_a_sliding_window_bounds_the_context(llama):
 def test_weights_without_a_tokenizer_compute_and_say_so_when_asked_for_text(llama, tmp_path):
     model = gptjax.load(str(llama))
     assert model.logits([[1, 2, 3]]).shape == (1, 3, 400)
-    with pytest.raises(UserError, match="came without a tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         model.generate("The")
     import_model(str(llama), str(tmp_path / "run"))
     assert not (tmp_path / "run" / "tokenizer.json").exists()

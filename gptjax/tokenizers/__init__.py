@@ -1,4 +1,4 @@
-"""Text to token ids and back. A tokenizer is also plain data (`to_dict`), which travels inside checkpoints.
+"""Convert text to token ids and back. A tokenizer is also plain data (`to_dict`), which checkpoints contain.
 
 To add one: a class with the members of `Tokenizer`, and a line in `KINDS`.
 """
@@ -54,8 +54,8 @@ def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     """Return whether every id stands for the same text in two tokenizers, whichever library runs them.
 
-    Ids whose text alone does not tell them apart, which are parts of characters and special tokens, are compared by
-    their bytes or names.
+    Ids that their text does not identify, such as parts of characters and special tokens, are compared by their bytes
+    or names.
     """
     if NoTokenizer.kind in (a.kind, b.kind):
         return a.kind == b.kind
@@ -74,7 +74,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def _spelling(tokenizer: Tokenizer, id: int) -> bytes | None:
-    """Return the bytes of a token that is no special one; None for an id that names nothing."""
+    """Return the bytes of a token that is not special; None for an unused id."""
     if isinstance(tokenizer, ByteTokenizer):
         return bytes([id])
     if isinstance(tokenizer, CharTokenizer):

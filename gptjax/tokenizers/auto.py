@@ -1,4 +1,4 @@
-"""The rule by which `transformers` 5.24 (AutoTokenizer) makes a tokenizer of the files in a folder.
+"""Make a tokenizer from the files in a folder, by the rules of `transformers` 5.24 (AutoTokenizer).
 
 A tokenizer.json alone does not decide the ids. A class that the files name (or that belongs to the `model_type`) may
 rebuild everything but the vocabulary and the merges, and further tokens stand in tokenizer_config.json,
@@ -19,12 +19,12 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from gptjax.errors import UserError
 from gptjax.tokenizers.bpe import QWEN2_PATTERN, bpe_model, cut_by_pattern, read_merges
 
-# The files of a tokenizer, and the two of a model that have a say in it.
+# The files of a tokenizer, and the model's config.json, which can name its class.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "config.json"),
 )
-BACKEND = "TokenizersBackend"  # the class that takes a tokenizer.json as it is
+BACKEND = "TokenizersBackend"  # the class that uses a tokenizer.json unchanged
 # The class of a `model_type` whose files name none; a type that is not here has BACKEND.
 CLASS_OF_MODEL = {
     **dict.fromkeys(
@@ -70,7 +70,7 @@ DEFAULT_TOKENS: dict[str, dict[str, str | None]] = {
 
 
 class Facts(NamedTuple):
-    """What the files say beside the vocabulary.
+    """The content of the files besides the vocabulary.
 
     Attributes:
         options: of tokenizer_config.json, with special_tokens_map.json where that counts.
@@ -130,13 +130,13 @@ def tokenizer_class(files: Mapping[str, str]) -> str:
     if OTHER_CLASSES.fullmatch(found):
         raise UserError(
             f"tokenizer_config.json names the class {declared!r}, whose rules are not known here; if tokenizer.json "
-            "holds them all, give that file in a folder of its own"
+            "contains them all, give only that file in a folder"
         )
     return found if found in DEFAULT_TOKENS else BACKEND
 
 
 def read_facts(files: Mapping[str, str], defaults: Mapping[str, str | None]) -> Facts:
-    """Return what the files say beside the vocabulary; `defaults` are the class's own special tokens.
+    """Return the files' content besides the vocabulary; `defaults` are the class's own special tokens.
 
     Raises:
         UserError: a file is damaged.
@@ -211,7 +211,7 @@ def make_backend(files: Mapping[str, str]) -> tuple[tokenizers.Tokenizer, Facts]
     _add_tokens(made, facts)
     if name == "Qwen2Tokenizer":
         made.add_tokens([AddedToken(token.content, special=True) for token in [*facts.named.values(), *facts.extra]])
-    # A tokenizer.json says itself what goes around a text, but GPT-NeoX's class does not listen.
+    # A tokenizer.json has its own post-processor, but GPT-NeoX's class ignores it.
     ends = facts.options if whole is None else {}
     if name == "GPTNeoXTokenizer" or made.post_processor is None or {"add_bos_token", "add_eos_token"} & ends.keys():
         _surround(made, facts, bool(ends.get("add_bos_token")), bool(ends.get("add_eos_token")))
@@ -219,7 +219,7 @@ def make_backend(files: Mapping[str, str]) -> tuple[tokenizers.Tokenizer, Facts]
 
 
 def from_json(text: str) -> tokenizers.Tokenizer:
-    """Return the tokenizer of a tokenizer.json; whoever saved it may have left truncation and padding on.
+    """Return the tokenizer of a tokenizer.json; without truncation and padding, which may be saved in it.
 
     Raises:
         UserError: it is not one.
@@ -314,7 +314,7 @@ _BUILD = {
 
 
 def _add_tokens(made: tokenizers.Tokenizer, facts: Facts) -> None:
-    """Add the tokens that the tokenizer lacks or has with other flags, then the named ones, then the further ones."""
+    """Add the tokens that the tokenizer lacks or has with other flags, then the named ones, then the extra ones."""
     present = made.get_added_tokens_decoder().values()
     exactly = {repr(token) for token in present}
     wanted = [token for _, token in sorted(facts.added.items()) if repr(token) not in exactly]
@@ -331,7 +331,7 @@ def _add_tokens(made: tokenizers.Tokenizer, facts: Facts) -> None:
 
 
 def _surround(made: tokenizers.Tokenizer, facts: Facts, before: bool, after: bool) -> None:
-    """Put the begin and end tokens around a text, where they are wanted and named."""
+    """Put the begin and end tokens around a text, where they are requested and named."""
     first = facts.named.get("bos_token") if before else None
     last = facts.named.get("eos_token") if after else None
     parts = [f"{first.content}:0"] if first else []
@@ -343,7 +343,7 @@ def _surround(made: tokenizers.Tokenizer, facts: Facts, before: bool, after: boo
 def settle(files: Mapping[str, str]) -> dict[str, str]:
     """Return files that hold the whole tokenizer in tokenizer.json and name no class that rebuilds it.
 
-    Those that already do are returned as they came, but for config.json, which is the model's.
+    Files that already do are returned unchanged, except the model's config.json, which is dropped.
 
     Raises:
         UserError: as `make_backend`.
@@ -364,7 +364,7 @@ def settle(files: Mapping[str, str]) -> dict[str, str]:
 def files_beside(files: Mapping[str, str], model_type: str) -> tuple[dict[str, str], bool]:
     """Return files from which AutoTokenizer makes a tokenizer.json's ids beside a model of this type, and whether so.
 
-    For some types it rebuilds every tokenizer by the rules of its own class, and no file keeps it from that.
+    For some types it rebuilds every tokenizer by the rules of its own class, and no file prevents that.
     """
     options = {**json_object(files, "tokenizer_config.json"), "tokenizer_class": "PreTrainedTokenizerFast"}
     plain = {**files, "tokenizer_config.json": json.dumps(options, indent=2, ensure_ascii=False) + "\n"}
@@ -372,7 +372,7 @@ def files_beside(files: Mapping[str, str], model_type: str) -> tuple[dict[str, s
         try:
             if settle({**several, "config.json": json.dumps({"model_type": model_type})}) == several:
                 return several, True
-        except UserError:  # the class cannot take this tokenizer at all
+        except UserError:  # the class does not support this tokenizer
             continue
     return plain, False
 

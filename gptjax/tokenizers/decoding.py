@@ -1,4 +1,4 @@
-"""Text of ids that come one after another."""
+"""Decode ids that arrive one after another."""
 
 from collections.abc import Iterable
 
@@ -6,15 +6,15 @@ from gptjax.tokenizers.plain import Tokenizer
 
 
 class TextDecoder:
-    """Turn ids that follow others into text as they come, so that all pieces together are the text at once.
+    """Decodes ids as they arrive, so that all pieces together equal the text decoded at once.
 
-    A character whose bytes are not all there is kept back, and so is what later ids may still change. Only the ids
-    since the last whole character and those of one piece before them are decoded anew: some tokenizers drop the
-    space before the first word that they decode, and the piece before keeps that word from being first.
+    Incomplete characters, and text that later ids may still change, are held back. Only the ids since the last whole
+    character, and those of the previous piece, are decoded again: some tokenizers drop the space before the first
+    word that they decode, and the previous piece prevents that.
 
     Args:
         tokenizer: whose `decode` gives the text.
-        before: ids that the new ones follow, whose text is not given again.
+        before: preceding ids, whose text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
@@ -38,7 +38,7 @@ class TextDecoder:
         return new
 
     def finish(self) -> str:
-        """Return what was kept back, after the last id."""
+        """Return the text that was held back, after the last id."""
         text = self._tokenizer.decode(self._context + self._pending)
         pairs = zip(text, self._given, strict=False)
         differing = next((place for place, (now, then) in enumerate(pairs) if now != then), len(self._given))
@@ -46,6 +46,6 @@ class TextDecoder:
 
 
 def text_after(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]) -> str:
-    """Return the text of ids that follow others, decoded where they stand."""
+    """Return the text of ids, decoded in the context of the ids before them."""
     decoder = TextDecoder(tokenizer, before)
     return decoder.add(ids) + decoder.finish()

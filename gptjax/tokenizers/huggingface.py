@@ -21,11 +21,10 @@ BYTE_OF = {character: byte for byte, character in enumerate(printable_bytes())}
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer as Hugging Face models carry it, run by the library `tokenizers`.
+    """A tokenizer of a Hugging Face model, run by the library `tokenizers`.
 
     Args:
-        files: text by name: `tokenizer.json`, and any other of FILES. They are kept as they are, so that they
-            leave by `to_dict` as they came.
+        files: text by name: `tokenizer.json`, and any other of FILES. `to_dict` returns them unchanged.
         ends: ids that end a generated text, as the model's own files name them (`model_ends`).
 
     Attributes:
@@ -38,7 +37,7 @@ class HuggingFaceTokenizer:
     """
 
     kind = "hf"
-    # Where no file says which token ends a document: GPT-2's name for it, Llama's, Llama 3's.
+    # Names of the token that ends a document, where no file says which: GPT-2's, Llama's, Llama 3's.
     USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
     def __init__(self, files: Mapping[str, str], ends: Sequence[int] = ()):
@@ -110,7 +109,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decoder.decode(whole)
 
     def certain_length(self, text: str) -> int:
-        if self._cleans_up:  # a space, and what follows it, may still be drawn to the word before
+        if self._cleans_up:  # a space, and the text after it, may still be joined to the word before
             return max(0, text.rfind(" "))
         return certain_length(text)
 
@@ -160,12 +159,12 @@ def _without_loose_spaces(text: str) -> str:
 
 
 def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
-    """Return the tokenizer of a Hugging Face directory, or of a tokenizer.json with what lies beside it.
+    """Return the tokenizer of a Hugging Face directory, or of a tokenizer.json and the files beside it.
 
     Its ids are those of `AutoTokenizer`. vocab.json and merges.txt alone are GPT-2's.
 
     Raises:
-        UserError: no tokenizer is there, or its files are damaged, or their rules are not known here.
+        UserError: there is no tokenizer, its files are damaged, or their rules are unknown here.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -179,7 +178,7 @@ def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {str(path)!r}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"the tokenizer {str(path)!r} is not UTF-8; copy it anew") from None
+        raise UserError(f"the tokenizer {str(path)!r} is not UTF-8; copy it again") from None
 
 
 def _instead(folder: Path) -> str:
@@ -188,7 +187,7 @@ def _instead(folder: Path) -> str:
             return f", only {name}; in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
     for name, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
         if (folder / name).exists():
-            return f", and of {name} and {other} only the first; copy {other} or tokenizer.json beside it"
+            return f", and {name} without {other}; copy {other} or tokenizer.json beside it"
     return "; give a Hugging Face directory or a tokenizer.json"
 
 

@@ -89,7 +89,7 @@ def published_tokenizer(name: str) -> TiktokenTokenizer:
     The folder holds the files under their own names, or as tiktoken itself keeps them.
 
     Raises:
-        UserError: the files are not there and cannot be had, or are not the published ones.
+        UserError: the files are missing and cannot be downloaded, or are not the published ones.
     """
     _import_tiktoken()
     from tiktoken_ext import openai_public
@@ -99,10 +99,10 @@ def published_tokenizer(name: str) -> TiktokenTokenizer:
     try:
         with _under_tiktokens_names(urls):
             made = openai_public.ENCODING_CONSTRUCTORS[encoding]()
-    except Exception as error:  # of the network, of its proxies, or a file that is not the published one
+    except Exception as error:  # an error of the network or a proxy, or a file that is not the published one
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(
-            f"the tokenizer {name} needs {files}, and they cannot be had ({reason}); "
+            f"the tokenizer {name} needs {files}, which cannot be downloaded ({reason}); "
             f"without a network put {' and '.join(urls)} into a folder and set TIKTOKEN_CACHE_DIR to it"
         ) from None
     return TiktokenTokenizer(encoding, made["pat_str"], made["mergeable_ranks"], made["special_tokens"])

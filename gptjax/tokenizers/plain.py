@@ -1,4 +1,4 @@
-"""What a tokenizer is, and those that need no library: bytes, characters, none."""
+"""The interface of a tokenizer, and the tokenizers that need no library: bytes, characters, none."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
@@ -9,15 +9,15 @@ from gptjax.errors import UserError
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer.
+    """The interface of a tokenizer.
 
     Attributes:
         kind: its name in `KINDS`.
         vocab_size: ids lie in [0, vocab_size).
         eos_id: the id that ends a document; None where the tokenizer has none.
         eos_ids: the ids that end a generated text; `eos_id`, where there is one, comes first.
-        special_tokens: ids by name of the tokens that are no text.
-        chat_template: Jinja text that lays out a conversation; None without one.
+        special_tokens: name -> id of the tokens that are not text.
+        chat_template: Jinja template of a conversation; None without one.
     """
 
     kind: str
@@ -110,7 +110,7 @@ class CharTokenizer:
         if (ids < 0).any():
             unknown = sorted({chr(c) for c in codes[ids < 0]})
             raise UserError(
-                f"the character tokenizer has never seen {' '.join(map(repr, unknown[:10]))}; "
+                f"the character tokenizer has no id for {' '.join(map(repr, unknown[:10]))}; "
                 f"it knows {self.vocab_size} characters: {self.alphabet!r}"
             )
         return ids.astype(np.int32)
@@ -122,7 +122,7 @@ class CharTokenizer:
         return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        # A model's vocabulary may be padded, and a young model draws what is not in the alphabet.
+        # A model's vocabulary may be padded, and an untrained model samples ids beyond the alphabet.
         return "".join(self.alphabet[i] for i in ids if i < self.vocab_size)
 
     certain_length = staticmethod(certain_length)
@@ -132,7 +132,7 @@ class CharTokenizer:
 
 
 class NoTokenizer:
-    """The place of a tokenizer that did not come with its model: the weights can be used, text cannot."""
+    """Stands in for a missing tokenizer: the model's weights can be used, but no text."""
 
     kind = "none"
     vocab_size = 0
@@ -142,7 +142,7 @@ class NoTokenizer:
     special_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str) -> np.ndarray:
-        raise UserError("this model came without a tokenizer; put its tokenizer.json beside its weights")
+        raise UserError("this model has no tokenizer; put its tokenizer.json beside its weights")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]

@@ -1,7 +1,7 @@
 """The coordinate check: do a few steps change the activations of a wide model as much as those of a narrow one?
 
 Yang et al. 2022 (arXiv 2203.03466), appendix D.1. Where the change grows or shrinks with the width, the learning rate
-that suits shifts with it; under muP, right to the last line of code, it keeps its size.
+shifts with it; under a correct muP, it is constant.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ def coord_check(
 
     Args:
         config: a config file of train.py; its heads keep their width and grow in number, its MLP grows in proportion.
-        widths: values of model.d_model, with commas between them.
-        steps: at the full learning rate, all on one sequence.
-        parametrization: instead of the config's; without base_width the narrowest width is the base.
+        widths: values of model.d_model, separated by commas.
+        steps: number of steps at the full learning rate, all on one sequence.
+        parametrization: replaces the config's; without base_width the narrowest width is the base.
         json: print one JSON object.
-        out: a picture to draw, such as check.png.
+        out: file of a picture to draw, such as check.png.
     """
     values = [int(width) if width.strip().isdecimal() else 0 for width in widths.split(",")]
     if len(set(values)) < 2 or min(values) < 1 or steps < 1:
@@ -91,28 +91,30 @@ def change_of_activations(cfg: Config, steps: int) -> dict[str, float]:
             after, _, aux = self.block(x, ctx, cache)
             return after, {"embedding": x, **added_by(self.block, x, after, ctx), "residual stream": after}, aux
 
-    # Few tokens, so that narrow models too are wide beside them: that is the limit of which muP speaks.
+    # Few tokens, so that the width exceeds their number in narrow models, too: the limit that muP describes.
     train = dataclasses.replace(cfg.train, batch_sequences=1, microbatches=1)
     optim = dataclasses.replace(cfg.optim, schedule="constant", warmup_steps=0, ema_decay=None)
     corpus = load_corpus(cfg.data)
     cfg = with_vocabulary(dataclasses.replace(cfg, optim=optim, train=train), corpus)
-    t = make_trainable(cfg, make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1]))
+    trainable = make_trainable(cfg, make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1]))
     batch = Batches(training_examples(corpus, cfg.data, cfg.model.context_length, 1, cfg.seed), 1, range(1))[0]
 
     def activations(params):
-        model = bind(t.graphdef, params)
+        model = bind(trainable.graphdef, params)
         model.blocks = Recorded(model.blocks)
         inputs = Inputs(batch["tokens"], batch.get("positions"), batch.get("segments"))
         x, layers, _ = model.apply_blocks(model.embed_inputs(inputs), inputs)
         layers |= {"embedding": layers["embedding"][0], "residual stream": layers["residual stream"][-1]}
         return {**layers, "logits": logits(model, model.readout(x))}
 
-    state, step, record = init_state(t), make_train_step(t), jax.jit(activations)
+    state = init_state(trainable)
+    step = make_train_step(trainable)
+    record = jax.jit(activations)
     before = record(state.params)
     for _ in range(steps):
         state, _ = step(state, batch)
-    moved = jax.tree.map(lambda a, b: jnp.sqrt(jnp.mean(jnp.square(a - b))), record(state.params), before)
-    return {name: float(value) for name, value in moved.items()}
+    changes = jax.tree.map(lambda a, b: jnp.sqrt(jnp.mean(jnp.square(a - b))), record(state.params), before)
+    return {name: float(value) for name, value in changes.items()}
 
 
 def added_by(block: Any, x: Any, after: Any, ctx: Any) -> dict[str, Any]:
@@ -120,9 +122,9 @@ def added_by(block: Any, x: Any, after: Any, ctx: Any) -> dict[str, Any]:
 
     Args:
         block: an `nn.layers.Block`, without dropout.
-        x: [B, T, D], what goes into it.
-        after: [B, T, D], what leaves it.
-        ctx: of the positions.
+        x: [B, T, D], the block's input.
+        after: [B, T, D], the block's output.
+        ctx: the context of the positions.
     """
     h, _ = block.convolve(block.attention_norm(x), block.attention_conv, ctx, None)
     attention, _ = block.attention(h, ctx, None)

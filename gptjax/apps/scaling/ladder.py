@@ -85,7 +85,8 @@ def make_rungs(study: Study) -> list[Rung]:
         raise UserError(f"branches need optim.schedule wsd; the base config has {base.optim.schedule}")
     corpus = load_corpus(base.data)
     base = with_vocabulary(base, corpus)
-    sweeps, rates = study.sweeps, study.sweeps.peak_lr or (base.optim.peak_lr,)
+    sweeps = study.sweeps
+    rates = sweeps.peak_lr or (base.optim.peak_lr,)
     batches = sweeps.batch_sequences or (base.train.batch_sequences,)
     variants = list(itertools.product(rates, batches, sweeps.seeds or (base.seed,)))
     rungs: dict[str, Rung] = {}
@@ -96,7 +97,8 @@ def make_rungs(study: Study) -> list[Rung]:
         if rung.id in rungs:
             raise UserError(f"two rungs are the same: {rung.name}; remove one from ladder, budgets or sweeps")
         rungs[rung.id] = rung
-    total, limit = sum(rung.flops for rung in rungs.values()), study.limits.total_flops
+    total = sum(rung.flops for rung in rungs.values())
+    limit = study.limits.total_flops
     if limit is not None and total > limit:
         raise UserError(f"the study needs {total:.3g} FLOPs, over limits.total_flops {limit:.3g}; drop rungs")
     return sorted(rungs.values(), key=lambda rung: (rung.flops, rung.id))
@@ -119,7 +121,8 @@ def conventions(model: ModelConfig) -> dict[str, int]:
 def groups(model: ModelConfig) -> dict[str, int]:
     """Return a model's number of weights by kind: embedding, position, head (0 where tied), blocks, norms."""
     counts = dict.fromkeys(("embedding", "position", "head", "blocks", "norms"), 0)
-    whole, (_, params, metadata) = count_params(model), abstract_model(model)
+    whole = count_params(model)
+    _, params, metadata = abstract_model(model)
     for names, group in {"embed": "embedding", "positions": "position", "head": "head", "blocks": "blocks"}.items():
         counts[group] = whole.get(names, 0)
     for path in metadata:
@@ -167,9 +170,16 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
         cooldown = max(1, int(steps * (1 - config.optim.decay_frac)))
         kept = dataclasses.replace(config.checkpoint, save_interval_steps=cooldown, keep_last=2)
         config = dataclasses.replace(config, checkpoint=kept)
-    name, N = _rung_id(config, corpus.fingerprint), conventions(config.model)
-    epochs = steps * _tokens_per_step(config) / corpus.train_tokens
-    return Rung(name, config, corpus.fingerprint, N, steps * per_step, flops, epochs, held_out)
+    return Rung(
+        id=_rung_id(config, corpus.fingerprint),
+        config=config,
+        fingerprint=corpus.fingerprint,
+        params=conventions(config.model),
+        flops=steps * per_step,
+        budget_flops=flops,
+        epochs=steps * _tokens_per_step(config) / corpus.train_tokens,
+        held_out=held_out,
+    )
 
 
 # Fields that decide how a rung runs, but not its result.
@@ -244,7 +254,8 @@ def describe_plan(
         spent = f"{steps:9}{rung.tokens:10.3g}{rung.flops:10.3g}{rung.tokens / N['matmul']:11.1f}{rung.epochs:8.2f}"
         shape = f"{model.n_layers}x{model.d_model}"
         lines.append(f"{rung.id}  {shape:8}{counts}{spent}{'  held out' if rung.held_out else ''}")
-    flops, found = sum(rung.flops for rung in rungs), warnings(study, rungs)
+    flops = sum(rung.flops for rung in rungs)
+    found = warnings(study, rungs)
     hours = None if study.flops_per_s is None else flops / study.flops_per_s / 3600
     if seconds is not None:
         hours = sum(steps_to_take(study, rung, rungs) * seconds[key_of(rung.config)] for rung in rungs) / 3600

@@ -18,15 +18,17 @@ def seconds_per_step(rungs: list[Rung]) -> dict[str, float]:
     for config in (rung.config for rung in rungs):
         if key_of(config) in found:
             continue
-        t = make_trainable(config, make_mesh(config.mesh.axes))
-        step, state, taken = make_train_step(t), init_state(t), []
+        trainable = make_trainable(config, make_mesh(config.mesh.axes))
+        step = make_train_step(trainable)
+        state = init_state(trainable)
+        durations = []
         shape = (config.train.batch_sequences, config.model.context_length)
         tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
         batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
         for _ in range(1 + STEPS):
             began = time.perf_counter()
-            state, metrics = step(state, jax.device_put(batch, t.batch_sharding))
+            state, metrics = step(state, jax.device_put(batch, trainable.batch_sharding))
             jax.block_until_ready(metrics)
-            taken.append(time.perf_counter() - began)
-        found[key_of(config)] = float(np.median(taken[1:]))
+            durations.append(time.perf_counter() - began)
+        found[key_of(config)] = float(np.median(durations[1:]))
     return found

@@ -67,7 +67,8 @@ def run_rungs(study_dir: str | Path, rungs: list[Rung], trunks: list[Rung] | Non
                 continue
             if trunks and (trunk := trunk_of(rung, trunks)):
                 begin_at(trunk.cooldown_step, rung_dir(study_dir, trunk.id), directory)
-            began, began_at = time.perf_counter(), _first_begun(directory)
+            began_at = _first_begun(directory)
+            began = time.perf_counter()
             code, stopped = _train(rung, directory, lock)
             if code == STOPPED or (stopped and code < 0):
                 print(f"stopped in rung {rung.id}; all is saved, and the same command resumes it")
@@ -126,7 +127,8 @@ def _take(lock: IO[str]) -> bool:
 def _train(rung: Rung, directory: Path, lock: IO[str]) -> tuple[int, bool]:
     """Return the exit code of the rung's training, and whether a signal came meanwhile, which is passed on to it."""
     write_atomically(directory / "rung.yaml", config_to_yaml(replace(rung.config, workdir=str(directory))))
-    command, stopped = [sys.executable, "-m", "gptjax", "train", str(directory / "rung.yaml")], []
+    command = [sys.executable, "-m", "gptjax", "train", str(directory / "rung.yaml")]
+    stopped = []
     with (directory / "log.txt").open("a") as log:
         child = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()], start_new_session=True

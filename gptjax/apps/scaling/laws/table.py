@@ -112,7 +112,10 @@ def best_tuned(rows: list[dict[str, str]], loss: str) -> list[dict[str, str]]:
     for row, value in zip(rows, numbers(rows, loss), strict=True):
         point, setting = _point(row)
         losses.setdefault(point, {}).setdefault(setting, []).append(float(value))
-    best = {point: min(of, key=lambda setting: float(np.mean(of[setting]))) for point, of in losses.items()}
+    best = {}
+    for point, by_setting in losses.items():
+        means = {setting: float(np.mean(values)) for setting, values in by_setting.items()}
+        best[point] = min(means, key=means.__getitem__)
     return [row for row in rows if best[_point(row)[0]] == _point(row)[1]]
 
 

@@ -42,7 +42,8 @@ def fit_repetition(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, epo
     Raises:
         UserError: fewer than six runs within an epoch, or fewer than three beyond one.
     """
-    once, unique = epochs <= 1, tokens / np.maximum(1, epochs)
+    once = epochs <= 1
+    unique = tokens / np.maximum(1, epochs)
     if once.sum() < 6 or (~once).sum() < 3:
         raise UserError(
             f"{once.sum()} rows within an epoch and {(~once).sum()} beyond do not determine the cost of repeating; "
@@ -97,16 +98,20 @@ def tokens_to_target(
     Between runs of different length log tokens is interpolated in log loss; runs of one length at several rates count
     by their best. A batch without runs on both sides of the target is left out.
     """
-    curves = {}
+    curves = {}  # batch size -> lengths in tokens, and the least loss up to each
     for size in np.unique(batch):
         lengths = np.unique(tokens[batch == size])
         best = np.array([loss[(batch == size) & (tokens == length)].min() for length in lengths])
         curves[size] = lengths, np.minimum.accumulate(best)
     if target is None:
         target = max(best[-1] for _, best in curves.values())
-    there = {size: (t, y) for size, (t, y) in curves.items() if len(t) > 1 and y[-1] <= target <= y[0]}
-    needed = [np.exp(np.interp(-np.log(target), -np.log(y), np.log(t))) for t, y in there.values()]
-    return float(target), np.array(list(there)), np.array(needed)
+    sizes = []
+    needed = []
+    for size, (lengths, best) in curves.items():
+        if len(lengths) > 1 and best[-1] <= target <= best[0]:
+            sizes.append(size)
+            needed.append(np.exp(np.interp(-np.log(target), -np.log(best), np.log(lengths))))
+    return float(target), np.array(sizes), np.array(needed)
 
 
 def fit_batch(batch: np.ndarray, tokens: np.ndarray, loss: np.ndarray, target: float | None = None) -> BatchLaw:

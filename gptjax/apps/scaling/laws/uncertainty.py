@@ -20,8 +20,12 @@ def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA,
     Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
     """
     rng = np.random.default_rng(seed)
-    rows, start = (table.params, table.tokens, table.loss), [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
-    return [fit_law(*rows, delta, rng.exponential(size=len(table)), start) for _ in range(resamples)]
+    start = [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
+    laws = []
+    for _ in range(resamples):
+        weights = rng.exponential(size=len(table))
+        laws.append(fit_law(table.params, table.tokens, table.loss, delta, weights, start))
+    return laws
 
 
 def interval(values: list[float] | np.ndarray) -> Interval:
