@@ -139,7 +139,7 @@ def test_another_structure_is_not_damage(workdir):
 def test_where_all_are_damaged_the_run_ends_and_all_stay(workdir):
     for step in (1, 2):
         flip(workdir / "checkpoints" / str(step) / "meta" / "metadata")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         read(workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2"]
 
@@ -161,6 +161,6 @@ def test_a_checkpoint_of_an_older_version_is_checked_by_reading(tmp_path):
     checkpoints.close()
     flip(old / "checkpoints" / "20" / "meta" / "metadata")
     checkpoints = Checkpoints(str(old))
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         newest_sound(checkpoints)
     checkpoints.close()

@@ -324,7 +324,7 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
         make_config({**shape, "vocab_size": VOCAB, "norm_eps": 1e-6, "d_mlp": 64}, init_from=str(source))
     )
     with pytest.raises(
-        UserError, match=r"model\.mlp\.width 256 there, 64 here, model\.norm\.eps 1e-05 there, 1e-06 here"
+        UserError, match=r"model\.mlp\.width 256 there and 64 here, model\.norm\.eps 1e-05 there and 1e-06 here"
     ):
         first_state(other, corpus)
 
@@ -340,6 +340,6 @@ def test_an_imported_run_is_a_run(built, tmp_path):
     assert again.encode_prompt("king").tolist()[0] == again.bos_id
     with pytest.raises(UserError, match="not empty"):
         import_model(str(built["qwen3"]), str(run))
-    with pytest.raises(UserError, match="a run already"):
+    with pytest.raises(UserError, match="is already a run"):
         import_model(str(run), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()

@@ -346,11 +346,11 @@ FOREIGN = {
     ),
     "fewer layers": (
         {"num_hidden_layers": 1},
-        "should not, .* config.json says num_hidden_layers 1; correct the key",
+        "unexpected tensors .* config.json says num_hidden_layers 1; correct the key",
     ),
     "another width": (
         {"vocab_size": 300},
-        "wrong shape model.embed_tokens.weight .* is hidden_size, vocab_size in config.json",
+        "wrong shape: model.embed_tokens.weight .* check hidden_size, vocab_size in config.json",
     ),
 }
 
@@ -369,7 +369,7 @@ TENSORS = {
     "of experts": ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "of a mixture of experts"),
     "of eyes": ("vision_tower.patch.weight", "of a multimodal model"),
     "of an adapter": ("model.layers.0.mlp.up_proj.lora_A.default.weight", "of a LoRA adapter.*merge_and_unload"),
-    "of a classifier": ("score.weight", "should not, score.weight: the head of a classifier"),
+    "of a classifier": ("score.weight", "unexpected tensor score.weight: the head of a classifier"),
 }
 
 
