@@ -221,4 +221,7 @@ class Watch(Hook):
         self.watchdog = watchdog
 
     def after_step(self, end: StepEnd) -> None:
-        self.watchdog.step_done()
+        if end.step == 0:
+            self.watchdog.start_phase()  # the first step compiles
+        else:
+            self.watchdog.step_done()

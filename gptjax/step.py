@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gptjax import cpu
 from gptjax.config import Config
 from gptjax.errors import UserError, choose
+from gptjax.hosts import exchange
 from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, init_params
@@ -282,6 +283,7 @@ def _on_mesh(mesh: Mesh, compiled: Callable[..., Any]) -> Callable[..., Any]:
                 compiled.lower(*args).compile()  # the call below finds it
                 if _is_cpu(mesh):
                     cpu.return_freed_memory()
+                exchange(None)  # all processes have compiled: in a collective, gloo waits for a peer for 30 s only
             return compiled(*args)
 
     run.compiled = compiled  # for tests that count compilations, and for looking at the program

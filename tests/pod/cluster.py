@@ -23,6 +23,7 @@ class Cluster:
         arguments: of train.py, from the config on.
         host_arguments: process -> more of them, for that host alone.
         batches: a folder for the parts of the global batches that the hosts place.
+        environment: more variables, of all hosts.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Cluster:
         workdir: Path,
         host_arguments: dict[int, list[str]] | None = None,
         batches: Path | None = None,
+        **environment: str,
     ):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -39,7 +41,7 @@ class Cluster:
         devices = devices_of(place)
         count = devices[-1].process_index + 1
         env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PYTHONPATH": str(ROOT)}
-        env |= {} if batches is None else {"POD_BATCHES": str(batches)}
+        env |= environment | ({} if batches is None else {"POD_BATCHES": str(batches)})
         command = [sys.executable, str(HOST), place, *arguments, f"--workdir={workdir}"]
         command += [f"--mesh.cpu_devices={len(devices) // count}", "--distributed.heartbeat_timeout_s=100"]
         if count > 1:

@@ -3,7 +3,8 @@
     python tests/pod/host.py PLACE [train.py's arguments]
 
 PLACE is one of places.PLACES. The mesh is laid as the coordinates there ask; nothing else of the run is changed.
-Where POD_BATCHES names a folder, this host's part of every global batch is written there.
+Where POD_BATCHES names a folder, this host's part of every global batch is written there; where POD_NO_MEMORY names
+this process, it has no memory for a restore.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from places import devices_of
 
-from gptjax import cli, hosts, sharding
+from gptjax import checkpoint, cli, hosts, sharding
 from gptjax.configfile import load_config
 
 place, *arguments = sys.argv[1:]
@@ -45,6 +46,14 @@ def place_and_note(local, rows, of, batch_sequences):
     return batch
 
 
+def lack_memory(*_):
+    raise MemoryError("no memory for a restore")
+
+
+if os.environ.get("POD_NO_MEMORY") in [
+    word.partition("process_id=")[2] for word in arguments if "process_id" in word
+]:
+    checkpoint.Checkpoints.restore = lack_memory
 sharding.create_device_mesh = lay_out_as_there
 if "POD_BATCHES" in os.environ:
     hosts.global_batch = place_and_note

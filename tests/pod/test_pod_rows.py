@@ -10,12 +10,14 @@ from conftest import ROOT
 from places import GPU_NODES, PLACES, RECORDED, devices_of, slices_of
 
 from gptjax.apps.plan.chips import parse_topology
-from gptjax.apps.plan.planning import meshes_to_try
+from gptjax.apps.plan.hosts import describe_hosts, planned_devices, report_hosts
+from gptjax.apps.plan.planning import config_on_accelerators, meshes_to_try
 from gptjax.configfile import load_config
 from gptjax.data.batches import Batches, Endless, Windows, validation_batches
 from gptjax.hosts import part_of, rows_of_hosts
 from gptjax.sharding import make_mesh, sharding
 
+COMPARED = ("process_index", "slice_index", "platform", "device_kind", "coords")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -120,6 +122,37 @@ def test_data_gives_exactly_the_rows_that_are_asked_for():
     for all_rows, of_host in zip(every, some, strict=True):
         for name, array in all_rows.items():
             np.testing.assert_array_equal(of_host[name], array[rows])
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if "process" not in place])
+def test_the_planner_places_hosts_as_libtpu_does(place):
+    """Of GPUs a process a node, as `gptjax launch` starts them where a node has one task."""
+    planned = planned_devices(parse_topology(place.partition(" x ")[0], slices_of(place)))
+    recorded = devices_of(place)
+    names = ("process_index", "slice_index", "platform") if place in GPU_NODES else COMPARED
+    assert [[getattr(d, name) for name in names] for d in planned] == [
+        [getattr(d, name) for name in names] for d in recorded
+    ]
+
+
+def test_plan_tells_what_each_host_does():
+    cfg = config_on_accelerators(load_config([str(ROOT / "configs/gpt2_1.5b.yaml")]))
+    topology = parse_topology("v5e:16x16")
+    described = describe_hosts(cfg, topology)
+    rows = rows_of_hosts(batch_sharding("v5e:16x16", described["mesh"]), (1024, 1024))
+    for host, (process, held) in zip(described["hosts"], rows.items(), strict=True):
+        assert host["process"] == process
+        assert host["row_count"] == len(held)
+        listed = [row for first, last in host["rows"] for row in range(first, last + 1)]
+        assert listed == held.tolist()
+        assert len(host["rows"]) > 1  # 64 of 64 hosts of this config: no range
+        assert host["read_bytes"] == len(held) * 1025 * 2
+        assert host["placed_bytes"] == 4 * 4 * 1024 * 12
+        assert ("metrics.jsonl" in host["writes"]) == (process == 0)
+        assert host["writes"][-1].endswith(f"ocdbt.process_{process}")
+    text = report_hosts({"config": "gpt2_1.5b.yaml", **described})
+    assert len(text) == 64 + 8
+    assert text[4].split()[:4] == ["0", "0,0,0", "4", "16"]
 
 
 def test_every_place_has_the_hosts_that_its_name_says():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from cluster import Cluster, assembled
 from conftest import TINY_RUN, run_script
+from etils import epath
 
+from gptjax.checksums import read_checksums
 from gptjax.configfile import load_config
 from gptjax.data.batches import Batches, training_examples, validation_batches
 from gptjax.data.corpus import load_corpus
@@ -57,6 +60,7 @@ def test_hosts_whose_rows_lie_apart_read_the_global_batch(arguments, tmp_path):
     found = assembled(tmp_path / "batches", (B, T))
     check_equal(found, [*validation, *training, *validation])
     assert sorted(losses(run.workdir)) == [1, 2, 3]
+    assert (run.workdir / "loss.png").exists()
     # One process writes the files, and all of them their parts of the checkpoint, with checksums.
     assert sorted(row["step"] for row in read_metrics(run.workdir)) == [0, 1, 2, 3]
     assert json.loads((run.workdir / "env.json").read_text())["processes"] == 4
@@ -104,3 +108,90 @@ def test_a_run_moves_from_cluster_to_cluster(arguments, tmp_path):
     sampled = run_script("sample.py", workdir, "--max_new_tokens", "5", "--format", "jsonl")
     assert sampled.returncode == 0, sampled.stderr
     assert not sampled.stderr
+
+
+TWO_HOSTS = [
+    "--mesh.data=1",
+    "--mesh.fsdp=8",
+    "--train.eval_interval_steps=100",
+    "--checkpoint.save_interval_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, corpus_file, token_cache) -> Path:
+    """A run of two hosts that holds checkpoints of steps 2 and 4."""
+    data = [f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    run = Cluster("v5e:2x4", [*RUN, *data, *TWO_HOSTS, "--train.total_steps=4"], workdir)
+    assert run.codes() == [0, 0], run.said()
+    return workdir
+
+
+def damage_a_file_that_one_process_checks(workdir: Path, process: int) -> None:
+    """Flip a bit of an array of step 4 that only this one of two processes reads before the restore."""
+    params = workdir / "checkpoints" / "4" / "params"
+    sizes = read_checksums(epath.Path(params))
+    largest = max(sorted(sizes)[process::2], key=lambda name: sizes[name][0])
+    data = bytearray((params / largest).read_bytes())
+    data[len(data) // 2] ^= 1
+    (params / largest).write_bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_both_pass_over_what_one_process_finds_damaged(stopped, arguments, tmp_path, process):
+    workdir = Path(shutil.copytree(stopped, tmp_path / "run"))
+    damage_a_file_that_one_process_checks(workdir, process)
+    run = Cluster("v5e:2x4", [*arguments, *TWO_HOSTS, "--train.total_steps=6"], workdir)
+    assert run.codes() == [0, 0], run.said()
+    assert run.said().count("warning: checkpoint 4") == 1
+    assert (workdir / "damaged-4" / "params").is_dir()
+    found = losses(workdir)
+    assert {step: found[step] for step in losses(stopped)} == losses(stopped)
+    assert max(found) == 6
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_ends_both_and_nothing_is_renamed(stopped, arguments, tmp_path):
+    workdir = Path(shutil.copytree(stopped, tmp_path / "run"))
+    run = Cluster("v5e:2x4", [*arguments, *TWO_HOSTS, "--train.total_steps=6"], workdir, POD_NO_MEMORY="1")
+    codes = run.codes(200)
+    assert codes[1] == 1
+    assert codes[0] not in (0, 2, 75)
+    assert "MemoryError: no memory for a restore" in run.said(1)
+    assert "damaged" not in run.said()
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    assert not list(workdir.glob("damaged-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["is missing", "differs"])
+def test_a_fault_of_one_hosts_data_ends_all_with_its_message(arguments, corpus_file, tmp_path, fault):
+    other = tmp_path / "other.txt"
+    if fault == "differs":
+        other.write_text(corpus_file.read_text()[:-100])
+    separate = {i: [f"--data.cache_dir={tmp_path / str(i)}"] for i in range(2)}
+    separate[1] += [f"--data.path={other}"]
+    run = Cluster("v5e:2x4", [*arguments, *TWO_HOSTS], tmp_path / "run", separate)
+    assert run.codes() == [2, 2], run.said()
+    for process in range(2):
+        assert {"is missing": "(process 1)", "differs": "on process 1 differs"}[fault] in run.said(process)
+        assert "Traceback" not in run.said(process)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_hosts_tokenize_into_a_cache_that_they_share_or_each_into_its_own(arguments, tmp_path):
+    steps = ["--train.total_steps=2"]
+    shared = Cluster(
+        "v5e:2x4", [*arguments, *TWO_HOSTS, *steps, f"--data.cache_dir={tmp_path}/all"], tmp_path / "one"
+    )
+    assert shared.codes() == [0, 0], shared.said()
+    caches = {i: [f"--data.cache_dir={tmp_path / str(i)}"] for i in range(2)}
+    separate = Cluster("v5e:2x4", [*arguments, *TWO_HOSTS, *steps], tmp_path / "two", caches)
+    assert separate.codes() == [0, 0], separate.said()
+    folders = [[path.name for path in (tmp_path / name).iterdir()] for name in ("all", "0", "1")]
+    assert folders[0] == folders[1] == folders[2]
+    assert len(folders[0]) == 1
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")

@@ -23,6 +23,7 @@ def plan(
     price_per_chip_hour: float | None = None,
     search: bool = False,
     out: UserPath | None = None,
+    hosts: bool = False,
     analytic: bool = False,
     html: UserPath | None = None,
     json: bool = False,
@@ -39,6 +40,7 @@ def plan(
         price_per_chip_hour: price of one chip for one hour; give it, with --tokens, to see the cost in that currency.
         search: try every mesh, remat and number of microbatches for the same batch, and print the fastest that fits.
         out: with --search, write the config with the best overrides to this file.
+        hosts: print instead which rows and bytes each host reads, and which files it writes.
         analytic: estimate by arithmetic in seconds, without compiling; use it to compare many layouts.
         html: also write a page to this file: memory, roofline, mesh, and what a search tried.
         json: print one JSON object instead of the table.
@@ -47,6 +49,7 @@ def plan(
     if out is not None and not search:
         raise UserError("--out is the file that --search writes; add --search")
     cfg = load_config([*flags, "--", config])
+    named = " ".join([config, *(flag.removeprefix("--") for flag in flags)])
     prepare_process()
     import jax
 
@@ -56,6 +59,9 @@ def plan(
     from gptjax.apps.plan.roofline import run_costs
 
     chips, cfg = parse_topology(topology, num_slices), planning.config_on_accelerators(cfg)
+    if hosts:
+        print_hosts(cfg, chips, named, json)
+        return
     if search:
         overrides, made, tried = planning.search(cfg, chips, analytic)
         made["overrides"] = overrides
@@ -63,7 +69,7 @@ def plan(
     else:
         made = planning.make_plan(cfg, chips, analytic)
         made["suggestion"] = None if made["fits"] else planning.suggest(cfg, chips)
-    made["config"] = " ".join([config, *(flag.removeprefix("--") for flag in flags)])
+    made["config"] = named
     for speed in (made["ceiling"], made["expected"]):
         speed |= run_costs(speed["tokens_per_s"], chips.n_chips, tokens, price_per_chip_hour)
     print_plan(made, json)
@@ -85,6 +91,14 @@ def print_plan(plan: dict[str, Any], json: bool) -> None:
     print("\n".join(report(plan)))
     if "overrides" in plan:
         print(f"\nthe best of {plan['candidates']} that fit by arithmetic: {flags(plan['overrides'])}")
+
+
+def print_hosts(cfg: Config, chips: Any, named: str, json: bool) -> None:
+    """Print what each host of a run does."""
+    from gptjax.apps.plan.hosts import describe_hosts, report_hosts
+
+    described = {"config": named, **describe_hosts(cfg, chips)}
+    print(json_format.dumps(described) if json else "\n".join(report_hosts(described)))
 
 
 def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tried: list[Any]) -> None:
