@@ -28,7 +28,7 @@ def prompts(monkeypatch) -> list[str]:
 
     tokenizer = SimpleNamespace(encode_prompt=lambda text: [0], decode=lambda ids: "x")
     lm = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(context_length=9999), complete=complete)
-    monkeypatch.setattr("gptjax.convert.load", lambda path: lm)
+    monkeypatch.setattr("gptjax.convert.load", lambda *args: lm)
     return given
 
 
