@@ -219,6 +219,34 @@ def split_rows(x: jax.Array, n_parts: int, group_rows: int) -> jax.Array:
     return groups.reshape(n_parts, -1, *x.shape[1:])
 
 
+def make_update(t: Trainable) -> Callable[[TrainState, Params, jax.Array, jax.Array], tuple[Any, ...]]:
+    """Return (state, gradients, rate, whether they are finite) -> (norm of the update, weights, moments, average).
+
+    Where the gradients are not finite, the norm is 0 and the rest stays as it is.
+    """
+
+    def update(state: TrainState, grads: Params, lr: jax.Array, good: jax.Array):
+        def move(grads, trained, opt_state, ema):
+            directions, opt_state = t.optimizer.update(grads, opt_state, trained)
+            trained = jax.tree.map(lambda p, d: p - lr * d, trained, directions)
+            if ema is not None:
+                # A young average forgets faster, so that the first weights do not linger in it.
+                decay = jnp.minimum(t.cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
+            return lr * optax.tree.norm(directions), trained, opt_state, ema
+
+        def stay(grads, *kept):
+            return jnp.zeros(()), *kept
+
+        trained, frozen = split_frozen(state.params, t.frozen)
+        ema, frozen_ema = (None, None) if state.ema is None else split_frozen(state.ema, t.frozen)
+        # A branch and not a choice of results: the moments are then changed in place, where a CPU copied them first.
+        norm, trained, opt_state, ema = jax.lax.cond(good, move, stay, grads, trained, state.opt_state, ema)
+        return norm, join_frozen(trained, frozen), opt_state, None if ema is None else join_frozen(ema, frozen_ema)
+
+    return update
+
+
 def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the compiled step. It consumes its input state: use only the state that it returns.
 
@@ -226,7 +254,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
     (before clipping), `update_norm` (of what the weights changed by), `lr`, and `skipped`: 1 where the objective or
     its gradient was not finite, and weights and moments therefore stayed as they were.
     """
-    cfg, gradient = t.cfg, make_gradient(t)
+    cfg, gradient, update = t.cfg, make_gradient(t), make_update(t)
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if cfg.model.dropout else None
@@ -237,24 +265,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
 
         lr = learning_rate(cfg.optim, state.step, state.total_steps)
         good = jnp.isfinite(means["train/loss"]) & jnp.isfinite(grad_norm)
-
-        def update(grads, trained, opt_state, ema):
-            directions, opt_state = t.optimizer.update(grads, opt_state, trained)
-            trained = jax.tree.map(lambda p, d: p - lr * d, trained, directions)
-            if ema is not None:
-                # A young average forgets faster, so that the first weights do not linger in it.
-                decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
-            return lr * optax.tree.norm(directions), trained, opt_state, ema
-
-        def skip(grads, *kept):
-            return jnp.zeros(()), *kept
-
-        ema, frozen_ema = (None, None) if state.ema is None else split_frozen(state.ema, t.frozen)
-        # A branch and not a choice of results: the moments are then changed in place, where a CPU copied them first.
-        update_norm, trained, opt_state, ema = jax.lax.cond(good, update, skip, grads, trained, state.opt_state, ema)
-        params = join_frozen(trained, frozen)
-        ema = None if ema is None else join_frozen(ema, frozen_ema)
+        update_norm, params, opt_state, ema = update(state, grads, lr, good)
         metrics = {**means, "grad_norm": grad_norm, "update_norm": update_norm, "lr": lr, "skipped": 1.0 - good}
         return TrainState(state.step + 1, state.total_steps, params, opt_state, ema), metrics
 

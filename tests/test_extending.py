@@ -7,25 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GPT2_LIKE, ROOT, make_config, trainable_on
+from conftest import GPT2_LIKE, ROOT, TINY_RUN, make_config, trainable_on
 from flax import nnx
 
-from gptjax.data.corpus import load_corpus
+from gptjax.configfile import load_config
+from gptjax.convert.configs import import_config
+from gptjax.convert.families import FAMILIES
+from gptjax.data.corpus import KINDS, load_corpus
 from gptjax.errors import UserError
 from gptjax.evaluation import make_evaluate
 from gptjax.loss import next_token_loss
+from gptjax.nn.backends import ATTENTIONS
 from gptjax.nn.layers import param
 from gptjax.nn.transformer import bind
 from gptjax.objectives import OBJECTIVES, Objective
 from gptjax.optim import OPTIMIZERS, RULES, SCHEDULES, learning_rate, make_optimizer
 from gptjax.parametrization import ROLES, size_factors
 from gptjax.step import init_state, make_eval_step, make_terms, make_train_step
+from gptjax.trainer import train as run
 
 
 @pytest.fixture(autouse=True)
 def tables():
     """Take out again what a test adds, since other tests of the process read the same tables."""
-    tables = (OBJECTIVES, OPTIMIZERS, ROLES, RULES, SCHEDULES)
+    tables = (ATTENTIONS, FAMILIES, KINDS, OBJECTIVES, OPTIMIZERS, ROLES, RULES, SCHEDULES)
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):
@@ -199,3 +204,40 @@ def test_a_role_from_outside_decides_the_treatment():
     assert any("momentum" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state))  # Muon's
     with pytest.raises(ValueError, match=r"role 'adaptor' is not in parametrization.ROLES; did you mean 'adapter'"):
         param(nnx.Rngs(0), (4,), ("norm",), "adaptor")
+
+
+def test_an_attention_kernel_from_outside_is_trained_with():
+    part("An attention kernel")
+    losses = {}
+    for name in ("sigmoid", "reference"):
+        t = trainable_on(make_config(GPT2_LIKE, run={"attention": name}), 2, fsdp=2)
+        state, step = init_state(t), make_train_step(t)
+        for _ in range(3):
+            state, metrics = step(state, rows(8))
+        losses[name] = float(metrics["train/loss"])
+    assert np.isfinite(losses["sigmoid"])
+    assert losses["sigmoid"] != losses["reference"]
+    with pytest.raises(UserError, match=r"run.attention 'sigmoud' is not one of .*did you mean 'sigmoid'"):
+        trainable_on(make_config(GPT2_LIKE, run={"attention": "sigmoud"}))
+
+
+def test_a_kind_of_data_and_a_hook_from_outside_make_a_run(tmp_path):
+    part("A kind of data")
+    hook = part("A hook")["LargestGradient"]()
+    data = ["--data.kind=digits", "--data.path=6000", f"--data.cache_dir={tmp_path}", "--mesh.data=8"]
+    flags = [*TINY_RUN, *data, f"--workdir={tmp_path / 'run'}", "--train.total_steps=4"]
+    assert run(load_config(flags), [hook]) == 0
+    assert 1 <= hook.step <= 4
+    assert hook.norm > 0
+    with pytest.raises(UserError, match=r"data.kind 'digit' is not one of text, digits; did you mean 'digits'"):
+        run(load_config([*flags, "--data.kind=digit", f"--workdir={tmp_path / 'other'}"]))
+
+
+def test_a_family_from_outside_is_imported():
+    part("A model family")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = {"vocab_size": 100, "max_position_embeddings": 32, "num_key_value_heads": 2, **sizes}
+    mine = import_config({"model_type": "my_llama", **config})
+    assert mine == import_config({"model_type": "llama", **config})
+    with pytest.raises(UserError, match="my_lama"):
+        import_config({"model_type": "my_lama", **config})

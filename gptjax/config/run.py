@@ -27,7 +27,7 @@ class RunConfig:
         profile: steps to profile, as START:STOP such as 10:15; the trace is written into the run's directory.
     """
 
-    attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash", "ring"] = "auto"
+    attention: str = "auto"
     remat: Literal["none", "dots", "full", "named", "offload"] = "none"
     remat_names: tuple[Literal["block_input", "qkv", "attention", "mlp"], ...] = ("attention",)
     scan_layers: bool | None = None

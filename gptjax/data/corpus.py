@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from gptjax.data.formats import SourceFile
 from gptjax.data.reading import Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.data.sources import list_files, pieces_of
-from gptjax.errors import UserError
+from gptjax.errors import UserError, choose
 from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
@@ -130,9 +130,10 @@ def load_corpus(cfg: DataConfig) -> Corpus:
         UserError: sources that are missing, empty, damaged or not UTF-8, different tokenizers, or a cache that
             cannot be written.
     """
+    load_source = choose(KINDS, cfg.kind, "data.kind")
     if not cfg.mixture:
-        return Corpus((_load_source(cfg, cfg.path, "data"),), (1.0,))
-    sources = tuple(_load_source(cfg, part.path, part.label) for part in cfg.mixture)
+        return Corpus((load_source(cfg, cfg.path, "data"),), (1.0,))
+    sources = tuple(load_source(cfg, part.path, part.label) for part in cfg.mixture)
     for source in sources[1:]:
         if source.tokenizer.to_dict() != sources[0].tokenizer.to_dict():
             raise UserError(
@@ -147,10 +148,23 @@ def load_corpus(cfg: DataConfig) -> Corpus:
     return Corpus(sources, tuple(weight / sum(weights) for weight in weights))
 
 
-def _load_source(cfg: DataConfig, path: str, name: str) -> Source:
+def load_text(cfg: DataConfig, path: str, name: str) -> Source:
+    """Return a source of running text: a prepared folder, or files that are tokenized now.
+
+    Args:
+        path: as data.path.
+        name: of the source, in the metrics of a mixture.
+
+    Raises:
+        UserError: as `load_corpus`.
+    """
     if "://" not in path and is_prepared(path):
         return _prepared_source(cfg, Path(user_path(path)), name)
     return _tokenized_source(cfg, path, name)
+
+
+# data.kind -> (config, path, name) -> a source.
+KINDS: dict[str, Callable[[DataConfig, str, str], Source]] = {"text": load_text}
 
 
 def _prepared_source(cfg: DataConfig, folder: Path, name: str) -> Source:

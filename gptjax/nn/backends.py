@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.config import ModelConfig, RunConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, choose
 from gptjax.nn.attention import Kernel, cached_attention, reference_attention
 from gptjax.nn.blocked import blocked_attention
 from gptjax.nn.convolution import causal_convolution
@@ -70,6 +70,7 @@ def for_mesh(run: RunConfig, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Run
         run = replace(run, attention="ring")
     run = for_platform(run, cfg, platform)
     attention = run.attention
+    choose(ATTENTIONS, attention, "run.attention")
     if isinstance(mesh, Mesh) and ATTENTION_NEEDS.get(attention, platform) != platform:
         raise UserError(
             f"run.attention {attention} runs on a {ATTENTION_NEEDS[attention].upper()} and the devices are "

@@ -45,7 +45,6 @@ def plan(
         html: also write a page to this file: memory, roofline, mesh, and what a search tried.
         json: print one JSON object instead of the table.
     """
-    tried: list[Any] = []
     if out is not None and not search:
         raise UserError("--out is the file that --search writes; add --search")
     cfg = load_config([*flags, "--", config])
@@ -62,23 +61,30 @@ def plan(
     if hosts:
         print_hosts(cfg, chips, named, json)
         return
-    if search:
-        overrides, made, tried = planning.search(cfg, chips, analytic)
-        made["overrides"] = overrides
-        cfg = override(cfg, overrides)
-    else:
-        made = planning.make_plan(cfg, chips, analytic)
-        made["suggestion"] = None if made["fits"] else planning.suggest(cfg, chips)
+    made, cfg, tried = find_plan(cfg, chips, search, analytic)
     made["config"] = named
     for speed in (made["ceiling"], made["expected"]):
         speed |= run_costs(speed["tokens_per_s"], chips.n_chips, tokens, price_per_chip_hour)
     print_plan(made, json)
     if out is not None:
-        write_config(out, config, flags, overrides)
+        write_config(out, config, flags, made["overrides"])
     if html is not None:
         write_plan_page(html, cfg, chips, made, tried)
     if not made["fits"]:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def find_plan(
+    cfg: Config, chips: Any, search: bool, analytic: bool
+) -> tuple[dict[str, Any], Config, list[tuple[float, dict[str, Any], float]]]:
+    """Return the plan of a config, or of the best that a search finds; its config; and what the search tried."""
+    from gptjax.apps.plan import planning
+
+    if search:
+        overrides, made, tried = planning.search(cfg, chips, analytic)
+        return made | {"overrides": overrides}, override(cfg, overrides), tried
+    made = planning.make_plan(cfg, chips, analytic)
+    return made | {"suggestion": None if made["fits"] else planning.suggest(cfg, chips)}, cfg, []
 
 
 def print_plan(plan: dict[str, Any], json: bool) -> None:
