@@ -17,7 +17,7 @@ from gptjax.engine import CHUNK, Engine, Request, power_of_two
 from gptjax.errors import UserError
 from gptjax.nn.transformer import Params
 from gptjax.sampling import Sampling
-from gptjax.tokenizers import TextDecoder, Tokenizer, text_after
+from gptjax.tokenizers import HuggingFaceTokenizer, NoTokenizer, TextDecoder, Tokenizer, text_after
 
 
 class Completion(NamedTuple):
@@ -56,7 +56,9 @@ class LanguageModel:
         delete: bool = False,
     ):
         self.config, self.tokenizer = config, tokenizer
-        n_ids = tokenizer.vocab_size or config.vocab_size  # a model without a tokenizer may draw every id
+        # As in transformers, an imported model may draw any id: its tokenizer decodes one that it lacks to nothing.
+        draws_any = isinstance(tokenizer, HuggingFaceTokenizer | NoTokenizer)
+        n_ids = config.vocab_size if draws_any else tokenizer.vocab_size
         self.engine = Engine(config, params, mesh, n_ids, tokenizer.eos_ids, delete)
 
     @property

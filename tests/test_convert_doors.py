@@ -241,7 +241,7 @@ def test_the_prefix_of_names_may_be_there_or_not(change, llama):
     write_model(llama, tensors)
     np.testing.assert_array_equal(logits(llama), expected)
     write_model(llama, {**llama_tensors(), "norm.weight": np.ones(64, np.float32)})
-    refused(llama, "both norm.weight and model.norm.weight, which are one weight")
+    refused(llama, "both norm.weight and model.norm.weight, which are the same weight")
 
 
 def test_a_head_beside_the_one_for_the_next_token_is_noted(llama, capsys):

@@ -150,7 +150,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama, hf_directory):
     write_model(llama, {name: v[:300] if len(v) == 400 else v for name, v in llama_tensors().items()})
     edit_config(llama, vocab_size=300)
     shutil.copy(hf_directory / "tokenizer.json", llama)
-    with pytest.raises(UserError, match=r"the tokenizer has ids up to 3\d\d, but the model only 300 embeddings"):
+    with pytest.raises(UserError, match=r"the tokenizer has ids up to 3\d\d, but the model has only 300 embeddings"):
         open_model(str(llama))
 
 

@@ -94,8 +94,8 @@ def test_a_gguf_file_means_what_it_means_to_llama_cpp(tmp_path, capsys):
         {"rope.scaling.factor": 4.0},  # linear is the default
         {"rope.scale_linear": 4.0},  # the name of old
     ):
-        assert (config(**keys).rope_scaling.kind, config(**keys).rope_scaling.factor) == ("linear", 4.0)
-    assert config(**{"rope.scaling.type": "none", "rope.scaling.factor": 4.0}).rope_scaling is None
+        assert (config(**keys).positions.scaling.kind, config(**keys).positions.scaling.factor) == ("linear", 4.0)
+    assert config(**{"rope.scaling.type": "none", "rope.scaling.factor": 4.0}).positions.scaling is None
     assert config(**{"attention.sliding_window": 100}).context_length == 100
     assert config(**{"attention.head_count": [4, 4]}).n_heads == 4
     assert capsys.readouterr().err == ""

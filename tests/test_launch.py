@@ -158,7 +158,7 @@ BAD = {
     "mesh": ("slurm", {"nodes": 3}, [], "mesh.data -1, mesh.fsdp 64 does not fit the 24 devices"),
     "tasks": ("slurm", {"nodes": 8, "tasks_per_node": 3}, [], "tasks_per_node 3 must be 1, or gpus_per_node 8"),
     "workdir": ("gke", TPU, [], "workdir runs/llama_1b would vanish with the container"),
-    "nothing to run on": ("gke", {"image": "i"}, BUCKET, "say what to run on"),
+    "nothing to run on": ("gke", {"image": "i"}, BUCKET, "give the devices to run on"),
     "no sbatch": ("slurm", {"nodes": 8}, [], "cannot run sbatch"),
 }
 

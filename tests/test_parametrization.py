@@ -1,7 +1,5 @@
 """Parametrizations against the papers' tables, typed in here, and against what they promise."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,7 +138,7 @@ def test_multipliers_can_be_taken_into_the_weights(form):
     cfg = make_config({**COMPLETEP, **form}).model
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), init_params(cfg, jax.random.key(0)))
-    plain = dataclasses.replace(cfg, parametrization="standard", norm_weights=True)
+    plain = override(cfg, {"parametrization.kind": "standard", "norm.weights": True})
     shapes = abstract_model(plain)[1]
     folded = without_multipliers(cfg, params)
     folded = jax.tree.map_with_path(lambda keys, leaf: _leaf_or_ones(folded, keys, leaf.shape), shapes)

@@ -101,7 +101,7 @@ def test_out_where_something_else_is_is_one_line(tmp_path):
     (tmp_path / "c.yaml").write_text("seed: 1\n")
 
     def plan(out: str) -> None:
-        write_config(out, str(tmp_path / "c.yaml"), {})
+        write_config(out, str(tmp_path / "c.yaml"), [], {})
 
     def launch(out: str) -> None:
         make_folder(out, "name", Config())

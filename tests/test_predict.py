@@ -163,7 +163,7 @@ def test_options_that_a_fit_cannot_follow_are_refused(make_study, options, compl
 
 
 def test_json_says_null_where_a_number_is_not_finite(capsys):
-    commands._say(({"A": [1.0, float("nan")], "b": {"c": (float("inf"),)}}, []), as_json=True)
+    commands._print_result(({"A": [1.0, float("nan")], "b": {"c": (float("inf"),)}}, []), as_json=True)
     assert json.loads(capsys.readouterr().out) == {"A": [1.0, None], "b": {"c": [None]}}
 
 

@@ -408,7 +408,7 @@ def test_damaged_shards_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match=r"train-00000.tokens has .* bytes, not"):
         load_corpus(cfg)
     tokens.write_bytes(whole[:100] + b"\0\1" + whole[102:])
-    with pytest.raises(UserError, match=r"train-00000.tokens has another checksum"):
+    with pytest.raises(UserError, match=r"train-00000.tokens has changed since it was written: its checksum differs"):
         load_corpus(cfg)
     tokens.unlink()
     with pytest.raises(UserError, match=r"cannot read .*train-00000.tokens: No such file"):

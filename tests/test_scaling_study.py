@@ -282,7 +282,7 @@ def test_a_rung_that_failed_for_another_reason_than_its_loss_has_no_result(make_
     (spoilt / "metrics.jsonl").write_text('{"step": 0, "val/loss": 5.5}\n{"step": 5, "train/loss": 5.0}\n')
     result = run_script("-m", "gptjax", "scaling", "run", directory)
     assert result.returncode == 1
-    assert "failed (2): error: no checkpoint" in result.stdout
+    assert "failed (2): error: all checkpoints in" in result.stdout
     assert read_result(directory, rung.id) is None
 
 

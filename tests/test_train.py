@@ -227,7 +227,7 @@ def test_tensorboard_gets_the_metrics(tiny_run, tmp_path):
 
 
 BAD = {
-    "unknown key": (["--model.n_layer=3"], "unknown key 'model.n_layer'; did you mean 'model.n_layers'?"),
+    "unknown key": (["--model.n_layer=3"], "unknown option --model.n_layer; did you mean '--model.n_layers'?"),
     "wrong type": (["--model.n_layers=three"], "model.n_layers"),
     "missing file": (["--data.path=nowhere.txt"], "data.path 'nowhere.txt' does not exist"),
     "short corpus": (["--model.context_length=30000"], "fewer than one window"),
@@ -235,7 +235,7 @@ BAD = {
     "mesh": (["--mesh.data=3", "--mesh.cpu_devices=4"], "mesh data=3 needs a multiple of 3 devices and there are 4"),
     "tokenizer": (["--data.tokenizer=chars"], "did you mean 'char'?"),
     "profile": (["--profile=5"], "profile 5 is not START:STOP"),
-    "profile beyond the end": (["--profile=9:90"], "profile 9:90 is not START:STOP with 1 <= START < STOP <= 31"),
+    "profile beyond the end": (["--profile=9:90"], "run.profile 9:90 must stop at 31 or before"),
     "no windows": (["--train.eval_sequences=0"], "train.eval_sequences 0 must be at least 1"),
     "short validation": (["--data.val_frac=0.0001"], "validation tokens"),
     "initial model": (["--init_from=nowhere/at/all"], "'nowhere/at/all' does not exist"),
