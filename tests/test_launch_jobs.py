@@ -45,7 +45,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [name if number == 0 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(LAYOUTS)],
+)
 def test_the_pods_of_a_jobset_train_together(tmp_path, corpus_file, layout):
     """The command lines and environments of the manifest, on the CPU: nothing but the devices is another."""
     (tmp_path / "disk").mkdir()

@@ -228,7 +228,7 @@ def every_kind(hf_directory, gpt2, monkeypatch) -> dict[str, Tokenizer]:
     return {"byte": make_tokenizer("byte", []), "hf": read_huggingface_tokenizer(hf_directory), "gpt2": gpt2, **small}
 
 
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text())
 def test_every_text_comes_back(every_kind, text):
     for tokenizer in every_kind.values():
