@@ -143,7 +143,7 @@ def write_shape(path: Path, shape: str) -> None:
         path.write_text(texts[shape], encoding="utf-8", newline="")
     elif shape.endswith("gz"):
         path.write_bytes(gzip.compress(lines.encode()))
-    elif path.suffix == ".parquet":
+    elif pytest.importorskip("pyarrow", reason="pip install -e '.[data]'") and path.suffix == ".parquet":
         from pyarrow import parquet
 
         parquet.write_table(table(NAMES, shape), path, row_group_size=2)

@@ -25,6 +25,7 @@ TIKTOKEN_RANKS = {bytes([b]): b for b in range(256)} | {token: 256 + rank for ra
 @pytest.fixture(scope="module")
 def kinds(corpus_file) -> dict[str, Tokenizer]:
     """Byte-level, byte-fallback, SentencePiece-like and word-piece tokenizers of Hugging Face, and ours."""
+    pytest.importorskip("tiktoken", reason="pip install -e '.[data]'")
     found: dict[str, Tokenizer] = {
         name: HuggingFaceTokenizer({"tokenizer.json": make(corpus_file).to_str()}) for name, make in BASES.items()
     }
