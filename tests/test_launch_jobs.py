@@ -50,8 +50,8 @@ LAYOUTS = {
     [name if number == 0 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(LAYOUTS)],
 )
 def test_the_pods_of_a_jobset_train_together(tmp_path, corpus_file, layout):
-    pytest.importorskip("requests", reason="JAX asks Google's metadata server by it: pip install requests")
     """The command lines and environments of the manifest, on the CPU: nothing but the devices is another."""
+    pytest.importorskip("requests", reason="JAX asks Google's metadata server by it: pip install requests")
     (tmp_path / "disk").mkdir()
     flags = [*TINY_RUN[1:], "--train.total_steps=2", "--mesh.cpu_devices=4", f"--data.path={corpus_file}"]
     flags += [f"--workdir={tmp_path / 'disk/run'}", f"--data.cache_dir={tmp_path / 'tokens'}"]
