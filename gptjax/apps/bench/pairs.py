@@ -31,7 +31,7 @@ class Side:
             environment["PYTHONPATH"] = checkout
         command = [sys.executable, "-m", module, json.dumps(job)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout
         )
         self.answer()  # waits until it is ready
 
