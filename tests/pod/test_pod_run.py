@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -67,8 +68,10 @@ def test_hosts_whose_rows_lie_apart_read_the_global_batch(arguments, tmp_path):
     params = run.workdir / "checkpoints" / "3" / "params"
     names = {path.name for path in params.iterdir()}
     assert {"checksums.json", *(f"checksums.process_{i}.json" for i in range(4))} <= names
-    said = [[line for line in run.said(i).splitlines() if line and "[Gloo]" not in line] for i in range(4)]
-    assert [bool(lines) for lines in said] == [True, False, False, False], said
+    assert "parameters" in run.said(0)
+    # Gloo's threads write parts of their messages between one another's, so that no line is certain to be whole.
+    gloo = r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+"
+    assert [re.sub(gloo, "", run.said(i)).strip() for i in (1, 2, 3)] == ["", "", ""]
 
 
 @pytest.mark.slow
