@@ -10,6 +10,7 @@ from typing import Any
 from gptjax.errors import UserError, nearest
 from gptjax.paths import user_path
 from gptjax.tokenizers.bpe import GPT2_SPLIT, bpe_model, byte_level_bpe, printable_bytes
+from gptjax.tokenizers.chat import ChatTemplate, chat_template
 from gptjax.tokenizers.decoding import TextDecoder, text_after
 from gptjax.tokenizers.huggingface import HuggingFaceTokenizer, read_huggingface_tokenizer
 from gptjax.tokenizers.openai import TIKTOKEN_FILES, TiktokenTokenizer, published_tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "TIKTOKEN_FILES",
     "ByteTokenizer",
     "CharTokenizer",
+    "ChatTemplate",
     "HuggingFaceTokenizer",
     "NoTokenizer",
     "TextDecoder",
@@ -28,6 +30,7 @@ __all__ = [
     "Tokenizer",
     "bpe_model",
     "byte_level_bpe",
+    "chat_template",
     "make_tokenizer",
     "printable_bytes",
     "published_tokenizer",
