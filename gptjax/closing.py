@@ -13,15 +13,28 @@ from gptjax.step import Trainable, TrainState
 CONCLUDING_TOKENS = 700
 
 
-def sample_text(t: Trainable, state: TrainState, corpus: Corpus, tokens: int) -> str:
-    """Sample `tokens` tokens without a prompt from the live weights (their average, if kept), on one device."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    weights = jax.device_put(state.params if state.ema is None else state.ema, here)
-    model = LanguageModel(t.cfg.model, weights, corpus.tokenizer)
-    return model.complete([""], tokens, Sampling(temperature=0.8), seed=t.cfg.seed)[0].text
+class LiveSampler:
+    """Samples without a prompt from a run's weights (their average, if kept), where these lie on its devices.
+
+    Its programs compile once, at the first sample.
+    """
+
+    def __init__(self, t: Trainable, corpus: Corpus):
+        self.t, self.corpus = t, corpus
+        self.model: LanguageModel | None = None
+
+    def text(self, state: TrainState, tokens: int) -> str:
+        """Return a text of so many tokens."""
+        cfg, mesh = self.t.cfg, self.t.mesh
+        weights = state.params if state.ema is None else state.ema
+        if self.model is None:
+            self.model = LanguageModel(cfg.model, weights, self.corpus.tokenizer, mesh if mesh.size > 1 else None)
+        else:
+            self.model.engine.load(weights)
+        return self.model.complete([""], tokens, Sampling(temperature=0.8), seed=cfg.seed)[0].text
 
 
-def conclude(t: Trainable, state: TrainState, corpus: Corpus, report: Report) -> None:
+def conclude(t: Trainable, state: TrainState, sampler: LiveSampler, report: Report) -> None:
     """Print the final losses, a sample of the live weights, and the command that samples.
 
     The run is already complete, so an error here is printed as a note and not raised.
@@ -30,7 +43,7 @@ def conclude(t: Trainable, state: TrainState, corpus: Corpus, report: Report) ->
         return
     attempt("reading the final losses", lambda: _say_losses(t, report))
     if jax.process_count() == 1:
-        attempt("sampling", lambda: _say_sample(t, state, corpus, report))
+        attempt("sampling", lambda: _say_sample(state, sampler, report))
     attempt("printing the command that samples", lambda: _say_command(t.cfg.workdir, report))
 
 
@@ -40,8 +53,8 @@ def _say_losses(t: Trainable, report: Report) -> None:
     report.say("  ".join([f"done: {t.cfg.train.total_steps} steps", *final]))
 
 
-def _say_sample(t: Trainable, state: TrainState, corpus: Corpus, report: Report) -> None:
-    text = sample_text(t, state, corpus, CONCLUDING_TOKENS)
+def _say_sample(state: TrainState, sampler: LiveSampler, report: Report) -> None:
+    text = sampler.text(state, CONCLUDING_TOKENS)
     report.keep_sample(int(state.step), text)
     report.say(f"\n{text}\n")
 

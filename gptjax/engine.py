@@ -6,7 +6,8 @@
     state, tokens, logprobs = engine.step(state, 32)
 
 `prefill` reads prompts by the attention that trains on these devices, `insert` places what it read in rows of the
-batch, and `step` draws tokens for every row. One compiled step serves any mix of requests. What a row draws depends
+batch, and `step` draws tokens for every row. `start` does the first three of these in one program, for a batch whose
+rows begin together. One compiled step serves any mix of requests. What a row draws depends
 on its prompt, its key and how much it has drawn, and not on its neighbours.
 
 All rows write their next token into the same slot of the cache, and the slots are used in a circle: one contiguous
@@ -115,13 +116,18 @@ class Engine:
         run = for_platform(run, config, jax.default_backend()) if mesh is None else for_mesh(run, config, mesh)
         self.mesh, self.n_ids = mesh, config.vocab_size if n_ids is None else n_ids
         self.end_ids = np.array(sorted(end_ids), np.int32)
-        self.params = split_layers(params, delete)
+        self.load(params, delete)
         self.graphdef = abstract_model(self.config, run)[0]
         self._logits = jax.jit(self._full_logits)
         self._empty = jax.jit(self._empty_state, static_argnames=("rows", "slots"))
         self._prefill = jax.jit(self._read_prompts)
         self._insert = jax.jit(self._insert_rows, donate_argnums=0)
+        self._start = jax.jit(self._start_rows, static_argnames=("rows", "slots"))
         self._step = jax.jit(self._draw_tokens, donate_argnums=1)
+
+    def load(self, params: Params, delete: bool = False) -> None:
+        """Take other weights of the same model; the programs stay compiled."""
+        self.params = split_layers(params, delete)
 
     def logits(self, ids: np.ndarray) -> jax.Array:
         """Compute the float32 logits [B, T, V] of the token after each position of ids [B, T]."""
@@ -130,14 +136,16 @@ class Engine:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
         """Read prompts of 1 to context_length tokens each."""
-        lengths = np.ones(power_of_two(len(prompts)), np.int32)  # rows that are added read one token
-        lengths[: len(prompts)] = [len(ids) for ids in prompts]
-        width = min(power_of_two(int(lengths.max())), self.config.context_length)
-        tokens = np.zeros((len(lengths), width), np.int32)
-        for row, ids in zip(tokens, prompts, strict=False):
-            row[: len(ids)] = ids
+        tokens, lengths = self._padded(prompts)
         with self._on_mesh():
             return self._prefill(self.params, tokens, lengths)
+
+    def start(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request], slots: int) -> State:
+        """Allocate a batch of as many rows as there are prompts, and place these in it."""
+        tokens, lengths = self._padded(prompts)
+        rows, fresh = len(prompts), as_arrays(requests, len(lengths))
+        with self._on_mesh():
+            return self._start(self.params, tokens, lengths, fresh, rows=rows, slots=slots)
 
     def init_state(self, rows: int, slots: int) -> State:
         """Allocate a batch of empty rows. A row's prompt must fit its slots, and it draws until they are full."""
@@ -150,17 +158,10 @@ class Engine:
         It takes the state over: use only the one that it returns.
         """
         N = len(prefix.lengths)
-        filled = [*requests, *[requests[0]] * (N - len(requests))]
-        fresh = {
-            "left": np.array([r.max_new_tokens for r in filled], np.int32),
-            "drawn": np.array([r.drawn for r in filled], np.int32),
-            "key": np.stack([r.key for r in filled]),
-            "sampling": as_rows([r.sampling for r in filled]),
-        }
         places = np.zeros(N, np.int32)
         places[: len(rows)] = rows
         with self._on_mesh():
-            return self._insert(state, prefix, places, np.int32(len(rows)), fresh)
+            return self._insert(state, prefix, places, np.int32(len(rows)), as_arrays(requests, N))
 
     def step(self, state: State, n: int) -> tuple[State, np.ndarray, np.ndarray]:
         """Draw up to n tokens, at most CHUNK, for every row that has any left to draw.
@@ -178,6 +179,16 @@ class Engine:
     def release(self, state: State, row: int) -> State:
         """End a row's request."""
         return state._replace(left=state.left.at[row].set(0))
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens [N, T] and lengths [N], int32, with N and T rounded up so that few programs serve all."""
+        lengths = np.ones(power_of_two(len(prompts)), np.int32)  # rows that are added read one token
+        lengths[: len(prompts)] = [len(ids) for ids in prompts]
+        width = min(power_of_two(int(lengths.max())), self.config.context_length)
+        tokens = np.zeros((len(lengths), width), np.int32)
+        for row, ids in zip(tokens, prompts, strict=False):
+            row[: len(ids)] = ids
+        return tokens, lengths
 
     def _on_mesh(self) -> Any:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -224,6 +235,11 @@ class Engine:
         model, x, cache = self._run(params, Inputs(tokens, positions))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
         return Prefix(cache, lengths, self._next_logits(model, last))
+
+    def _start_rows(self, params, tokens: jax.Array, lengths: jax.Array, fresh, rows: int, slots: int) -> State:
+        prefix = self._read_prompts(params, tokens, lengths)
+        places = jnp.arange(len(lengths), dtype=jnp.int32)
+        return self._insert_rows(self._empty_state(rows, slots), prefix, places, rows, fresh)
 
     def _insert_rows(self, state: State, prefix: Prefix, places, count, fresh: dict[str, Any]) -> State:
         """Place the first `count` prompts in the rows `places` [N]."""
@@ -277,7 +293,7 @@ class Engine:
             ended = jnp.isin(token, self.end_ids) if len(self.end_ids) else jnp.zeros(B, bool)
             moved = s._replace(
                 cache=_each_kv(merge_heads, cache),
-                slots=CacheSlots(slots.positions, (slots.next + 1) % S),
+                slots=CacheSlots(slots.positions, jnp.where(slots.next + 1 < S, slots.next + 1, 0)),
                 logits=self._next_logits(model, x),
                 position=s.position + going,
                 left=jnp.where(going & ~ended, s.left - 1, 0),
@@ -294,10 +310,20 @@ class Engine:
         raw = state.logits
         if self.n_ids < raw.shape[1]:
             raw = jnp.where(jnp.arange(raw.shape[1]) < self.n_ids, raw, -jnp.inf)
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key), state.drawn)
-        token = draw(raw, keys, state.sampling)
+        token = draw(raw, state.key, state.drawn, state.sampling)
         logprob = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
         return token, logprob
+
+
+def as_arrays(requests: Sequence[Request], n: int) -> dict[str, Any]:
+    """Return requests as arrays of n rows, by the names that `State` has for them; the first fills what is left."""
+    filled = [*requests, *[requests[0]] * (n - len(requests))]
+    return {
+        "left": np.array([r.max_new_tokens for r in filled], np.int32),
+        "drawn": np.array([r.drawn for r in filled], np.int32),
+        "key": np.stack([r.key for r in filled]),
+        "sampling": as_rows([r.sampling for r in filled]),
+    }
 
 
 def _each_kv(f, caches: list[Cache]) -> list[Cache]:

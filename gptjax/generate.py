@@ -133,15 +133,12 @@ class LanguageModel:
         T, keys = self.config.context_length, row_keys(seed, len(prompts))
         windows = [self._prompt_ids(prompt)[-T:] for prompt in prompts]  # what each row attends to
         slots = min(power_of_two(max(map(len, windows), default=1) + max_new_tokens), T)
-        state = self.engine.init_state(len(prompts), slots)
-        running, unread = list(range(len(prompts))), list(range(len(prompts)))
+        running = list(range(len(prompts)))
+        requests = [Request(sampling, key, max_new_tokens) for key in keys]
+        state = self.engine.start(windows, requests, slots) if max_new_tokens and prompts else None
         last = np.zeros(len(prompts), np.int32)
         drawn = 0
         while drawn < max_new_tokens and running:
-            if unread:
-                requests = [Request(sampling, keys[row], max_new_tokens - drawn, drawn) for row in unread]
-                prefix = self.engine.prefill([windows[row] for row in unread])
-                state = self.engine.insert(state, prefix, unread, requests)
             room = T + 1 - max(len(windows[row]) for row in running)
             n = min(CHUNK, max_new_tokens - drawn, room)
             state, tokens, logprobs = self.engine.step(state, n)
@@ -151,12 +148,16 @@ class LanguageModel:
             yield tokens, logprobs
             drawn += n
             ended = np.isin(last, self.tokenizer.eos_ids)
-            running, unread = [row for row in running if not ended[row]], []
+            running = [row for row in running if not ended[row]]
             for row in running:
                 windows[row] = windows[row] + tokens[row].tolist()
-                if len(windows[row]) > T:
+            full = [row for row in running if len(windows[row]) > T]
+            if full and drawn < max_new_tokens:
+                for row in full:
                     windows[row] = windows[row][-((T + 1) // 2) :]
-                    unread.append(row)
+                prefix = self.engine.prefill([windows[row] for row in full])
+                left = [Request(sampling, keys[row], max_new_tokens - drawn, drawn) for row in full]
+                state = self.engine.insert(state, prefix, full, left)
 
     def stream_text(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0) -> Iterator[str]:
         """Yield one continuation of one prompt, piece by piece."""

@@ -66,11 +66,19 @@ def as_rows(samplings: Sequence[Sampling]) -> RowSampling:
     )
 
 
-def draw(raw: jax.Array, keys: jax.Array, rows: RowSampling) -> jax.Array:
-    """Draw one token for each row of logits [B, V], by that row's key: [B] int32."""
+def draw(raw: jax.Array, key: jax.Array, count: jax.Array, rows: RowSampling) -> jax.Array:
+    """Draw one token for each row of logits [B, V]: [B] int32.
+
+    Args:
+        raw: [B, V] float32.
+        key: [B, 2] uint32, the data of each row's key; the token is drawn by fold_in(key, count).
+        count: [B] int32, how many tokens each row has drawn before.
+        rows: how each row draws.
+    """
     likeliest = jnp.argmax(raw, axis=-1).astype(jnp.int32)
 
     def sample() -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key), count)
         drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(raw, rows)).astype(jnp.int32)
         return jnp.where(rows.temperature > 0, drawn, likeliest)
 

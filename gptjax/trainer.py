@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from gptjax.closing import conclude, sample_text
+from gptjax.closing import LiveSampler, conclude
 from gptjax.config import Config, override
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import Corpus, load_corpus
@@ -54,10 +54,11 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
 
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()
         report = together(lambda: Report(t, corpus, start))
+        sampler = LiveSampler(t, corpus)
         saving = partial(save, checkpoints, cfg, corpus)
         called = [*make_hooks(t, clock, report, evaluate, saving), Watch(watchdog), *hooks]
         if cfg.log.sample_tokens and jax.process_count() == 1:
-            sample = partial(sample_text, t, corpus=corpus, tokens=cfg.log.sample_tokens)
+            sample = partial(sampler.text, tokens=cfg.log.sample_tokens)
             called.append(Sample(cfg.train.eval_interval_steps, clock, sample, report))
         incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
         watchdog.start_phase()
@@ -82,7 +83,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         report.say(f"stopped at step {int(state.step)} of {total}; everything is saved: run again to resume")
         return STOPPED
     write_outcome(cfg.workdir, "done", total)
-    conclude(t, state, corpus, report)
+    conclude(t, state, sampler, report)
     return DONE
 
 

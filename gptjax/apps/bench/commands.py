@@ -20,8 +20,8 @@ Size = Literal["tiny", "baby", "gpt2"]
 # (batch, context, steps of a turn) of training, so that a turn takes about a second on two cores.
 TRAINING = {"tiny": (12, 64, 20), "baby": (16, 256, 2), "gpt2": (2, 512, 1)}
 # Tokens of a greedy completion, within the smallest context, and completions of a turn. A tiny model's completion
-# takes milliseconds; several in a turn hide the cost of caches that the other side's turn has evicted.
-SAMPLING = {"tiny": (48, 8), "baby": (128, 1), "gpt2": (48, 1)}
+# takes milliseconds; many in a turn hide the cost of caches that the other side's turn has evicted.
+SAMPLING = {"tiny": (48, 64), "baby": (128, 1), "gpt2": (48, 1)}
 
 
 def train(
