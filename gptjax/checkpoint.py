@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -20,8 +21,13 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.hosts import exchange, from_writer, is_writer
 
-# Orbax logs every phase of a save, and the traceback of each error that it also raises.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Orbax logs every phase of a save, and the traceback of each error that it also raises; asyncio logs the errors of the
+# other arrays' writes after the first one has been raised.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+# Orbax calls this four times a save, only to log the bytes written. TensorStore 0.1.86 never frees the lists that it
+# returns: 60 KiB a save.
+tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 ITEMS = ("params", "rest", "meta", "metrics")

@@ -73,8 +73,8 @@ def guarded_output() -> Iterator[None]:
     if isinstance(sys.stdout, Output):  # of the command that called this one
         yield
         return
-    before, hook = (sys.stdout, sys.stderr), threading.excepthook
-    threading.excepthook = _note_failure_of_thread
+    before, hooks = (sys.stdout, sys.stderr), (threading.excepthook, sys.unraisablehook)
+    threading.excepthook, sys.unraisablehook = _note_failure_of_thread, _note_failure_of_callback
     with open(os.devnull, "w") as nowhere:
         sys.stdout, sys.stderr = Output(before[0] or nowhere), Output(before[1] or nowhere, optional=True)
         try:
@@ -84,13 +84,26 @@ def guarded_output() -> Iterator[None]:
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:
-                (sys.stdout, sys.stderr), threading.excepthook = before, hook
+                (sys.stdout, sys.stderr), threading.excepthook = before, hooks[0]
+                if sys.unraisablehook is _note_failure_of_callback:
+                    sys.unraisablehook = hooks[1]
 
 
 def _note_failure_of_thread(failed: threading.ExceptHookArgs) -> None:
     """Say in one line what ended a thread; where that matters, it is also raised to whoever waits for the thread."""
     reason = one_line(str(causes(failed.exc_value)[-1]) if failed.exc_value else "", LONGEST_REASON)
     print(f"note: a thread ended by {failed.exc_type.__name__}: {reason}", file=sys.stderr)
+
+
+def _note_failure_of_callback(failed: "sys.UnraisableHookArgs") -> None:
+    """Say in one line what failed in a library's callback or in a destructor, where nobody can catch it.
+
+    Nothing is said of an event loop that is closed: when a save fails, TensorStore reports the arrays that it was
+    still writing to the loop of that save, which has ended with the first error.
+    """
+    if str(failed.exc_value) != "Event loop is closed":
+        reason = one_line(str(failed.exc_value or ""), LONGEST_REASON)
+        print(f"note: a callback failed ({failed.exc_type.__name__}: {reason})", file=sys.stderr)
 
 
 def continue_without_output() -> None:
@@ -125,7 +138,7 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as error:
                 code, text = describe_failure(error)
                 print(text, file=sys.stderr)
-                sys.excepthook = lambda *_: None  # what else fails in a library's threads only follows from it
+                sys.excepthook = sys.unraisablehook = lambda *_: None  # what else fails only follows from it
                 raise SystemExit(code) from None
 
     return wrapper
