@@ -21,7 +21,7 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.hosts import exchange, from_writer, is_writer
 
-# Orbax logs every phase of a save, and the traceback of each error that it also raises; asyncio logs the errors of the
+# Orbax logs every phase of a save, and the traceback of each error that it also raises; asyncio logs the errors of
 # other arrays' writes after the first one has been raised.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)

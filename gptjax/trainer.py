@@ -39,7 +39,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         Diverged: the last steps had no finite gradient.
     """
     with Watchdog(cfg.distributed.stall_timeout_s) as watchdog:
-        corpus = writer_first(lambda: load_corpus(cfg.data))
+        corpus = read_corpus(cfg, watchdog)
         check_same("the corpus (data.path and data.tokenizer)", corpus.fingerprint)
         watchdog.start_phase()
         cfg = with_vocabulary(cfg, corpus)
@@ -85,6 +85,19 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
     write_outcome(cfg.workdir, "done", total)
     conclude(t, state, sampler, report)
     return DONE
+
+
+def read_corpus(cfg: Config, watchdog: Watchdog) -> Corpus:
+    """Return the corpus, which the writer's process tokenizes first; each process is watched while it reads."""
+
+    def load() -> Corpus:
+        watchdog.start_phase()
+        try:
+            return load_corpus(cfg.data)
+        finally:
+            watchdog.pause()
+
+    return writer_first(load)
 
 
 def make_hooks(

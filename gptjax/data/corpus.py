@@ -22,6 +22,7 @@ from gptjax.data.reading import Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.data.sources import list_files, pieces_of
 from gptjax.errors import UserError, choose
+from gptjax.faults import note_progress
 from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
@@ -249,6 +250,7 @@ def _fingerprints(
         with readable(file.path), epath.Path(file.path).open("rb") as stream:
             older.update(f"{epath.Path(file.path).name}\0".encode())
             for data in iter(partial(stream.read, 2**20), b""):
+                note_progress()
                 same &= file.split is None and not data.startswith(b"\xef\xbb\xbf")
                 digest.update(data)
                 older.update(data)
@@ -260,7 +262,9 @@ def _texts(cfg: DataConfig, files: list[SourceFile]) -> Iterator[tuple[str, bool
     """Yield each text, and whether a document ends with it."""
     how = Reading(cfg.text_field)
     for piece in pieces_of([files], how, val_frac=0):
-        yield from documents(piece, how)
+        for document in documents(piece, how):
+            note_progress()
+            yield document
 
 
 def _is_whole(folder: Path) -> bool:
