@@ -1,5 +1,6 @@
 """Real runs of several processes, whose virtual devices lie as those of TPU hosts do."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -20,6 +21,7 @@ from gptjax.data.corpus import load_corpus
 from gptjax.metrics import read_metrics
 
 B, T = 16, 32
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 RUN = [*TINY_RUN, f"--train.batch_sequences={B}", "--train.eval_sequences=20", "--optim.schedule=constant"]
 OPEN = ["--train.total_steps=100000", "--checkpoint.save_interval_steps=100000", "--train.eval_interval_steps=100000"]
 
@@ -54,8 +56,10 @@ def losses(workdir: Path) -> dict[int, float]:
 def test_hosts_whose_rows_lie_apart_read_the_global_batch(arguments, tmp_path):
     """Four hosts of v5e:4x4, each with rows that are no range: evaluation, three steps, the files of the run."""
     steps = ["--train.total_steps=3", "--train.eval_interval_steps=100", "--checkpoint.save_interval_steps=100"]
-    mesh = ["--mesh.data=4", "--mesh.fsdp=4"]
-    run = Cluster("v5e:4x4", [*arguments, *steps, *mesh], tmp_path / "run", batches=tmp_path / "batches")
+    others = [name for name, package in TRACKERS.items() if importlib.util.find_spec(package)]
+    more = ["--mesh.data=4", "--mesh.fsdp=4", f"--log.trackers={json.dumps(others)}"]
+    batches, quiet = tmp_path / "batches", {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run = Cluster("v5e:4x4", [*arguments, *steps, *more], tmp_path / "run", batches=batches, **quiet)
     assert run.codes() == [0] * 4, run.said()
     validation, training = expected_batches(arguments)
     found = assembled(tmp_path / "batches", (B, T))
@@ -65,6 +69,8 @@ def test_hosts_whose_rows_lie_apart_read_the_global_batch(arguments, tmp_path):
     # One process writes the files, and all of them their parts of the checkpoint, with checksums.
     assert sorted(row["step"] for row in read_metrics(run.workdir)) == [0, 1, 2, 3]
     assert json.loads((run.workdir / "env.json").read_text())["processes"] == 4
+    opened = {"tensorboard": "tensorboard/events*", "wandb": "wandb/offline-run-*"}
+    assert [len(list(run.workdir.glob(opened[name]))) for name in others] == [1] * len(others)
     params = run.workdir / "checkpoints" / "3" / "params"
     names = {path.name for path in params.iterdir()}
     assert {"checksums.json", *(f"checksums.process_{i}.json" for i in range(4))} <= names
