@@ -289,6 +289,18 @@ def bench(args: list[str]) -> int:
 
 
 @report_user_errors
+def evaluate(args: list[str]) -> int:
+    """measure a model: choices, answers, translation, bits per byte, and tasks of lm-eval"""
+    from gptjax.apps.evaluate.commands import VERBS, lm_eval
+
+    about = {**_about(VERBS), "lm-eval": "run tasks of lm-eval, by its own options"}
+    name = _choose("gptjax eval", about, args)
+    if name == "lm-eval":
+        return lm_eval(args[1:])
+    return 0 if name is None else _call(VERBS[name], f"gptjax eval {name}", args[1:])
+
+
+@report_user_errors
 def plan(args: list[str]) -> int:
     """predict memory, speed and cost of a run on given chips, without the chips"""
     from gptjax.apps.plan.commands import plan
@@ -328,6 +340,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "scaling": scaling,
     "bench": bench,
+    "eval": evaluate,
     "plan": plan,
     "launch": launch,
     "report": report,

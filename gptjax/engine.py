@@ -131,25 +131,25 @@ class Engine:
 
     def logits(self, ids: np.ndarray) -> jax.Array:
         """Compute the float32 logits [B, T, V] of the token after each position of ids [B, T]."""
-        with self._on_mesh():
+        with self.on_mesh():
             return self._logits(self.params, ids)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
         """Read prompts of 1 to context_length tokens each."""
         tokens, lengths = self._padded(prompts)
-        with self._on_mesh():
+        with self.on_mesh():
             return self._prefill(self.params, tokens, lengths)
 
     def start(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request], slots: int) -> State:
         """Allocate a batch of as many rows as there are prompts, and place these in it."""
         tokens, lengths = self._padded(prompts)
         rows, fresh = len(prompts), as_arrays(requests, len(lengths))
-        with self._on_mesh():
+        with self.on_mesh():
             return self._start(self.params, tokens, lengths, fresh, rows=rows, slots=slots)
 
     def init_state(self, rows: int, slots: int) -> State:
         """Allocate a batch of empty rows. A row's prompt must fit its slots, and it draws until they are full."""
-        with self._on_mesh():
+        with self.on_mesh():
             return self._empty(rows=rows, slots=slots)
 
     def insert(self, state: State, prefix: Prefix, rows: Sequence[int], requests: Sequence[Request]) -> State:
@@ -160,7 +160,7 @@ class Engine:
         N = len(prefix.lengths)
         places = np.zeros(N, np.int32)
         places[: len(rows)] = rows
-        with self._on_mesh():
+        with self.on_mesh():
             return self._insert(state, prefix, places, np.int32(len(rows)), as_arrays(requests, N))
 
     def step(self, state: State, n: int) -> tuple[State, np.ndarray, np.ndarray]:
@@ -172,7 +172,7 @@ class Engine:
             the state; tokens [B, n] int32, -1 where a row drew none; and their log-probabilities under the model
             (before temperature and cuts), [B, n] float32.
         """
-        with self._on_mesh():
+        with self.on_mesh():
             state, tokens, logprobs = self._step(self.params, state, np.int32(n))
         return state, np.asarray(tokens)[:, :n], np.asarray(logprobs)[:, :n]
 
@@ -190,25 +190,27 @@ class Engine:
             row[: len(ids)] = ids
         return tokens, lengths
 
-    def _on_mesh(self) -> Any:
+    def on_mesh(self) -> Any:
+        """Return the context in which the engine's programs run."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _run(self, params, inputs: Inputs, cache: list[Cache] | None = None):
+    def run(self, params, inputs: Inputs, cache: list[Cache] | None = None):
         """Return the bound model, its hidden states before the readout, and the cache."""
         rest, layers = params
         model = bind(self.graphdef, {**rest, "blocks": layers[0]})
         x, cache, _ = model.apply_blocks(model.embed_inputs(inputs), inputs, cache, layers)
         return model, x, cache
 
-    def _next_logits(self, model, x: jax.Array) -> jax.Array:
+    def next_logits(self, model, x: jax.Array) -> jax.Array:
         """Compute the logits of each row's last token, x [B, 1, D]: [B, V] float32."""
         return constrain(logits(model, model.readout(x))[:, 0], "batch", None)
 
     def _full_logits(self, params, ids: jax.Array) -> jax.Array:
-        model, x, _ = self._run(params, Inputs(ids))
+        model, x, _ = self.run(params, Inputs(ids))
         return logits(model, model.readout(x))
 
-    def _empty_state(self, rows: int, slots: int) -> State:
+    def empty_cache(self, rows: int, slots: int) -> list[Cache]:
+        """Return a cache without tokens (to be called inside jit)."""
         cfg = self.config
 
         def zeros(*shape: int) -> jax.Array:
@@ -216,12 +218,15 @@ class Engine:
 
         kv = [constrain(zeros(rows, cfg.kv_heads, slots, cfg.d_head), *CACHE_AXES)] * 2
         recent = [None if cfg.conv_width is None else zeros(rows, cfg.conv_width - 1, cfg.d_model)] * 2
+        return [Cache(tuple(kv), tuple(recent)) for _ in range(cfg.n_layers)]
+
+    def _empty_state(self, rows: int, slots: int) -> State:
         count = jnp.zeros(rows, jnp.int32)
         share = jnp.zeros(rows, jnp.float32)
         return State(
-            cache=[Cache(tuple(kv), tuple(recent)) for _ in range(cfg.n_layers)],
+            cache=self.empty_cache(rows, slots),
             slots=CacheSlots(jnp.full((rows, slots), UNUSED, jnp.int32), jnp.int32(0)),
-            logits=jnp.zeros((rows, cfg.vocab_size), jnp.float32),
+            logits=jnp.zeros((rows, self.config.vocab_size), jnp.float32),
             position=count,
             left=count,
             drawn=count,
@@ -232,9 +237,9 @@ class Engine:
     def _read_prompts(self, params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = jnp.where(positions < lengths[:, None], positions, -1)
-        model, x, cache = self._run(params, Inputs(tokens, positions))
+        model, x, cache = self.run(params, Inputs(tokens, positions))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-        return Prefix(cache, lengths, self._next_logits(model, last))
+        return Prefix(cache, lengths, self.next_logits(model, last))
 
     def _start_rows(self, params, tokens: jax.Array, lengths: jax.Array, fresh, rows: int, slots: int) -> State:
         prefix = self._read_prompts(params, tokens, lengths)
@@ -289,12 +294,12 @@ class Engine:
                 positions=s.slots.positions.at[:, s.slots.next].set(jnp.where(going, s.position, UNUSED))
             )
             inputs = Inputs(token[:, None], s.position[:, None], slots=slots)
-            model, x, cache = self._run(params, inputs, _each_kv(partial(split_heads, rows=B), s.cache))
+            model, x, cache = self.run(params, inputs, _each_kv(partial(split_heads, rows=B), s.cache))
             ended = jnp.isin(token, self.end_ids) if len(self.end_ids) else jnp.zeros(B, bool)
             moved = s._replace(
                 cache=_each_kv(merge_heads, cache),
                 slots=CacheSlots(slots.positions, jnp.where(slots.next + 1 < S, slots.next + 1, 0)),
-                logits=self._next_logits(model, x),
+                logits=self.next_logits(model, x),
                 position=s.position + going,
                 left=jnp.where(going & ~ended, s.left - 1, 0),
                 drawn=s.drawn + going,

@@ -25,11 +25,12 @@ FLOORS = [
     ["objectives"],
     ["step", "engine"],
     ["generate"],
+    ["scoring"],
     ["convert"],
     ["report", "rundir", "start", "evaluation"],
     ["hooks", "closing"],
     ["trainer"],
-    ["apps.bench", "apps.data_prep", "apps.launch", "apps.plan", "apps.report", "apps.scaling"],
+    ["apps.bench", "apps.data_prep", "apps.evaluate", "apps.launch", "apps.plan", "apps.report", "apps.scaling"],
     ["cli", "apps"],
     ["__main__", "__init__"],
 ]
