@@ -15,7 +15,7 @@ def load(
 
     Args:
         path: the directory of a run, a Hugging Face directory, a .gguf file, or an id of the Hugging Face hub.
-        dtype: of matmuls and matrices, float32 or bfloat16; None computes as the model was trained.
+        dtype: of the matrices: float32, bfloat16 or int8; None computes as the model was trained.
         mesh: devices on each axis to shard the model over, such as {"fsdp": 4, "tensor": 2}; None for one device.
 
     Raises:

@@ -43,7 +43,7 @@ def sample_from(
     seed: int = 1337,
     format: Literal["text", "jsonl"] = "text",
     logprobs: bool = False,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     mesh: str | None = None,
     cpu_devices: int | None = None,
 ) -> None:
@@ -62,7 +62,8 @@ def sample_from(
         seed: seed of the random numbers; the same seed gives the same text.
         format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
         logprobs: also report the natural log of each token's probability.
-        dtype: data type of weights and matmuls; bfloat16 halves the memory. The default is that of training.
+        dtype: data type of the weights; bfloat16 halves the memory, int8 takes a quarter. The default is that of
+            training.
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
@@ -208,32 +209,39 @@ def _make_parser(
     return parser, alone
 
 
-def from_hf(model: UserPath, *, out: UserPath) -> None:
-    """Convert a Hugging Face model or a GGUF file into a run, which sample.py and train.py --init_from read.
+def from_hf(model: UserPath, *, out: UserPath, base: UserPath | None = None) -> None:
+    """Convert a Hugging Face model, a GGUF file or a PEFT adapter into a run, which sample.py and train.py read.
 
     Args:
-        model: a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
+        model: a Hugging Face or PEFT directory, a .gguf file, or a Hugging Face id such as gpt2.
         out: directory of the new run; it must not exist or be empty.
+        base: of an adapter, the model that it belongs to; the default is the one that its adapter_config.json names.
     """
     prepare_process()
     from gptjax.convert import import_model
 
-    import_model(model, out)
+    import_model(model, out, base)
     training = shell("train.py", f"{out}/config.yaml", "--workdir", "NEW")
     print(f"{shell('python', 'sample.py', out)} --prompt '...'    samples; {training} trains on")
 
 
-def to_hf(run: UserPath, *, out: UserPath, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-    """Export a run's model as a Hugging Face directory, with its tokenizer and a model card.
+def to_hf(
+    run: UserPath, *, out: UserPath, dtype: Literal["float32", "bfloat16"] = "float32", merged: bool = False
+) -> None:
+    """Export a run's model as a Hugging Face directory with its tokenizer and a model card, or its adapter for PEFT.
 
     Args:
         run: the directory of a run.
         out: directory to write; it must not exist or be empty.
-        dtype: data type of the exported weights; bfloat16 halves the file.
+        dtype: data type of the exported weights; bfloat16 halves the file. An adapter is always float32.
+        merged: of a run with adapters, write the whole model with them merged in, and not the adapter alone.
     """
     prepare_process()
-    from gptjax.convert import export_model
+    from gptjax.convert import export_adapter, export_model
 
+    if not merged and (base := export_adapter(run, out)) is not None:
+        print(f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {out!r}) loads it")
+        return
     export_model(run, out, dtype)
     print(f"AutoModelForCausalLM.from_pretrained({out!r}) loads it; {out}/README.md is its model card")
 

@@ -6,6 +6,7 @@ from etils import epath
 from gptjax.data.corpus import Corpus
 from gptjax.generate import LanguageModel, Sampling
 from gptjax.metrics import read_metrics
+from gptjax.nn.adapters import join_adapter
 from gptjax.paths import shell
 from gptjax.report import Report, attempt
 from gptjax.step import Trainable, TrainState
@@ -26,7 +27,7 @@ class LiveSampler:
     def text(self, state: TrainState, tokens: int) -> str:
         """Return a text of so many tokens."""
         cfg, mesh = self.t.cfg, self.t.mesh
-        weights = state.params if state.ema is None else state.ema
+        weights = join_adapter(state.averaged, cfg.lora)
         if self.model is None:
             self.model = LanguageModel(cfg.model, weights, self.corpus.tokenizer, mesh if mesh.size > 1 else None)
         else:

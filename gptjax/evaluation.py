@@ -28,7 +28,7 @@ def make_evaluate(t: Trainable, corpus: Corpus) -> Callable[[TrainState], dict[s
         batches_of(source)  # rejects a corpus that is too short before the first step
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        params = state.params if state.ema is None else state.ema
+        params = state.averaged
         means = []
         for source in corpus.sources:
             terms = [eval_step(params, global_batch(b, rows, t.batch_sharding, B)) for b in batches_of(source)]

@@ -31,7 +31,7 @@ def log_probabilities(hidden: jax.Array, head: jax.Array, targets: jax.Array, sp
 
     Args:
         hidden: [B, T, D], in the compute dtype.
-        head: [D, V] float32.
+        head: [D, V] float32, or bfloat16 where it is frozen.
         targets: [B, T] int32.
     """
 
@@ -52,7 +52,7 @@ def next_token_loss(
 
     Args:
         hidden: [B, T, D], in the compute dtype.
-        head: [D, V] float32.
+        head: [D, V] float32, or bfloat16 where it is frozen.
         targets: [B, T] int32.
         weights: [B, T] float32; 0 leaves a position out.
 
@@ -138,7 +138,8 @@ def _logits_backward(saved, slopes):
     hidden, head = saved
     slopes = slopes.astype(hidden.dtype)
     hidden_grad = jnp.einsum("BTV,DV->BTD", slopes, head.astype(hidden.dtype))
-    return hidden_grad, jnp.einsum("BTD,BTV->DV", hidden, slopes, preferred_element_type=jnp.float32)
+    head_grad = jnp.einsum("BTD,BTV->DV", hidden, slopes, preferred_element_type=jnp.float32)
+    return hidden_grad, head_grad.astype(head.dtype)
 
 
 _logits.defvjp(lambda hidden, head: (_logits(hidden, head), (hidden, head)), _logits_backward)

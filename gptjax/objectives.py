@@ -13,6 +13,7 @@ from flax import nnx
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.loss import LossSpec, next_token_loss
+from gptjax.nn.adapters import join_adapter
 from gptjax.nn.transformer import Params, Transformer, bind
 
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
@@ -40,9 +41,10 @@ class Model(NamedTuple):
         """Return the model bound to its weights, the hidden states [B, T, D], and the blocks' auxiliary terms.
 
         Args:
+            params: with adapters, or those of the base alone (`adapters.without_adapter`).
             key: for dropout; None drops nothing.
         """
-        model = bind(self.graphdef, params)
+        model = bind(self.graphdef, join_adapter(params, self.cfg.lora))
         hidden, aux = model(
             batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"), dropout_key=key
         )

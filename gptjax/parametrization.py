@@ -45,6 +45,7 @@ ROLES: dict[str, Role] = {
     "norm": Role(decays=False),
     "bias": Role(decays=False),
     "conv": Role(decays=False),
+    "adapter": Role(decays=True, hidden=True),
 }
 # Kind of weight -> exponents of the factor of its initial standard deviation.
 INIT_STDS = {"embed": (0, 0), "position": (0, 0), "matrix": (-0.5, 0), "residual": (-0.5, 0), "head": (0, 0)}

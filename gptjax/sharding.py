@@ -23,6 +23,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "position": None,
     "norm": None,
+    "rank": None,  # of adapters
     # activations
     "batch": ("data", "fsdp"),
     "length": "context",

@@ -12,34 +12,55 @@ import yaml
 from gptjax.checkpoint import Checkpoints, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
-from gptjax.convert import initial_model
+from gptjax.convert import Base, check_base, initial_model, read_base
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
+from gptjax.nn.adapters import ADAPTER, without_adapter
 from gptjax.optim import learning_rate
 from gptjax.step import Trainable, TrainState, init_state
 from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
 
-def save(checkpoints: Checkpoints, cfg: Config, corpus: Corpus, state: TrainState, val_loss: float | None) -> None:
-    """Start to save a state with all that is needed to resume from it or to sample."""
+def save(
+    checkpoints: Checkpoints,
+    cfg: Config,
+    corpus: Corpus,
+    base: Base | None,
+    state: TrainState,
+    val_loss: float | None,
+) -> None:
+    """Start to save a state with all that is needed to resume from it or to sample.
+
+    Of a model with adapters, these alone are written; the checkpoint says which base they belong to.
+    """
     meta = {
         "config": yaml.safe_load(config_to_yaml(cfg)),
         "tokenizer": corpus.tokenizer.to_dict(),
         "corpus": corpus.fingerprint,
         "val/loss": val_loss,
     }
+    if base is not None:
+        meta["base"] = base.facts
     checkpoints.save(int(state.step), *for_disk(state), meta, val_loss)
 
 
 def for_disk(state: TrainState) -> tuple[Any, TrainState]:
-    """Return the weights to sample from (their moving average, if kept), and the rest of the state."""
+    """Return the weights to sample from (their moving average, if kept), and the rest of the state.
+
+    Where there are adapters, the weights are these alone.
+    """
+    params = {ADAPTER: state.params[ADAPTER]} if ADAPTER in state.params else state.params
     if state.ema is None:
-        return state.params, state._replace(params=None)
-    return state.ema, state._replace(ema=None)
+        return params, state._replace(params=None)
+    return state.ema, state._replace(ema=None, params=params)
 
 
-def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
-    """Return the newest undamaged state of the run, on this mesh; None if nothing is saved."""
+def restore(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainState | None:
+    """Return the newest undamaged state of the run, on this mesh; None if nothing is saved.
+
+    Args:
+        base: the model that the run's adapters belong to; None without adapters.
+    """
     checkpoints = Checkpoints(t.cfg.workdir)
 
     def read(step: int) -> TrainState:
@@ -52,8 +73,11 @@ def restore(t: Trainable, corpus: Corpus) -> TrainState | None:
             raise UserError(
                 "the corpus is not the one that this run was trained on; use that corpus, or another --workdir"
             )
+        if base is not None:
+            check_base(meta["base"], base.facts, t.cfg.workdir)
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
-        return rest._replace(**{"params" if t.state.ema is None else "ema": weights})
+        state = rest._replace(**{"params" if t.state.ema is None else "ema": weights})
+        return state if base is None else state._replace(params={**base.params, **state.params})
 
     found = read_newest(checkpoints, read)
     if found is not None:
@@ -82,11 +106,38 @@ def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
         )
 
 
-def first_state(t: Trainable, corpus: Corpus) -> TrainState:
-    """Return a new state, with random weights or those of `init_from`."""
+def read_base_of_run(t: Trainable, corpus: Corpus) -> Base | None:
+    """Return the model of `init_from` in the form in which the run holds it; None for a run without adapters.
+
+    Raises:
+        UserError: there is no such model, or it has another shape or tokenizer.
+    """
+    cfg = t.cfg
+    if not cfg.lora.rank:
+        return None
+    if cfg.init_from is None:
+        raise UserError(
+            f"lora.rank {cfg.lora.rank} needs init_from, the model that the adapters belong to; give it, or set "
+            "lora.rank to 0"
+        )
+    return read_base(cfg, corpus.tokenizer, without_adapter(t.state.params), t.metadata)
+
+
+def first_state(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainState:
+    """Return a new state, with random weights or those of `init_from`; adapters start without effect.
+
+    Args:
+        base: the model that the run's adapters belong to; None without adapters. A base that is a run with the same
+            adapters brings these along.
+    """
+    if base is not None:
+        state = init_state(t, base.params)
+        if base.adapter is None:
+            return state
+        adapters = base.adapter({ADAPTER: t.state.params[ADAPTER]})
+        ema = None if t.state.ema is None else jax.tree.map(jnp.copy, adapters)
+        return state._replace(params={**state.params, **adapters}, ema=ema)
     if t.cfg.init_from is None:
         return init_state(t)
     model = initial_model(t.cfg.init_from, t.cfg.model, corpus.tokenizer)
-    state = init_state(t)._replace(params=None, ema=None)  # free the random weights first
-    params = model.read(t.state.params)
-    return state._replace(params=params, ema=None if t.state.ema is None else jax.tree.map(jnp.copy, params))
+    return init_state(t, model.read(t.state.params))

@@ -15,9 +15,11 @@ from gptjax import cpu
 from gptjax.config import Config
 from gptjax.errors import UserError, choose
 from gptjax.hosts import exchange
+from gptjax.nn.adapters import ADAPTER, abstract_adapter, init_adapter
 from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, init_params
+from gptjax.nn.weights import held_axes, hold
 from gptjax.objectives import OBJECTIVES, Batch, Model, Objective, Terms, check_arrays
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
 from gptjax.sharding import check_divides, sharding
@@ -29,9 +31,9 @@ class TrainState(NamedTuple):
     Attributes:
         step: steps taken, int32 scalar.
         total_steps: where the schedule ends, int32 scalar.
-        params: float32 weights.
+        params: the weights, float32 but for frozen ones under adapters (`lora.base_dtype`).
         opt_state: the optimizer's moments, of the weights that are trained.
-        ema: moving average of the weights; None without one.
+        ema: moving average of the weights, or of the adapters where there are any; None without one.
     """
 
     step: jax.Array
@@ -39,6 +41,11 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     ema: Params | None
+
+    @property
+    def averaged(self) -> Params:
+        """The weights to evaluate and to sample from: their moving average, where one is kept."""
+        return self.params if self.ema is None else {**self.params, **self.ema}
 
 
 class Trainable(NamedTuple):
@@ -49,7 +56,9 @@ class Trainable(NamedTuple):
         graphdef: the model's structure.
         optimizer: gradients to directions, of the weights that are trained.
         objective: what a step minimises.
-        frozen: paths of the weights that `optim.freeze` keeps out of gradients and moments.
+        metadata: of each weight, by path (`transformer.abstract_model`), adapters included.
+        frozen: paths of the weights that have neither gradients nor moments: those of `optim.freeze`, or all but the
+            adapters where there are any.
         state: abstract TrainState, every leaf with its sharding.
         batch_sharding: of a batch's arrays.
     """
@@ -59,6 +68,7 @@ class Trainable(NamedTuple):
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     objective: Objective
+    metadata: dict[tuple[str, ...], dict[str, Any]]
     frozen: frozenset[tuple[str, ...]]
     state: TrainState
     batch_sharding: jax.sharding.NamedSharding
@@ -90,20 +100,47 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
 
     cfg = replace(cfg, run=for_mesh(cfg.run, cfg.model, mesh))
     graphdef, params, metadata = abstract_model(cfg.model, cfg.run)
-    frozen = frozenset(path for path, weight in metadata.items() if is_frozen(cfg.optim, weight))
+    if cfg.lora.rank:
+        adapter, declared = abstract_adapter(cfg.lora, params, metadata)
+        params, metadata = {**params, **adapter}, {**metadata, **declared}
+    frozen = frozenset(path for path, weight in metadata.items() if is_fixed(cfg, weight))
     if len(frozen) == len(metadata):
         raise UserError(f"optim.freeze {list(cfg.optim.freeze)} leaves no weight to train; take a role out of it")
     optimizer = make_optimizer(cfg.optim, {path: w for path, w in metadata.items() if path not in frozen})
 
-    def sharded(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, metadata[path]["axes"]))
-
-    weights = map_by_path(sharded, params)
+    weights = place_weights(cfg, mesh, params, metadata)
     replicated = sharding(mesh, ())
-    moments = abstract_opt_state(optimizer, split_frozen(weights, frozen)[0], replicated)
+    trained = split_frozen(weights, frozen)[0]
+    moments = abstract_opt_state(optimizer, trained, replicated)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    state = TrainState(scalar, scalar, weights, moments, weights if cfg.optim.ema_decay else None)
-    return Trainable(cfg, mesh, graphdef, optimizer, objective, frozen, state, sharding(mesh, ("batch", "length")))
+    averaged = trained if cfg.lora.rank else weights
+    state = TrainState(scalar, scalar, weights, moments, averaged if cfg.optim.ema_decay else None)
+    by_rows = sharding(mesh, ("batch", "length"))
+    return Trainable(cfg, mesh, graphdef, optimizer, objective, metadata, frozen, state, by_rows)
+
+
+def is_fixed(cfg: Config, weight: dict[str, Any]) -> bool:
+    """Return whether a weight is not trained: its role is in `optim.freeze`, or adapters are trained in its place."""
+    return is_frozen(cfg.optim, weight) or (cfg.lora.rank > 0 and weight["role"] != ADAPTER)
+
+
+def base_dtype(cfg: Config) -> str:
+    """Return the dtype in which the model's matrices are held: of a frozen base, or else float32."""
+    return cfg.lora.base_dtype if cfg.lora.rank else "float32"
+
+
+def place_weights(cfg: Config, mesh: Mesh, params: Params, metadata: dict[tuple[str, ...], dict[str, Any]]) -> Params:
+    """Return abstract weights with their shardings, in the form in which the run holds them (`lora.base_dtype`)."""
+    dtype = base_dtype(cfg)
+
+    def place(path, leaf):
+        held = jax.eval_shape(lambda x: hold(x, metadata[path], dtype), leaf)
+        axes = held_axes(metadata[path], dtype)
+        return jax.tree.map(
+            lambda x, names: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, names)), held, axes
+        )
+
+    return map_by_path(place, params)
 
 
 def split_frozen(params: Params, frozen: frozenset[tuple[str, ...]]) -> tuple[Params, Params]:
@@ -124,17 +161,31 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_state(t: Trainable) -> TrainState:
-    """The state before the first step, each device holding only its shards; the same bits on any mesh."""
+def init_state(t: Trainable, base: Params | None = None) -> TrainState:
+    """The state before the first step, each device holding only its shards; the same bits on any mesh.
 
-    def init() -> TrainState:
-        params = init_params(t.cfg.model, jax.random.key(t.cfg.seed))
-        ema = jax.tree.map(jnp.copy, params) if t.cfg.optim.ema_decay else None
-        total = jnp.asarray(t.cfg.train.total_steps, jnp.int32)
-        moments = t.optimizer.init(split_frozen(params, t.frozen)[0])
-        return TrainState(jnp.zeros((), jnp.int32), total, params, moments, ema)
+    Args:
+        base: the weights to start from, without adapters, in the form and on the shardings of `t.state`; None draws
+            them.
+    """
+    cfg, given = t.cfg, base or {}
 
-    return jax.block_until_ready(_on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(t.state)))())
+    def init(given: Params) -> TrainState:
+        key = jax.random.key(cfg.seed)
+        drawn = given or map_by_path(
+            lambda path, weight: hold(weight, t.metadata[path], base_dtype(cfg)), init_params(cfg.model, key)
+        )
+        adapters = {name: t.state.params[name] for name in t.state.params if name == ADAPTER}
+        params = {**drawn, **init_adapter(adapters, t.metadata, key)}
+        trained = split_frozen(params, t.frozen)[0]
+        averaged = jax.tree.map(jnp.copy, trained if cfg.lora.rank else params) if cfg.optim.ema_decay else None
+        total = jnp.asarray(cfg.train.total_steps, jnp.int32)
+        new = {name: part for name, part in params.items() if name not in given}
+        return TrainState(jnp.zeros((), jnp.int32), total, new, t.optimizer.init(trained), averaged)
+
+    wanted = t.state._replace(params={name: t.state.params[name] for name in t.state.params if name not in given})
+    state = _on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(wanted)))(given)
+    return jax.block_until_ready(state._replace(params={**given, **state.params}))
 
 
 def make_terms(t: Trainable) -> Callable[[Params, Batch, jax.Array | None], Terms]:

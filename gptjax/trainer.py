@@ -21,7 +21,7 @@ from gptjax.presets import peak_flops
 from gptjax.report import Report
 from gptjax.rundir import check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
-from gptjax.start import first_state, restore, save
+from gptjax.start import first_state, read_base_of_run, restore, save
 from gptjax.step import Trainable, TrainState, make_train_step, make_trainable
 
 
@@ -49,13 +49,14 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         batches = Batches(training_examples(corpus, cfg.data, T, B, cfg.seed), B, rows)
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
-        state = restore(t, corpus) or first_state(t, corpus)
+        base = read_base_of_run(t, corpus)
+        state = restore(t, corpus, base) or first_state(t, corpus, base)
         checkpoints = open_workdir(cfg)
 
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()
         report = together(lambda: Report(t, corpus, start))
         sampler = LiveSampler(t, corpus)
-        saving = partial(save, checkpoints, cfg, corpus)
+        saving = partial(save, checkpoints, cfg, corpus, base)
         called = [*make_hooks(t, clock, report, evaluate, saving), Watch(watchdog), *hooks]
         if cfg.log.sample_tokens and jax.process_count() == 1:
             sample = partial(sampler.text, tokens=cfg.log.sample_tokens)

@@ -16,8 +16,9 @@ from gptjax.loss import LossSpec, next_token_loss
 from gptjax.nn.attention import attention, causal_mask
 from gptjax.nn.convolution import causal_convolution
 from gptjax.nn.layers import gelu, standard_normal
-from gptjax.nn.products import add_bias, project_heads
+from gptjax.nn.products import add_bias
 from gptjax.nn.transformer import Inputs, abstract_model, bind, count_params, init_params, logits, split_layers
+from gptjax.nn.weights import project_heads
 from gptjax.presets import PRESETS
 
 KINDS = {"gpt2": GPT2_LIKE, "modern": MODERN}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gptjax.checks import check
 from gptjax.config.data import DataConfig, MixtureSource
+from gptjax.config.lora import LoraConfig
 from gptjax.config.model import (
     AttentionConfig,
     MlpConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "LogConfig",
+    "LoraConfig",
     "MeshConfig",
     "MixtureSource",
     "MlpConfig",
@@ -65,6 +67,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

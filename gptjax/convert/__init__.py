@@ -1,6 +1,17 @@
 """Models in from elsewhere, and out again (docs/huggingface.md)."""
 
-from gptjax.convert.export import export_model, import_model
-from gptjax.convert.models import initial_model, load, open_model
+from gptjax.convert.base import Base, check_base
+from gptjax.convert.export import export_adapter, export_model, import_model
+from gptjax.convert.models import initial_model, load, open_model, read_base
 
-__all__ = ["export_model", "import_model", "initial_model", "load", "open_model"]
+__all__ = [
+    "Base",
+    "check_base",
+    "export_adapter",
+    "export_model",
+    "import_model",
+    "initial_model",
+    "load",
+    "open_model",
+    "read_base",
+]

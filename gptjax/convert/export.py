@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -21,9 +22,11 @@ import yaml
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig
 from gptjax.configfile import config_from_dict, config_to_yaml
+from gptjax.convert.base import describe_base
 from gptjax.convert.card import model_card
 from gptjax.convert.families import FAMILIES, export_config, exported_form, family_for
-from gptjax.convert.models import on_first_device, open_model
+from gptjax.convert.models import Model, on_first_device, open_model
+from gptjax.convert.peft import CONFIG, read_adapter, read_adapter_config, write_adapter
 from gptjax.convert.safetensors import write_safetensors
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
@@ -35,15 +38,52 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 END = "<|endoftext|>"  # name of the byte tokenizer's end of a document
 
 
-def import_model(path_or_id: str, out: str) -> None:
-    """Write a Hugging Face model or a GGUF file as a run: config.yaml, tokenizer, and a checkpoint at step 0.
+def import_model(path_or_id: str, out: str, base: str | None = None) -> None:
+    """Write a Hugging Face model, a GGUF file or a PEFT adapter as a run, with a checkpoint at step 0.
+
+    Args:
+        base: the model that an adapter belongs to; None: the one that its adapter_config.json names.
 
     Raises:
-        UserError: as `open_model`; `out` is not empty or cannot be written.
+        UserError: as `open_model`; `out` is not empty or cannot be written; an adapter for another base.
     """
+    folder = Path(user_path(path_or_id))
+    if (folder / CONFIG).exists():
+        _import_adapter(folder, out, base)
+        return
+    if base is not None:
+        raise UserError(f"--base {base!r} is for adapters, and {path_or_id!r} is none; leave it out")
     model = open_model(path_or_id)
     if model.is_run:
         raise UserError(f"{path_or_id!r} is already a run; give a Hugging Face directory or id, or a .gguf file")
+    _write_run(model, out, {}, {"origin": model.meta["origin"]}, lambda: model.read(on_first_device(model.config)))
+
+
+def _import_adapter(folder: Path, out: str, base: str | None) -> None:
+    """Write a PEFT adapter as a run: its checkpoint holds the adapter, and names the base."""
+    values = read_adapter_config(folder)
+    path = base or values.get("base_model_name_or_path") or ""
+    try:
+        model = open_model(path)
+    except UserError as error:
+        raise UserError(f"the base of the adapter {str(folder)!r}: {error}; give it with --base") from None
+    kind = family_for(model.config, model.meta.get("origin", {}).get("model_type"))
+    lora, adapters = read_adapter(folder, values, Layout(FAMILIES[kind], model.config))
+    facts = describe_base(path, model.read(on_first_device(model.config)))
+    lora_values = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    _write_run(model, out, {"lora": lora_values}, {"base": facts}, lambda: jax.tree.map(jnp.asarray, adapters))
+
+
+def _write_run(
+    model: Model, out: str, sections: dict[str, Any], facts: dict[str, Any], params: Callable[[], Any]
+) -> None:
+    """Write a run that continues from a model.
+
+    Args:
+        sections: of the config, besides model and data.
+        facts: of the checkpoint's plain values, besides config and tokenizer.
+        params: returns the weights of the checkpoint.
+    """
     with new_folder(out) as folder:
         files = tokenizer_files(model.tokenizer)
         if ends := end_tokens(model.tokenizer):
@@ -52,14 +92,28 @@ def import_model(path_or_id: str, out: str) -> None:
         # This config continues training: it starts from these weights and has these ids.
         out = user_path(out)
         values = {"model": dataclasses.asdict(model.config), "data": data, "init_from": out, "workdir": out}
-        config = config_to_yaml(config_from_dict(values))
+        config = config_to_yaml(config_from_dict({**values, **sections}))
         for name, text in {**files, "config.yaml": config}.items():
             (folder / name).write_text(text, encoding="utf-8")
         meta = {"config": yaml.safe_load(config), "tokenizer": model.tokenizer.to_dict(), "corpus": None}
         checkpoints = Checkpoints(str(folder), CheckpointConfig())
-        params = model.read(on_first_device(model.config))
-        checkpoints.save(0, params, None, {**meta, "val/loss": None, "origin": model.meta["origin"]}, None)
+        checkpoints.save(0, params(), None, {**meta, "val/loss": None, **facts}, None)
         checkpoints.close()
+
+
+def export_adapter(run: str, out: str) -> str | None:
+    """Write a run's adapters as a directory that `peft` loads, and return the base that it names.
+
+    Write nothing, and return None, where the run has no adapters.
+
+    Raises:
+        UserError: as `open_model`; no family has the model's form; `out` is not empty.
+    """
+    model = open_model(run)
+    if model.adapter is None:
+        return None
+    with new_folder(out) as folder:
+        return write_adapter(model, model.adapter, folder)
 
 
 def export_model(run: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:

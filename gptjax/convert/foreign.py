@@ -234,9 +234,8 @@ def adapter(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         base = "MODEL"
     return (
-        f"{str(folder)!r} is an adapter (PEFT) of {base!r}, no whole model; merge the two, in Python: "
-        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)"
-        ".merge_and_unload().save_pretrained(NEW_DIR)"
+        f"{str(folder)!r} is an adapter (PEFT) of {base!r}, no whole model; make a run of the two: gptjax convert "
+        f"from-hf {folder} --out RUN"
     )
 
 

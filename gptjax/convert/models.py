@@ -6,16 +6,26 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints, read_newest
-from gptjax.config import MeshConfig, ModelConfig, override, plain_values
+from gptjax.config import Config, MeshConfig, ModelConfig, override, plain_values
 from gptjax.configfile import config_from_dict
+from gptjax.convert.base import (
+    Base,
+    SavedAdapter,
+    as_float32,
+    check_base,
+    describe_base,
+    find_base,
+    hold_all,
+    merged,
+)
 from gptjax.convert.configs import family_of, import_config
 from gptjax.convert.families import FAMILIES
 from gptjax.convert.foreign import model_inside, no_model
@@ -26,8 +36,10 @@ from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, TensorSource, read_params
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
+from gptjax.nn.adapters import Metadata
 from gptjax.nn.backends import check_model_divides
 from gptjax.nn.transformer import Params, abstract_model
+from gptjax.nn.weights import WEIGHT_DTYPES
 from gptjax.optim import map_by_path
 from gptjax.paths import user_path
 from gptjax.sharding import make_mesh, sharding
@@ -45,7 +57,9 @@ class Model(NamedTuple):
             and generation_config.json.
         is_run: whether it is one of our runs. If not, `read` can pad the vocabulary differently, and
             return fewer learned positions than the file has.
-        read: abstract weights with their shardings -> weights; each device receives only its own shards.
+        read: abstract weights with their shardings -> weights; each device receives only its own shards. Of a run
+            with adapters, they are merged.
+        adapter: of a run with adapters; None for any other model.
     """
 
     config: ModelConfig
@@ -54,6 +68,7 @@ class Model(NamedTuple):
     meta: dict[str, Any]
     is_run: bool
     read: Callable[[Params], Params]
+    adapter: SavedAdapter | None = None
 
 
 def open_model(path_or_id: str | os.PathLike[str]) -> Model:
@@ -95,22 +110,21 @@ def load(
     """Return the model of a path or id, ready to generate.
 
     Args:
-        dtype: of the matmuls and of the matrices, float32 or bfloat16; None computes as the model was trained, with
-            float32 weights.
+        dtype: of the matrices: float32 or bfloat16, in which they are also multiplied, or int8, with a scale for each
+            output channel; None computes as the model was trained, with float32 weights.
         mesh: devices on each axis of data, fsdp and tensor, such as {"fsdp": 4, "tensor": 2}; the weights are sharded
             as in training. None for the first device.
 
     Raises:
         UserError: as `open_model`; a dtype or a mesh that is unknown or does not fit the devices or the model.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
+    if dtype not in (None, *WEIGHT_DTYPES):
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(WEIGHT_DTYPES)}")
     model = open_model(path_or_id)
-    config = model.config if dtype is None else override(model.config, {"dtype": dtype})
+    config = model.config if dtype in (None, "int8") else override(model.config, {"dtype": dtype})
     devices = None if mesh is None else _generation_mesh(config, mesh)
     params = model.read(on_first_device(config) if devices is None else on_mesh(config, devices))
-    if dtype == "bfloat16":
-        params = jax.tree.map(_lowered, params)
+    params = hold_all(params, abstract_model(config)[2], dtype or "float32")
     return LanguageModel(config, params, model.tokenizer, devices, delete=True)
 
 
@@ -124,15 +138,6 @@ def _generation_mesh(cfg: ModelConfig, axes: Mapping[str, int]) -> Mesh:
     mesh = make_mesh(sizes, devices[:wanted] if 0 < wanted <= len(devices) else devices)
     check_model_divides(cfg, mesh)
     return mesh
-
-
-def _lowered(weight: jax.Array) -> jax.Array:
-    """Return a stacked matrix in bfloat16, and anything else as it is; the given array is deleted."""
-    if weight.ndim < 2:
-        return weight
-    lowered = jax.block_until_ready(weight.astype(jnp.bfloat16))
-    weight.delete()
-    return lowered
 
 
 def on_first_device(cfg: ModelConfig) -> Params:
@@ -165,8 +170,21 @@ def _open_run(workdir: str) -> Model:
         checkpoints.close()
         return params[1]
 
-    config = config_from_dict(meta["config"]).model
-    return Model(config, tokenizer_from_dict(meta["tokenizer"]), Path(workdir), meta, True, read)
+    config = config_from_dict(meta["config"])
+    model = Model(config.model, tokenizer_from_dict(meta["tokenizer"]), Path(workdir), meta, True, read)
+    if "base" not in meta:
+        return model
+    adapter = SavedAdapter(config.lora, meta["base"], read)
+    return model._replace(read=partial(_read_merged, model, adapter), adapter=adapter)
+
+
+def _read_merged(model: Model, adapter: SavedAdapter, abstract: Params) -> Params:
+    """Return the weights of a run with adapters, merged with those of its base."""
+    path = find_base(adapter.base, str(model.path))
+    base = initial_model(path, model.config, model.tokenizer)
+    return merged(
+        base.read(abstract), adapter, model.config, lambda found: check_base(adapter.base, found, str(model.path))
+    )
 
 
 def _open_huggingface(folder: Path) -> Model:
@@ -252,6 +270,37 @@ def initial_model(path_or_id: str, wanted: ModelConfig, tokenizer: Tokenizer) ->
             f"mean other text; set data.tokenizer to {_tokenizer_of(model)}"
         )
     return model
+
+
+def read_base(cfg: Config, tokenizer: Tokenizer, abstract: Params, metadata: Metadata) -> Base:
+    """Return the model of `init_from` in the form in which a run with adapters holds it.
+
+    Args:
+        abstract: the weights that the run holds, without adapters, with their shardings.
+        metadata: of each weight, by path.
+
+    Raises:
+        UserError: as `initial_model`; or it is a run with other adapters than those of the config.
+    """
+    path, adapter = cfg.init_from, None
+    model = initial_model(path, cfg.model, tokenizer)
+    if model.adapter is not None:
+        there, here = (plain_values(lora) for lora in (model.adapter.lora, cfg.lora))
+        if differing := [
+            f"lora.{key} {there[key]} there and {here[key]} here" for key in here if there[key] != here[key]
+        ]:
+            raise UserError(
+                f"init_from {path!r} is a run with other adapters: {', '.join(differing)}; set these to its values, "
+                f"or merge it: gptjax convert to-hf {path} --merged true --out DIR"
+            )
+        adapter, owner = model.adapter, path
+        path = find_base(adapter.base, owner)
+        model = initial_model(path, cfg.model, tokenizer)
+    params = model.read(as_float32(abstract))
+    facts = describe_base(path, params)
+    if adapter is not None:
+        check_base(adapter.base, facts, owner)
+    return Base(hold_all(params, metadata, cfg.lora.base_dtype), facts, None if adapter is None else adapter.read)
 
 
 def _resolved(cfg: ModelConfig) -> dict[str, Any]:

@@ -165,16 +165,21 @@ def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
-    """Return the weights of the standard model that computes the same: the parametrization's multipliers are folded
-    into them.
-    """
+def multipliers(cfg: ModelConfig) -> dict[str, float]:
+    """Return the parametrization's multipliers, by pattern of the paths of the weights that they fold into."""
     queries = r"/query_norm/" if cfg.attention.qk_norm else r"/query(_bias)?$"
-    multiplied = {
+    return {
         r"^final_norm/": factor(cfg, MULTIPLIERS["output"]),
         r"^blocks/(attention/out|mlp/down)(_bias)?$": factor(cfg, MULTIPLIERS["residual"]),
         queries: attention_multiplier(cfg),
     }
+
+
+def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
+    """Return the weights of the standard model that computes the same: the parametrization's multipliers are folded
+    into them.
+    """
+    multiplied = multipliers(cfg)
     if not cfg.norm.weights:  # add scales where there are none, to carry the multiplier
         attention = params["blocks"]["attention"]
         if cfg.attention.qk_norm:

@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, RopeScaling
 from gptjax.nn.attention import AttentionCache, AttentionInput, CacheSlots, Kernel, KeysValues
-from gptjax.nn.products import add_bias, product, project_heads
+from gptjax.nn.products import add_bias
+from gptjax.nn.weights import multiply, project_heads
 from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth, role_named
 from gptjax.sharding import constrain
 
@@ -150,7 +151,7 @@ def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
 
 def linear(spec: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> jax.Array:
     """Compute einsum(x, weight) + bias, with operands in `dtype`."""
-    y = product(spec, x.astype(dtype), weight[...].astype(dtype))
+    y = multiply(spec, x.astype(dtype), weight.get_value())
     return y if bias is None else add_bias(y, bias[...].astype(dtype))
 
 
@@ -240,7 +241,7 @@ class Attention(nnx.Module):
         Returns:
             the output, and keys and values: of these positions, or the cache's with them in it.
         """
-        weights = [weight[...].astype(self.dtype) for weight in (self.query, self.key, self.value)]
+        weights = [weight.get_value() for weight in (self.query, self.key, self.value)]
         q, k, v = project_heads(x.astype(self.dtype), weights, joined=kv is None)
         if self.query_bias is not None:
             q = add_bias(q, self.query_bias[...].astype(self.dtype))

@@ -4,7 +4,6 @@ The layouts that XLA chooses for the plain gradient of an einsum cost a tenth of
 """
 
 from functools import partial
-from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -51,18 +50,3 @@ def _add_bias_backward(bias, y_grad):
 
 
 add_bias.defvjp(lambda y, bias: (y + bias, bias), _add_bias_backward)
-
-
-def project_heads(x: jax.Array, weights: list[jax.Array], joined: bool) -> list[jax.Array]:
-    """Multiply x [B, T, D] by each of the weights [D, H, K], and return arrays [B, T, H, K].
-
-    Args:
-        joined: compute one product where the devices allow, so that x and its gradient pass through memory once. It
-            copies the weights, which costs too much for the few tokens of decoding.
-    """
-    if not (joined and on_one_device()):
-        return [product("BTD,DHK->BTHK", x, weight) for weight in weights]
-    widths = [weight[0].size for weight in weights]
-    matrix = jnp.concatenate([weight.reshape(-1, n) for weight, n in zip(weights, widths, strict=True)], axis=1)
-    parts = jnp.split(product("BTD,DF->BTF", x, matrix), list(accumulate(widths))[:-1], axis=-1)
-    return [part.reshape(*x.shape[:2], *weight.shape[1:]) for part, weight in zip(parts, weights, strict=True)]

@@ -33,6 +33,7 @@ from gptjax.nn.layers import (
     stack_layers,
 )
 from gptjax.nn.products import add_bias
+from gptjax.nn.weights import Weight, dense, look_up, multiply_head, transpose
 from gptjax.parametrization import MULTIPLIERS, factor, size_factors
 from gptjax.sharding import constrain
 
@@ -114,9 +115,7 @@ class Transformer(nnx.Module):
     def embed_inputs(self, inputs: Inputs) -> jax.Array:
         """Look up the tokens' vectors and add those of their positions: [B, T, D] in the compute dtype."""
         cfg, key = self.cfg, inputs.dropout_key
-        # Each token's row is gathered from all of FSDP's parts; each part of the vocabulary looks up all tokens.
-        table = constrain(self.embed[...].astype(cfg.dtype), "vocab", "residual")
-        x = constrain(table[inputs.tokens], *WHOLE_STREAM)
+        x = constrain(look_up(self.embed.get_value(), inputs.tokens, cfg.dtype), *WHOLE_STREAM)
         if self.positions is not None:
             rows = self.positions[...].astype(cfg.dtype)[jnp.maximum(inputs.row_positions, 0)]
             x = add_bias(x, rows[0]) if len(rows) == 1 else x + rows
@@ -183,9 +182,13 @@ class Transformer(nnx.Module):
         convolve = make_convolution(self.run.attention, positions)
         return Context(kernel, convolve, rotation, positions, inputs.segments, inputs.slots, inputs.dropout_key)
 
+    def head_weight(self) -> Weight:
+        """Return the head, or the transposed embedding where they are tied, in the form in which it is held."""
+        return transpose(self.embed.get_value()) if self.head is None else self.head.get_value()
+
     def head_matrix(self) -> jax.Array:
-        """Return the head, or the transposed embedding where they are tied: [D, V] float32."""
-        return self.embed[...].T if self.head is None else self.head[...]
+        """Return `head_weight` as one array: [D, V] float32, or bfloat16 where it is held so."""
+        return dense(self.head_weight())
 
 
 def abstract_model(
@@ -254,9 +257,7 @@ def _split(stacked: jax.Array) -> list[jax.Array]:
 def logits(model: Transformer, hidden: jax.Array) -> jax.Array:
     """Compute float32 logits over the vocabulary without its padding, [B, T, vocab_size], from hidden [B, T, D]."""
     cfg = model.cfg
-    raw = jnp.einsum(
-        "BTD,DV->BTV", hidden, model.head_matrix().astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    raw = multiply_head(hidden, model.head_weight())
     return softcap(raw, cfg.logit_softcap)[..., : cfg.vocab_size]
 
 
