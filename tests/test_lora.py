@@ -172,7 +172,8 @@ def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_pat
     """Train a few steps, export, load in peft: the same logits; import again: the same; merged: the same."""
     cfg = config_on(bases[name], corpus_file, tmp_path / "run")
     assert train(cfg) == 0
-    saved = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints" / "4" / "params").rglob("*") if f.is_file())
+    folder = tmp_path / "run" / "checkpoints" / "4" / "params"
+    saved = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run, ids = gptjax.load(tmp_path / "run"), np.arange(24).reshape(2, 12) + 40
     assert saved < 200_000
     expected = run.logits(ids)
