@@ -62,8 +62,7 @@ def sample_from(
         seed: seed of the random numbers; the same seed gives the same text.
         format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
         logprobs: also report the natural log of each token's probability.
-        dtype: data type of the weights; bfloat16 halves the memory, int8 takes a quarter. The default is that of
-            training.
+        dtype: data type of the weights; bfloat16 takes half the memory, int8 a quarter. By default as in training.
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """

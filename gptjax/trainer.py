@@ -52,7 +52,6 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         base = read_base_of_run(t, corpus)
         state = restore(t, corpus, base) or first_state(t, corpus, base)
         checkpoints = open_workdir(cfg)
-
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()
         report = together(lambda: Report(t, corpus, start))
         sampler = LiveSampler(t, corpus)
