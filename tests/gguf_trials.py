@@ -1,6 +1,6 @@
 """Random models as GGUF files, written with the package `gguf` as llama.cpp's converter does, loaded here.
 
-`python tests/gguf_trials.py [TRIALS]` prints the table of weight_trials.py for every architecture.
+`python tests/gguf_trials.py [TRIALS [ARCHITECTURE …]]` prints the table of weight_trials.py for every architecture.
 """
 
 import sys
@@ -146,6 +146,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    found = {arch: [trial(arch, number) for number in range(trials)] for arch in ARCHITECTURES}
+    found = {arch: [trial(arch, number) for number in range(trials)] for arch in sys.argv[2:] or ARCHITECTURES}
     print(table(found))
     sys.exit(any(outcome.kind == "different" for outcomes in found.values() for outcome in outcomes))

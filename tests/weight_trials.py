@@ -1,7 +1,8 @@
 """Random models in every way that `transformers` saves them, loaded here: equal logits, or a refusal by name.
 
-`python tests/weight_trials.py [TRIALS]` prints, for every family, how many were tried, equal and refused, and why; a
-trial's only seed is its number. tests/test_convert_trials.py asserts the same of a few, and of all with `-m slow`.
+`python tests/weight_trials.py [TRIALS [FAMILY …]]` prints, for every family or those that are named, how many were
+tried, equal and refused, and why; a trial's only seed is its number. tests/test_convert_trials.py asserts the same of
+a few, and of all with `-m slow`.
 """
 
 import collections
@@ -269,6 +270,6 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    found = {family: [trial(family, i) for i in range(trials)] for family in FAMILIES}
+    found = {family: [trial(family, i) for i in range(trials)] for family in sys.argv[2:] or FAMILIES}
     print(table(found))
     sys.exit(any(outcome.kind == "different" for outcomes in found.values() for outcome in outcomes))
