@@ -92,6 +92,15 @@ def test_each_way_to_name_tokens_has_the_ids_of_transformers(config, files, spec
     assert outcome(tmp_path / "it", texts(60)) == "equal"
 
 
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [("word-pieces", "map"), ("word-pieces", "roles"), ("byte-fallback", "decoder-of-old")],
+)
+def test_a_token_that_the_tokenizer_already_has_becomes_special_by_its_role(base, config, specs, tmp_path):
+    write_layout(Layout(base, "json", "TokenizersBackend", "phi3", config), specs[base], tmp_path / "it")
+    assert outcome(tmp_path / "it", texts(60)) == "equal"
+
+
 @pytest.mark.slow  # pytest -m slow -s tests/test_tokenizer_layouts.py
 def test_two_thousand_layouts_have_the_ids_of_transformers(specs, tmp_path):
     sample = random.Random(2).sample(list(layouts()), 2000)

@@ -314,11 +314,9 @@ _BUILD = {
 
 
 def _add_tokens(made: tokenizers.Tokenizer, facts: Facts) -> None:
-    """Add the tokens that the tokenizer lacks or has with other flags, then the named ones, then the extra ones."""
-    present = made.get_added_tokens_decoder().values()
-    exactly = {repr(token) for token in present}
-    wanted = [token for _, token in sorted(facts.added.items()) if repr(token) not in exactly]
-    known = {token.content for token in [*present, *wanted]}
+    """Add the tokens that the files list, the named ones, then the extra ones; a token with a role is special."""
+    wanted = [token for _, token in sorted(facts.added.items())]
+    known = {token.content for token in [*made.get_added_tokens_decoder().values(), *wanted]}
     roles = {token.content for token in facts.named.values()}
     for token in [*facts.named.values(), *facts.extra]:
         if token.content not in known:

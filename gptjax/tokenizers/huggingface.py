@@ -100,10 +100,11 @@ class HuggingFaceTokenizer:
         """Return `decode` where some tokens are single bytes: the library drops a whole run of them for one wrong
         byte.
         """
-        special = set(self.special_tokens.values())
-        tokens = [self._tokenizer.id_to_token(int(i)) for i in ids if i not in special]
+        # By text, as the library does: a normalized special token has another text, and is shown.
+        tokens = [self._tokenizer.id_to_token(int(i)) for i in ids]
+        shown = [token for token in tokens if token and token not in self.special_tokens]
         whole: list[str] = []
-        for is_bytes, run in groupby(filter(None, tokens), key=lambda token: bool(_BYTE_TOKEN.fullmatch(token))):
+        for is_bytes, run in groupby(shown, key=lambda token: bool(_BYTE_TOKEN.fullmatch(token))):
             several = list(run)
             whole += _whole_characters(several) if is_bytes else several
         return self._tokenizer.decoder.decode(whole)
