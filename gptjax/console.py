@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from gptjax.errors import USER_ERROR, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")  # as libraries in C++ say it
+STORAGE_PACKAGES = ("gcsfs", "s3fs", "aiohttp", "botocore", "google")
 LONGEST_LINE = 2000  # characters of a message
 LONGEST_REASON = 300  # characters of an error's message that are printed
 FRAMES = 6  # of an error's trace that are printed
@@ -161,6 +163,9 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
             return 2, f"error: cannot write {at}: {full or reason}; make room and run the same command again"
         if isinstance(one, OSError) and where is not None:
             return 2, f"error: cannot use {where}: {reason}; mend that, or give another path"
+    if of_storage := next((one for one in causes(error) if is_of_storage(one)), None):
+        reason = one_line(str(of_storage), LONGEST_REASON) or type(of_storage).__name__
+        return 1, f"error: the storage refused a request: {reason}; run the same command again to resume"
     first = causes(error)[-1]
     where = _write_trace(error)
     frames = traceback.extract_tb(first.__traceback__)[-FRAMES:]
@@ -168,6 +173,13 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
     said = one_line(str(first), LONGEST_REASON)
     head = f"error: {type(first).__name__}{': ' if said else ''}{said}"
     return 1, "\n".join([head, *lines, f"this is a fault of gptjax or of this machine; the whole trace: {where}"])
+
+
+def is_of_storage(error: BaseException | None) -> bool:
+    """Return whether a bucket's library raised an error, after the retries that it makes itself."""
+    package = type(error).__module__.partition(".")[0]
+    refused = re.search(r"\b(UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED):.*\bHTTP\b", str(error))
+    return package in STORAGE_PACKAGES or refused is not None
 
 
 def causes(error: BaseException, contexts: bool = False) -> list[BaseException]:

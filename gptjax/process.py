@@ -1,5 +1,6 @@
 """What a process sets before JAX looks for devices: their number, the other processes, and the compilation cache."""
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -24,6 +25,8 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     cpu.set_virtual_devices(cpu_devices, os.environ)
     if cpu.runs_on_cpu(os.environ):
         cpu.keep_freed_memory()
+    if cpu.has_tpus():
+        allow_locked_memory()
     import jax
 
     # On a CPU, run one step at a time, so that each reuses the memory that the previous one has freed.
@@ -46,6 +49,21 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
             f"cannot join the other processes ({reason}); check that process 0 runs and is reachable, or set "
             "distributed.coordinator, num_processes and process_id"
         ) from None
+
+
+def allow_locked_memory() -> None:
+    """Raise this process's limit of locked memory as far as the system lets it; libtpu pins the buffers of transfers.
+
+    Google's documentation asks for it in containers that are not privileged (cloud.google.com/kubernetes-engine/docs/
+    how-to/tpus#privileged-mode), where the limit is often 64 KiB.
+    """
+    import resource  # Unix only, as TPUs are
+
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    for limit in (resource.RLIM_INFINITY, hard):  # beyond the hard limit only with CAP_SYS_RESOURCE
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+            return
 
 
 def find_processes(distributed: DistributedConfig, environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,18 +12,24 @@ import pytest
 from conftest import ROOT, run_script
 from test_train import losses
 
+from gptjax.console import describe_failure
+from gptjax.data.reading import readable
+from gptjax.errors import UserError
+
 
 @pytest.fixture
-def bucket(tmp_path):
-    """Environment variables that lead gs://bucket to an emulator in memory."""
+def bucket(tmp_path, request):
+    """Environment variables that lead gs://bucket to an emulator in memory; the parameter is BUSY's value."""
     if not (importlib.util.find_spec("gcp_storage_emulator") and importlib.util.find_spec("gcsfs")):
         pytest.skip("pip install gcp-storage-emulator gcsfs")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [ROOT / "tests/cluster/gcs.py", "start", "--host", "localhost", "--port", str(port), "--in-memory"]
+    busy = {} if request.param is None else {"BUSY": str(request.param)}
     with (tmp_path / "emulator.log").open("w") as log:
-        emulator = subprocess.Popen([sys.executable, *command, "--default-bucket", "bucket"], stdout=log, stderr=log)
+        command = [sys.executable, *command, "--default-bucket", "bucket"]
+        emulator = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | busy)
     for _ in range(300):
         with socket.socket() as s:
             if s.connect_ex(("localhost", port)) == 0:
@@ -48,6 +55,7 @@ RUN_FILES += ["events.jsonl"]  # of a resume
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", [None, 5], indirect=True, ids=["at rest", "refuses every fifth request"])
 def test_a_run_in_a_bucket_is_that_of_a_disk(bucket, tiny_run, tmp_path):
     """Begun, gone on with from there to the same bits, refused for another config, and sampled from."""
     for steps in ("--train.total_steps=10", "--train.total_steps=30"):
@@ -75,3 +83,23 @@ def test_a_bucket_without_its_library_is_one_line(tiny_run, tmp_path):
     assert result.returncode == 2
     assert "cannot read gs://bucket/run" in result.stderr
     assert "pip install 'gptjax[cloud]'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", [1], indirect=True)
+def test_a_bucket_that_always_refuses_is_one_line(bucket, tiny_run):
+    result = run_script(*tiny_run, "--workdir=gs://bucket/run", **bucket)
+    assert result.returncode == 2, result.stderr
+    assert "cannot read gs://bucket/run: " in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_a_busy_bucket_is_no_fault_of_the_program():
+    refusal = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("Service Unavailable, 503")
+    with pytest.raises(UserError, match="cannot read gs://b/run: Service Unavailable, 503"), readable("gs://b/run"):
+        raise refusal
+    code, text = describe_failure(refusal)
+    assert code == 1
+    assert (
+        text == "error: the storage refused a request: Service Unavailable, 503; run the same command again to resume"
+    )

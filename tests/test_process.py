@@ -161,3 +161,22 @@ print('"outer_dimension_partitions":["' in compiled.as_text())
 def test_a_program_compiled_for_one_core_is_not_found_again_by_two(tmp_path):
     cut = [run_script("-c", CUT.format(cores=cores), HOME=str(tmp_path)).stdout for cores in (1, 2)]
     assert cut == ["False\n", "True\n"]
+
+
+LOCKED = """
+import os, resource
+from gptjax.process import allow_locked_memory
+resource.setrlimit(resource.RLIMIT_MEMLOCK, ({soft}, {hard}))
+if {drop}:
+    os.setuid(65534)
+allow_locked_memory()
+print(*resource.getrlimit(resource.RLIMIT_MEMLOCK))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities of Linux")
+def test_the_limit_of_locked_memory_is_raised_as_far_as_it_may_be():
+    """A process that may not raise the hard limit uses all of it."""
+    drop = os.geteuid() == 0
+    done = run_script("-c", LOCKED.format(soft=4096, hard=65536, drop=drop))
+    assert done.stdout == "65536 65536\n", done.stderr

@@ -1,6 +1,7 @@
 """The shape of the code: floors, the lengths of files and functions, and the linter."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,49 @@ def test_imports_point_downwards(module):
         if top == "gptjax" and imported != "gptjax":
             target = room(imported.removeprefix("gptjax."))
             assert target == own or height[target] < height[own], f"{module} imports {imported}"
+
+
+# Modules that run inside compiled programs: whether they may convert floats, and to what (docs/design.md, rule 5).
+CASTS = {"nn.layers": "any", "nn.transformer": "any", "loss": "any", "optim": "any"}
+CASTS |= dict.fromkeys(["nn.attention", "nn.blocked", "nn.ring"], "to the dtype of an argument")
+INTEGERS = ("jnp.int32", "np.int32")
+
+
+def casts(path: Path) -> list[str]:
+    """The dtypes to which a file converts arrays, as they are written there, without integers."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    found = [ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func).endswith(".astype")]
+    assert not [call for call in calls if "convert_element_type" in ast.unparse(call.func)], path
+    return [dtype for dtype in found if dtype not in INTEGERS]
+
+
+def test_only_the_model_converts_floats():
+    compiled = {
+        name: path
+        for name, path in modules().items()
+        if name.startswith("nn.") or name in ("loss", "optim", "sampling", "objectives", "step", "engine")
+    }
+    found = {name: dtypes for name, path in compiled.items() if (dtypes := casts(path))}
+    assert found.keys() == CASTS.keys()
+    for name, dtypes in found.items():
+        assert CASTS[name] == "any" or all(dtype.endswith(".dtype") for dtype in dtypes), name
+
+
+def test_what_the_index_of_questions_names_exists():
+    text = (ROOT / "docs" / "design.md").read_text()
+    index = text[text.index("## Where to find what") : text.index("## From tokens to loss")]
+    named = re.findall(r"`([a-z_/]+\.py):([A-Za-z_.]+)`", index)
+    assert len(named) > 25
+    for file, name in named:
+        tree = ast.parse((PACKAGE / file).read_text())
+        for part in name.split("."):
+            tree = next((node for node in tree.body if part in _names(node)), None)
+            assert tree is not None, f"docs/design.md: {file} has no {name}"
+
+
+def _names(node: ast.stmt) -> list[str]:
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
 
 
 def test_no_file_is_over_500_lines():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from gptjax.console import is_of_storage
 from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
 from gptjax.files import size_of
@@ -272,8 +273,8 @@ class readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):  # of gcsfs or s3fs
             raise UserError(f"cannot read {self.file}: {error}: pip install 'gptjax[cloud]'") from None
-        arrow = type(error).__module__.startswith("pyarrow")
-        if isinstance(error, OSError | EOFError | zlib.error) or arrow or type(error).__name__ == "ZstdError":
+        named = type(error).__name__ == "ZstdError" or type(error).__module__.startswith("pyarrow")
+        if isinstance(error, OSError | EOFError | zlib.error) or named or is_of_storage(error):
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise UserError(f"cannot read {self.file}: {' '.join(str(reason).split())}") from None
 

@@ -4,11 +4,12 @@
 
 PLACE is one of places.PLACES. The mesh is laid as the coordinates there ask; nothing else of the run is changed.
 Where POD_BATCHES names a folder, this host's part of every global batch is written there; where POD_NO_MEMORY names
-this process, it has no memory for a restore.
+this process, it has no memory for a restore. With POD_CLOCKS, the clock of host n is n times so many seconds ahead.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,12 @@ def lack_memory(*_):
     raise MemoryError("no memory for a restore")
 
 
-if os.environ.get("POD_NO_MEMORY") in [
-    word.partition("process_id=")[2] for word in arguments if "process_id" in word
-]:
+own_number = next((word.partition("process_id=")[2] for word in arguments if "process_id" in word), "0")
+if os.environ.get("POD_NO_MEMORY") == own_number:
     checkpoint.Checkpoints.restore = lack_memory
+if "POD_CLOCKS" in os.environ:
+    ahead_s, clock = int(own_number) * int(os.environ["POD_CLOCKS"]), time.time
+    time.time = lambda: clock() + ahead_s
 sharding.create_device_mesh = lay_out_as_there
 if "POD_BATCHES" in os.environ:
     hosts.global_batch = place_and_note

@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from places import GPU_NODES, PLACES, RECORDED, devices_of, slices_of
 
 from gptjax.apps.plan.chips import parse_topology
@@ -165,3 +165,28 @@ def test_every_place_has_the_hosts_that_its_name_says():
             batch_sharding(place, {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}).mesh.shape.values()
         )
     assert max(len(devices_of(place)) for place in RECORDED) == 4096
+
+
+ALL_HOSTS = """
+import hashlib, os, sys
+import numpy as np
+from gptjax.data.shards import Tokens
+path, count, hosts, length = sys.argv[1], *map(int, sys.argv[2:])
+tokens = Tokens([(path, count)], "uint16", 2**16)
+print(int(tokens[0:1][0]), flush=True)  # mapped, as in a process that forks its data workers
+children = []
+for host in range(hosts):
+    if not (child := os.fork()):
+        for start in range(host * length, count, hosts * length):
+            assert np.array_equal(tokens[start : start + length], np.arange(start, start + length) % 65_000)
+        os._exit(0)
+    children.append(child)
+sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
+"""
+
+
+def test_64_hosts_read_one_shard_at_once(tmp_path):
+    count = 64 * 1024 * 32
+    (np.arange(count) % 65_000).astype(np.uint16).tofile(tmp_path / "train.bin")
+    done = run_script("-c", ALL_HOSTS, tmp_path / "train.bin", count, 64, 1024)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

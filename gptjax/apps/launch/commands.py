@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from gptjax.apps.launch.clusters import check_mesh, parse_slice
-from gptjax.apps.launch.container import VARIABLE, check_paths, for_container, parse_variables, parse_volumes
+from gptjax.apps.launch.container import VARIABLE, parse_variables, prepare_container
 from gptjax.apps.launch.gke import GkeJob, manifests
 from gptjax.apps.launch.slurm import SlurmJob, batch_script
 from gptjax.apps.launch.tpu_vm import TpuVmJob, script
@@ -136,10 +136,7 @@ def gke(
     if (topology is None) == (gpu is None):
         raise UserError("give the devices to run on: --topology v5e:16x16, or --gpu nvidia-h100-80gb with --nodes")
     cfg, name = read_run(config, flags)
-    volumes = parse_volumes(volume)
-    check_paths(cfg, volumes)
-    cfg = for_container(cfg)
-    variables = parse_variables(env)
+    cfg, variables, volumes = prepare_container(cfg, env, volume)
     if "PROCESS_ID" in variables:
         raise UserError("--env PROCESS_ID is reserved for the number of a pod; use another name")
     tpus = None if topology is None else parse_slice(topology)
@@ -183,14 +180,12 @@ def tpu_vm(
         out: directory of the job's files; the default is launch/NAME.
     """
     cfg, name = read_run(config, flags)
-    volumes = parse_volumes(volume)
-    check_paths(cfg, volumes)
-    cfg = for_container(cfg)
+    cfg, variables, volumes = prepare_container(cfg, env, volume)
     if strange := [text for text in secret or [] if not re.fullmatch(VARIABLE, text)]:
         raise UserError(f"--secret {strange[0]!r} is not the name of a variable; write it as --secret WANDB_API_KEY")
     tpus = parse_slice(topology)
     check_mesh(cfg, tpus.chips * num_slices)
-    given = (parse_variables(env), secret or [], volumes)
+    given = (variables, secret or [], volumes)
     path = make_folder(out, name, cfg) / "tpu_vm.sh"
     path.write_text(script(TpuVmJob(name, image, tpus, num_slices, zone, spot, *given)))
     print(f"{shlex.join(['bash', str(path)])}    runs it, best inside tmux")

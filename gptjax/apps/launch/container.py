@@ -95,6 +95,22 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
             )
 
 
+def prepare_container(
+    cfg: Config, env: list[str] | None, volume: list[str] | None
+) -> tuple[Config, dict[str, str], dict[str, str]]:
+    """Return a run's config as its container needs it, its environment variables, and path -> what is mounted there.
+
+    Args:
+        env, volume: as the options of a command gave them.
+
+    Raises:
+        UserError: as `parse_variables`, `parse_volumes` and `check_paths`.
+    """
+    volumes = parse_volumes(volume)
+    check_paths(cfg, volumes)
+    return for_container(cfg), parse_variables(env), volumes
+
+
 def for_container(cfg: Config) -> Config:
     """Return the config with a token cache below this machine's home directory moved to the container's."""
     folder = cfg.data.cache_dir

@@ -130,7 +130,10 @@ def _pod(job: GkeJob) -> dict[str, Any]:
     if job.secrets:
         container["envFrom"] = [{"secretRef": {"name": secret}} for secret in job.secrets]
     if job.slice is not None:
-        # libtpu opens devices that only root may open, and pins memory beyond a container's limit.
+        # libtpu pins host memory: process.py raises the limit, which GKE asks for where containers are not privileged
+        # (cloud.google.com/kubernetes-engine/docs/how-to/tpus#privileged-mode). That needs SYS_RESOURCE; only root
+        # gets added capabilities; device files, too, keep the node's owner, which is root
+        # (kubernetes.io/blog/2021/11/09/non-root-containers-and-devices).
         container["securityContext"] = {"runAsUser": 0, "capabilities": {"add": ["SYS_RESOURCE"]}}
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
