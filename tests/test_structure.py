@@ -93,7 +93,7 @@ def test_imports_point_downwards(module):
 
 
 # Modules that run inside compiled programs: whether they may convert floats, and to what (docs/design.md, rule 5).
-CASTS = {"nn.layers": "any", "nn.transformer": "any", "loss": "any", "optim": "any"}
+CASTS = dict.fromkeys(["nn.layers", "nn.weights", "nn.adapters", "nn.transformer", "loss", "optim"], "any")
 CASTS |= dict.fromkeys(["nn.attention", "nn.blocked", "nn.ring"], "to the dtype of an argument")
 INTEGERS = ("jnp.int32", "np.int32")
 
