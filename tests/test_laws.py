@@ -12,7 +12,7 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[s
 
 from scipy.optimize import minimize
 
-from gptjax.apps.scaling.laws.isoflop import find_floor, find_floors, frontier
+from gptjax.apps.scaling.laws.isoflop import METHODS, disturbed_floors, find_floor, find_floors, frontier
 from gptjax.apps.scaling.laws.parametric import (
     CONVERGED,
     HuberObjective,
@@ -21,6 +21,7 @@ from gptjax.apps.scaling.laws.parametric import (
     fit_overtraining,
     fit_power_law,
 )
+from gptjax.apps.scaling.laws.reweighted import fit_reweighted
 from gptjax.apps.scaling.laws.table import Table, read_table
 from gptjax.apps.scaling.laws.uncertainty import interval, resampled_laws
 from gptjax.errors import UserError
@@ -129,6 +130,20 @@ def test_the_optimum_is_one():
     assert TRUTH.loss(nearby, 1e21 / 6 / nearby).argmin() == 1
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.004])
+def test_fits_of_many_weightings_at_once_are_the_fits_of_each(noise):
+    table = isoflop(Law(1.8, 400.0, 1500.0, 0.34, 0.30), [1e18, 1e19, 1e20], 8, 7, noise)
+    weights = np.random.default_rng(0).exponential(size=(12, len(table)))
+    weights[0, :3] = 0  # rows left out
+    law, rows = fitted(table), (table.params, table.tokens, table.loss)
+    start = [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
+    for found, weight in zip(fit_reweighted(law, *rows, weights), weights, strict=True):
+        alone = fit_law(*rows, weights=weight, starts=start)
+        assert found.converged
+        assert found.objective <= alone.objective * (1 + 1e-7) + 1e-18
+        np.testing.assert_allclose([found.E, found.alpha, found.beta], [alone.E, alone.alpha, alone.beta], rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_intervals_hold_the_truth():
     """Of 200 synthetic studies, each 4 budgets of 9 sizes with noise of .4 %."""
@@ -145,6 +160,21 @@ def test_intervals_hold_the_truth():
 
 
 # ---- floors and the frontier
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_floors_of_many_losses_at_once_are_the_floors_of_each(method):
+    table = isoflop(TRUTH, [1e18, 1e19, 1e20], 6, 6)
+    table = table.take(np.array([*range(len(table)), 3, 9]))  # two sizes with a second seed
+    losses = table.loss * np.exp(0.03 * np.random.default_rng(0).normal(size=(20, len(table))))
+    refused = 0
+    for found, loss in zip(disturbed_floors(table, losses, method), losses, strict=True):
+        alone = find_floors(Table(table.params, table.tokens, loss, table.flops), method)
+        assert [bool(floor.refused) for floor in found] == [bool(floor.refused) for floor in alone]
+        refused += sum(bool(floor.refused) for floor in alone)
+        values = [[(f.flops, f.params, f.tokens, f.loss) for f in floors] for floors in (found, alone)]
+        np.testing.assert_allclose(*values, rtol=1e-9)
+    assert refused
 
 
 @pytest.mark.parametrize(("factor", "bias"), [(2, -0.33), (4, -1.30), (8, -2.90), (16, -5.10)])

@@ -10,6 +10,7 @@ from gptjax.apps.scaling.laws.parametric import PowerLaw, fit_power_law
 from gptjax.apps.scaling.laws.table import Table
 
 METHODS = ("akima", "parabola")
+FINE = 4001  # points at which a curve between three sizes is compared
 
 
 class NoMinimum(Exception):
@@ -66,7 +67,7 @@ def find_minimum(
         raise NoMinimum(f"the {side} {what}, {values[low]:.3g}, is the best: nothing straddles it; add {remedy}")
     if method == "akima":
         curve = Akima1DInterpolator(x, y)
-        fine = np.linspace(x[low - 1], x[low + 1], 4001)
+        fine = np.linspace(x[low - 1], x[low + 1], FINE)
         at = fine[curve(fine).argmin()]
         return float(np.exp(at)), float(curve(at))
     near = slice(0, None) if neighbours is None else slice(max(0, low - neighbours), low + neighbours + 1)
@@ -95,6 +96,49 @@ def find_floor(budget: float, rows: Table, method: str = "akima", neighbours: in
 def find_floors(table: Table, method: str = "akima", neighbours: int | None = None) -> list[Floor]:
     """Return the floor of every budget, refused ones included."""
     return [find_floor(budget, rows, method, neighbours) for budget, rows in valleys(table)]
+
+
+def disturbed_floors(table: Table, losses: np.ndarray, method: str = "akima") -> list[list[Floor]]:
+    """Return `find_floors` of a table with each of other losses [k, n], without the reasons of refusals.
+
+    The curves of one budget through all k losses are one call of the library: a study's intervals need thousands.
+    """
+    found: list[list[Floor]] = [[] for _ in losses]
+    budgets = table.budgets()
+    for budget in np.unique(budgets):
+        rows = np.flatnonzero(budgets == budget)
+        sizes, which = np.unique(table.params[rows], return_inverse=True)
+        least = np.full((len(losses), len(sizes)), np.inf)
+        np.minimum.at(least, (slice(None), which), losses[:, rows])
+        ratio = np.median(table.flops[rows] / table.params[rows] / table.tokens[rows])
+        for floors, (params, height) in zip(found, _minima(sizes, least, method), strict=True):
+            refused = "no minimum" if np.isnan(params) else ""
+            floors.append(Floor(float(budget), params, budget / ratio / params, height, refused))
+    return found
+
+
+def _minima(values: np.ndarray, losses: np.ndarray, method: str) -> np.ndarray:
+    """Return `find_minimum` of each row of losses [k, n] as [k, 2]; nan where there is none."""
+    x, found = np.log(values), np.full((len(losses), 2), np.nan)
+    if len(x) < 4:
+        return found
+    lowest = losses.argmin(axis=1)
+    if method == "parabola":
+        inside = np.flatnonzero((lowest > 0) & (lowest < len(x) - 1))
+        level, slope, bend = np.polynomial.polynomial.polyfit(x, losses[inside].T, 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = -slope / bend / 2
+            good = (bend > 0) & (x[0] < at) & (at < x[-1])
+            found[inside[good]] = np.stack([np.exp(at), level + slope * at / 2], axis=1)[good]
+        return found
+    for low in range(1, len(x) - 1):
+        at_low = np.flatnonzero(lowest == low)
+        if len(at_low):
+            fine = np.linspace(x[low - 1], x[low + 1], FINE)
+            curves = Akima1DInterpolator(x, losses[at_low], axis=1)(fine)
+            best = curves.argmin(axis=1)
+            found[at_low] = np.stack([np.exp(fine[best]), curves[np.arange(len(best)), best]], axis=1)
+    return found
 
 
 def frontier(floors: list[Floor]) -> tuple[PowerLaw, PowerLaw] | None:

@@ -103,7 +103,7 @@ class HuberObjective:
         """
         residual, jacobian = self.residuals(theta)
         pull = self.weights * np.clip(residual, -self.delta, self.delta)
-        return float(np.sum(self.weights * _huber(residual, self.delta))), np.einsum("n,nk->k", pull, jacobian)
+        return float(np.sum(self.weights * huber(residual, self.delta))), np.einsum("n,nk->k", pull, jacobian)
 
     def residuals(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the residuals of log loss [n] and their Jacobian [n, 5], computed by log-sum-exp."""
@@ -128,7 +128,7 @@ class HuberObjective:
         curvature = (jacobian.T * self.weights * steepness) @ jacobian
         step = np.linalg.lstsq(curvature, gradient, rcond=1e-13)[0]
         floor = len(residual) * 1e-12 * delta  # a perfect fit has an objective of 0, of which every share is large
-        return float(gradient @ step / 2 / ((self.weights * _huber(residual, delta)).sum() + floor))
+        return float(gradient @ step / 2 / ((self.weights * huber(residual, delta)).sum() + floor))
 
     def best_starts(self) -> list[np.ndarray]:
         """Return the KEPT_STARTS lowest points of a grid of exponents, each with its least-squares E, A' and B'."""
@@ -175,23 +175,30 @@ def fit_law(
     thetas = objective.best_starts() if starts is None else objective.centered(starts)
     ends = [minimize(objective, theta, jac=True, method="L-BFGS-B", options=TOLERANCES) for theta in thetas]
     best = min(ends, key=lambda end: end.fun)
-    decrement = objective.newton_decrement(best.x)
-    E, A, B = objective.factors(best.x)
-    alpha, beta = best.x[3:]
-    has_law = min(alpha, beta) > 0 and np.all(np.isfinite((E, A, B))) and VANISHED * np.min(loss) < E
+    return as_law(objective, best.x)
+
+
+def as_law(objective: HuberObjective, theta: np.ndarray) -> Law:
+    """Return the law of a theta at which a search of `objective` ended."""
+    decrement = objective.newton_decrement(theta)
+    E, A, B = objective.factors(theta)
+    alpha, beta = theta[3:]
+    least = np.exp(objective.target.min())
+    has_law = min(alpha, beta) > 0 and np.all(np.isfinite((E, A, B))) and least * VANISHED < E
     return Law(
         E=float(E),
         A=float(A),
         B=float(B),
         alpha=float(alpha),
         beta=float(beta),
-        objective=float(best.fun),
+        objective=float(objective(theta)[0]),
         converged=bool(decrement < CONVERGED and has_law),
         newton_decrement=decrement,
     )
 
 
-def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
+def huber(residual: np.ndarray, delta: float) -> np.ndarray:
+    """Return the Huber loss of each residual: quadratic up to delta, linear beyond."""
     size = np.abs(residual)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 

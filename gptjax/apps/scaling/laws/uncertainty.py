@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gptjax.apps.scaling.laws.isoflop import find_floors, frontier
-from gptjax.apps.scaling.laws.parametric import DELTA, Law, fit_law
+from gptjax.apps.scaling.laws.isoflop import disturbed_floors, frontier
+from gptjax.apps.scaling.laws.parametric import DELTA, Law
+from gptjax.apps.scaling.laws.reweighted import fit_reweighted
 from gptjax.apps.scaling.laws.table import Table
 from gptjax.errors import UserError
 
@@ -19,13 +20,8 @@ def resampled_laws(law: Law, table: Table, resamples: int, delta: float = DELTA,
 
     Its smooth weights leave no budget without rows, as drawing whole rows does in studies of a few dozen runs.
     """
-    rng = np.random.default_rng(seed)
-    start = [[*np.log([law.E, law.A, law.B]), law.alpha, law.beta]]
-    laws = []
-    for _ in range(resamples):
-        weights = rng.exponential(size=len(table))
-        laws.append(fit_law(table.params, table.tokens, table.loss, delta, weights, start))
-    return laws
+    weights = np.random.default_rng(seed).exponential(size=(resamples, len(table)))
+    return fit_reweighted(law, table.params, table.tokens, table.loss, weights, delta)
 
 
 def interval(values: list[float] | np.ndarray) -> Interval:
@@ -74,10 +70,9 @@ def frontier_intervals(table: Table, method: str, std: float, resamples: int = 2
         two intervals; none where fewer than nine in ten disturbed tables have a frontier.
     """
 
-    def exponents(loss: np.ndarray) -> dict[str, float]:
-        lines = frontier(find_floors(Table(table.params, table.tokens, loss, table.flops), method))
-        if lines is None:
-            raise UserError("no frontier")
-        return {str(number): line.exponent for number, line in enumerate(lines)}
-
-    return list(disturbed_intervals(exponents, table.loss, std, resamples, seed).values())
+    rng = np.random.default_rng(seed)
+    losses = table.loss * np.exp(std * rng.normal(size=(resamples, len(table))))
+    lines = [found for floors in disturbed_floors(table, losses, method) if (found := frontier(floors))]
+    if len(lines) < 0.9 * resamples:
+        return []
+    return [interval([found[which].exponent for found in lines]) for which in (0, 1)]

@@ -9,6 +9,7 @@ import numpy as np
 from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.isoflop import METHODS, find_floors, frontier
 from gptjax.apps.scaling.laws.parametric import DELTA, Law, PowerLaw, fit_law, fit_overtraining
+from gptjax.apps.scaling.laws.reweighted import fit_reweighted
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
 from gptjax.errors import UserError
@@ -131,10 +132,9 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
         lines.append(f"{name:30}{v['exponent']:8.3f}{v['alpha']:9.3f}{v['beta']:9.3f}{v['E']:9.4f}{v['loss']:18.4f}")
     away = np.abs(np.log(table.loss / law.loss(table.params, table.tokens)))
     farthest = np.argsort(-away)[:LEFT_OUT]
-    one_out = [
-        fit_law(rows.params, rows.tokens, rows.loss, starts=start).exponent
-        for rows in (table.take(np.arange(len(table)) != i) for i in farthest)
-    ]
+    without = np.ones((len(farthest), len(table)))
+    without[np.arange(len(farthest)), farthest] = 0
+    one_out = [fit.exponent for fit in fit_reweighted(law, table.params, table.tokens, table.loss, without)]
     values["one row left out"] = {"exponent": [min(one_out), max(one_out)]}
     which = "any one row" if len(table) <= LEFT_OUT else f"any of the {LEFT_OUT} rows farthest from the law"
     lines.append(f"{which} left out: a from {min(one_out):.3f} to {max(one_out):.3f}")
