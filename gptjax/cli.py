@@ -11,7 +11,7 @@ from typing import Any, Literal
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gptjax.commandline import read_standard_input, split_words
+from gptjax.commandline import mesh_axes, read_standard_input, split_words
 from gptjax.configfile import CONFIG_OPTIONS, load_config
 from gptjax.console import continue_without_output, report_user_errors, writes_unicode
 from gptjax.errors import UserError, nearest
@@ -69,7 +69,7 @@ def sample_from(
     if num_samples < 1 or not 0 <= seed < 2**32:
         raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} must be in [0, 2^32)")
     prompts = _prompts(prompt, prompt_file)
-    axes = None if mesh is None else _mesh_axes(mesh)
+    axes = None if mesh is None else mesh_axes(mesh)
     prepare_process(cpu_devices)
     from gptjax.convert import load
     from gptjax.generate import Sampling
@@ -112,13 +112,6 @@ def _print_logprobs(tokens: list[str], logprobs: list[float]) -> None:
     """Print each token with the natural log of its probability, one per line."""
     for token, value in zip(tokens, logprobs, strict=True):
         print(f"{token!r}\t{value:.4f}")
-
-
-def _mesh_axes(mesh: str) -> dict[str, int]:
-    pairs = [part.partition("=") for part in mesh.split(",")]
-    if not all(name and size.lstrip("-").isdecimal() for name, _, size in pairs):
-        raise UserError(f"--mesh {mesh!r} is not a list of axes and sizes; write it as fsdp=4,tensor=2")
-    return {name.strip(): int(size) for name, _, size in pairs}
 
 
 def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -245,12 +238,27 @@ def to_hf(
     print(f"AutoModelForCausalLM.from_pretrained({out!r}) loads it; {out}/README.md is its model card")
 
 
-CONVERSIONS: dict[str, Callable[..., None]] = {"from-hf": from_hf, "to-hf": to_hf}
+def to_gguf(run: UserPath, *, out: UserPath, type: Literal["f16", "q8_0"] = "f16") -> None:
+    """Write a run's model as a GGUF file, which llama.cpp and what is built on it run; with tokenizer and template.
+
+    Args:
+        run: the directory of a run, or of a Hugging Face model, in the form of GPT-2, Llama, Qwen 2 or Qwen 3.
+        out: file to write, such as model.gguf.
+        type: of the matrices: 16 bits, or 8 bits with a scale for every 32 values.
+    """
+    prepare_process()
+    from gptjax.convert.gguf_export import export_gguf
+
+    export_gguf(run, out, type)
+    print(f"{shell('llama-cli', '-m', out)} runs it")
+
+
+CONVERSIONS: dict[str, Callable[..., None]] = {"from-hf": from_hf, "to-hf": to_hf, "to-gguf": to_gguf}
 
 
 @report_user_errors
 def convert(args: list[str]) -> int:
-    """convert models from Hugging Face and GGUF, and to Hugging Face"""
+    """convert models from and to Hugging Face and GGUF"""
     name = _choose("gptjax convert", _about(CONVERSIONS), args)
     return 0 if name is None else _call(CONVERSIONS[name], f"gptjax convert {name}", args[1:])
 
@@ -340,9 +348,27 @@ def compare(args: list[str]) -> int:
     return _call(compare, "gptjax compare", args)
 
 
+@report_user_errors
+def chat(args: list[str]) -> int:
+    """talk with a model in the terminal"""
+    from gptjax.apps.chat.commands import chat
+
+    return _call(chat, "gptjax chat", args)
+
+
+@report_user_errors
+def serve(args: list[str]) -> int:
+    """serve a model over HTTP, in the form of OpenAI's API"""
+    from gptjax.apps.serve.commands import serve
+
+    return _call(serve, "gptjax serve", args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
+    "chat": chat,
+    "serve": serve,
     "convert": convert,
     "data": data,
     "scaling": scaling,

@@ -112,3 +112,11 @@ def read_standard_input() -> str:
         raise UserError(
             f"standard input is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it by iconv"
         ) from None
+
+
+def mesh_axes(mesh: str) -> dict[str, int]:
+    """Return the axes and sizes that --mesh names, such as fsdp=4,tensor=2."""
+    pairs = [part.partition("=") for part in mesh.split(",")]
+    if not all(name and size.lstrip("-").isdecimal() for name, _, size in pairs):
+        raise UserError(f"--mesh {mesh!r} is not a list of axes and sizes; write it as fsdp=4,tensor=2")
+    return {name.strip(): int(size) for name, _, size in pairs}

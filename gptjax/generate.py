@@ -19,6 +19,8 @@ from gptjax.nn.transformer import Params
 from gptjax.sampling import Sampling
 from gptjax.tokenizers import HuggingFaceTokenizer, NoTokenizer, TextDecoder, Tokenizer, text_after
 
+CHUNK_OF_TEXT = 4  # tokens that are drawn before their text is shown
+
 
 class Completion(NamedTuple):
     """One generated sequence.
@@ -115,23 +117,35 @@ class LanguageModel:
             ends = np.flatnonzero(np.isin(row, self.tokenizer.eos_ids))
             length = int(ends[0]) if len(ends) else len(row)
             ids = row[:length].tolist()
-            text = text_after(self.tokenizer, self._prompt_ids(prompt), ids)
+            text = text_after(self.tokenizer, self.prompt_ids(prompt), ids)
             completions.append(Completion(prompt, ids, text, row_logprobs[:length].tolist()))
         return completions
 
     def stream(
-        self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int = 0
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        chunk: int = CHUNK,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ids and log-probabilities as they are drawn, [B, n] each; after its end token a row repeats it.
 
         When a sequence reaches the context length, its older half is forgotten and the rest is read again: a token
         sees between half a context and a whole one, whatever the lengths of the others.
+
+        Args:
+            prompts: texts, or their ids.
+            max_new_tokens: the most tokens to draw for each.
+            sampling: how they are drawn.
+            seed: of the draws.
+            chunk: the most tokens to draw before they are yielded.
         """
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
         sampling.check()
         T, keys = self.config.context_length, row_keys(seed, len(prompts))
-        windows = [self._prompt_ids(prompt)[-T:] for prompt in prompts]  # what each row attends to
+        windows = [self.prompt_ids(prompt)[-T:] for prompt in prompts]  # what each row attends to
         slots = min(power_of_two(max(map(len, windows), default=1) + max_new_tokens), T)
         running = list(range(len(prompts)))
         requests = [Request(sampling, key, max_new_tokens) for key in keys]
@@ -140,7 +154,7 @@ class LanguageModel:
         drawn = 0
         while drawn < max_new_tokens and running:
             room = T + 1 - max(len(windows[row]) for row in running)
-            n = min(CHUNK, max_new_tokens - drawn, room)
+            n = min(chunk, max_new_tokens - drawn, room)
             state, tokens, logprobs = self.engine.step(state, n)
             counts = (tokens >= 0).sum(axis=1)  # what a row does not draw comes after what it does
             last = np.where(counts > 0, tokens[np.arange(len(tokens)), counts - 1], last)
@@ -159,16 +173,21 @@ class LanguageModel:
                 left = [Request(sampling, keys[row], max_new_tokens - drawn, drawn) for row in full]
                 state = self.engine.insert(state, prefix, full, left)
 
-    def stream_text(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0) -> Iterator[str]:
-        """Yield one continuation of one prompt, piece by piece."""
-        decoder = TextDecoder(self.tokenizer, self._prompt_ids(prompt))
-        for tokens, _ in self.stream([prompt], max_new_tokens, sampling, seed):
+    def stream_text(
+        self, prompt: str | Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int = 0
+    ) -> Iterator[str]:
+        """Yield one continuation of one prompt, a text or its ids, piece by piece."""
+        decoder = TextDecoder(self.tokenizer, self.prompt_ids(prompt))
+        for tokens, _ in self.stream([prompt], max_new_tokens, sampling, seed, CHUNK_OF_TEXT):
             if piece := decoder.add(i for i in tokens[0].tolist() if i not in self.tokenizer.eos_ids):
                 yield piece
         if rest := decoder.finish():
             yield rest
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the ids that the model continues: those of a text, with the tokens that belong around it, or ids."""
+        if not isinstance(prompt, str):
+            return list(prompt)
         ids = self.tokenizer.encode_prompt(prompt).tolist()
         if ids:
             return ids

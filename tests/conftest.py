@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,19 @@ TINY_RUN = [
 def tiny_run(corpus_file, token_cache) -> list[str]:
     """Arguments of train.py for a run of seconds; the test adds --workdir."""
     return ["train.py", *TINY_RUN, f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, driven by selenium."""
+    if shutil.which("chromedriver") is None or shutil.which("chromium") is None:
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -e '.[test]'")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

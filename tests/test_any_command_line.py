@@ -5,6 +5,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -40,6 +41,8 @@ def verbs() -> dict[tuple[str, ...], Any]:
         for module in modules:
             made = importlib.import_module(f"gptjax.apps.{module}").VERBS
             found |= {(group, name): function for name, function in made.items()}
+    found["chat",] = importlib.import_module("gptjax.apps.chat.commands").chat
+    found["serve",] = importlib.import_module("gptjax.apps.serve.commands").serve
     found["plan",] = importlib.import_module("gptjax.apps.plan.commands").plan
     return found
 
@@ -76,8 +79,11 @@ JOB = ("c.yaml", "--out=out/job", "--workdir=gs://b/r", "--data.path=gs://b/data
 SENSIBLE: dict[tuple[str, ...], tuple[str | None, ...]] = dict.fromkeys(VERBS, (None,)) | {
     ("train",): ("c.yaml",),
     ("sample",): ("fake-run",),
+    ("serve",): ("fake-run",),
+    ("chat",): ("fake-run",),
     ("convert", "from-hf"): (None, "--out=out/model"),
     ("convert", "to-hf"): (None, "--out=out/model"),
+    ("convert", "to-gguf"): (None, "--out=out/model.gguf"),
     ("data", "prepare"): (None, "--out=out/data", "--tokenizer=byte", "--workers=1", "--val_frac=0.3"),
     ("data", "inspect"): ("prepared",),
     ("data", "train-tokenizer"): (None, "--out=out/tokenizer.json", "--vocab_size=300"),
@@ -165,11 +171,22 @@ def playground(tmp_path_factory):
         for heavy in ("trainer.train", "apps.plan.planning.make_plan", "apps.plan.planning.search"):
             importlib.import_module(f"gptjax.{heavy.rpartition('.')[0]}")
             patch.setattr(f"gptjax.{heavy}", (lambda *_, **__: 0) if heavy == "trainer.train" else refuse)
+        if importlib.util.find_spec("uvicorn"):
+            importlib.import_module("gptjax.apps.serve.run")
+            patch.setattr("gptjax.apps.serve.run.run_server", lambda *_: None)
         for heavy in ("compare", "Side", "seconds_to_first_step"):
             patch.setattr(f"gptjax.apps.bench.commands.{heavy}", refuse)
         patch.setattr("gptjax.data.corpus.load_corpus", refuse)
         patch.setattr("gptjax.data.sources.fetch", refuse)
-        for module in ("cli", "apps.plan.commands", "apps.scaling.commands", "apps.scaling.coordinates", "process"):
+        for module in (
+            "cli",
+            "apps.plan.commands",
+            "apps.scaling.commands",
+            "apps.scaling.coordinates",
+            "apps.serve.commands",
+            "apps.chat.commands",
+            "process",
+        ):
             patch.setattr(f"gptjax.{module}.prepare_process", lambda *_: None)
         patch.setattr("gptjax.apps.scaling.coordinates.change_of_activations", refuse)
         yield folder

@@ -5,7 +5,6 @@ The browser's tests are skipped where Chromium is absent: `apt-get install chrom
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[report]'")
 pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install -e '.[report]'")
+
+from browsing import check_in_browser
 
 from gptjax.apps.plan import planning
 from gptjax.apps.plan.chips import parse_topology
@@ -109,53 +110,6 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if shutil.which("chromedriver") is None or shutil.which("chromium") is None:
-        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -e '.[test]'")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-CHECK = (Path(__file__).parent / "page_check.js").read_text()
-
-
-def look(browser, path: Path, width: int, scheme: str) -> dict:
-    """Open a page as a device of a width and a colour scheme has it; return what page_check.js finds."""
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme_of = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme_of)
-    browser.get_log("performance"), browser.get_log("browser")
-    browser.get(path.as_uri())
-    found = browser.execute_script(CHECK)
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    found["requests"] = [url for url in asked if not url.startswith(("data:", path.as_uri()))]
-    found["console"] = [entry["message"] for entry in browser.get_log("browser")]
-    return found
-
-
-def check_in_browser(browser, path: Path) -> None:
-    """Assert what every page must hold, on two widths and in two colour schemes."""
-    for width in (1280, 360):
-        for scheme in ("light", "dark"):
-            found = look(browser, path, width, scheme)
-            where = f"{path.name} at {width} px, {scheme}"
-            assert found["scrolls"] == 0, f"{where} scrolls sideways: {found['wide']}"
-            assert not found["console"] and not found["requests"], (where, found["console"], found["requests"])
-            assert not found["faint"], f"{where}: {found['faint']}"
-            assert found["dark"] == (scheme == "dark")
-            assert not found["roles"], f"{where}: {found['roles']}"
 
 
 def test_a_runs_page_in_a_browser(browser, tmp_path):

@@ -36,6 +36,7 @@ __all__ = [
     "published_tokenizer",
     "read_huggingface_tokenizer",
     "same_ids",
+    "spelling",
     "text_after",
     "tokenizer_from_dict",
 ]
@@ -71,18 +72,18 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
             return False
         if text and "\ufffd" not in text:
             continue
-        if names[0].get(id) != names[1].get(id) or (id not in names[0] and _spelling(a, id) != _spelling(b, id)):
+        if names[0].get(id) != names[1].get(id) or (id not in names[0] and spelling(a, id) != spelling(b, id)):
             return False
     return True
 
 
-def _spelling(tokenizer: Tokenizer, id: int) -> bytes | None:
-    """Return the bytes of a token that is not special; None for an unused id."""
+def spelling(tokenizer: Tokenizer, id: int) -> bytes | None:
+    """Return the bytes of a token; None for an unused id, and for a special token that has no text."""
     if isinstance(tokenizer, ByteTokenizer):
-        return bytes([id])
+        return bytes([id]) if id < 256 else None
     if isinstance(tokenizer, CharTokenizer):
-        return tokenizer.alphabet[id].encode()
-    return tokenizer.spelling(id)
+        return tokenizer.alphabet[id].encode() if id < tokenizer.vocab_size else None
+    return None if isinstance(tokenizer, NoTokenizer) else tokenizer.spelling(id)
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:

@@ -1,0 +1,1 @@
+"""`gptjax chat`: a conversation in the terminal."""

@@ -1,0 +1,385 @@
+"""The HTTP interface: routes, limits and streams, on Starlette."""
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from gptjax.apps.serve.ask import Ask, Asking
+from gptjax.apps.serve.errors import ApiError
+from gptjax.apps.serve.fields import parse_object
+from gptjax.apps.serve.page import read_curves, read_page
+from gptjax.apps.serve.replies import Answer, Replies, Spellings
+from gptjax.apps.serve.scheduler import Event, Job, QueueFull, Scheduler
+from gptjax.console import describe_failure
+from gptjax.engine import Request as Draws
+from gptjax.engine import power_of_two
+from gptjax.errors import UserError
+from gptjax.generate import row_keys
+from gptjax.grammars import Grammars, TokenGrammar
+from gptjax.prompts import Wanted
+from gptjax.sampling import Sampling
+
+CLIENT_LEFT = 499  # what nginx logs for it; nobody receives it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take.
+
+    Attributes:
+        body_bytes: the longest body.
+        body_s: how long a client may take to send it.
+        answer_s: how long an answer may take, the wait in the queue included.
+    """
+
+    body_bytes: int = 2**21
+    body_s: float = 30.0
+    answer_s: float = 600.0
+
+
+class Server:
+    """The routes of a model's server.
+
+    Args:
+        scheduler: runs the jobs; its `deliver` must be this server's.
+        name: of the model.
+        asking: reads requests.
+        api_key: what clients must send; None for no key.
+        limits: of a request.
+        runs: a run, or a folder of runs, whose curves the page shows; None for none.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        name: str,
+        asking: Asking,
+        api_key: str | None,
+        limits: Limits,
+        runs: str | None = None,
+    ):
+        self._scheduler, self._name, self._asking = scheduler, name, asking
+        self._key, self._limits, self._runs = api_key, limits, runs
+        self._page, self._policy = read_page()
+        self._spellings = Spellings(scheduler.lm.tokenizer)
+        self._created = int(time.time())
+        self._draining = False
+        self._grammars: Grammars | None = None
+
+    def app(self, hosts: list[str] | None = None) -> Starlette:
+        """Return the ASGI application.
+
+        Args:
+            hosts: names by which clients may address it; None for any. On a loopback address, a page of another site
+                could otherwise reach the server by a name that it makes resolve here.
+        """
+        routes = [
+            Route("/healthz", self._guarded(self.health, open_to_all=True)),
+            Route("/", self._guarded(self.page, open_to_all=True)),
+            Route("/runs", self._guarded(self.runs)),
+            Route("/metrics", self._guarded(self.metrics)),
+            Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
+            Route("/v1/models", self._guarded(self.models)),
+            Route("/v1/models/{name:path}", self._guarded(self.model)),
+            Route("/v1/completions", self._guarded(self.complete), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
+            Route("/v1/embeddings", self._guarded(self.embed), methods=["POST"]),
+        ]
+        middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if hosts else []
+        return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+
+    def drain(self) -> None:
+        """Report that the server ends; what runs is finished."""
+        self._draining = True
+
+    async def health(self, request: Request) -> Response:
+        """200 when a request would be served at once or queued, 503 while programs compile or the server ends."""
+        ready = self._scheduler.ready.is_set() and self._scheduler.error is None and not self._draining
+        status = (
+            "ready"
+            if ready
+            else "failed"
+            if self._scheduler.error
+            else "draining"
+            if self._draining
+            else "warming up"
+        )
+        return JSONResponse({"status": status}, 200 if ready else 503)
+
+    async def page(self, request: Request) -> Response:
+        """The page, which asks for the rest by the same routes as anyone, with the key that its user types."""
+        guards = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+        return Response(
+            self._page, headers={"Content-Security-Policy": self._policy, **guards}, media_type="text/html"
+        )
+
+    async def runs(self, request: Request) -> Response:
+        """The curves of the runs beside the server."""
+        return JSONResponse({"runs": await run_in_threadpool(read_curves, self._runs) if self._runs else []})
+
+    async def metrics(self, request: Request) -> Response:
+        """Counters and clocks for Prometheus."""
+        return Response(self._scheduler.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, request: Request) -> Response:
+        """The list of models, which has one."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """The model, by its name."""
+        if request.path_params["name"] != self._name:
+            raise ApiError(404, f"this model is not here; there is {self._name!r}", "model", "model_not_found")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        more = {"owned_by": "gptjax", "max_model_len": self._scheduler.context, "chat": self._asking.chats}
+        return {"id": self._name, "object": "model", "created": self._created, **more}
+
+    async def tokenize(self, request: Request) -> Response:
+        """The ids of a text, and what each stands for."""
+        values = await self._values(request)
+        ids = await run_in_threadpool(self._asking.tokens, values)
+        tokens = [self._spellings.text(id) for id in ids]
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": self._scheduler.context, "ids": ids, "tokens": tokens}
+        )
+
+    async def complete(self, request: Request) -> Response:
+        """Continue prompts (OpenAI's legacy completions)."""
+        ask = await run_in_threadpool(self._asking.completion, await self._values(request))
+        return await self._answer(request, ask, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        """Continue a conversation."""
+        ask = await run_in_threadpool(self._asking.chat, await self._values(request))
+        return await self._answer(request, ask, chat=True)
+
+    async def embed(self, request: Request) -> Response:
+        """The mean of the last hidden states of each text."""
+        prompts, as_base64 = await run_in_threadpool(self._asking.embedding, await self._values(request))
+        draws = Draws(Sampling(0.0), np.zeros(2, np.uint32), 0)
+        jobs = [Job(ids, draws, "hidden") for ids in prompts]
+        await self._or_left(request, self._collect(jobs))
+        data = []
+        for number, job in enumerate(jobs):
+            assert job.reading is not None
+            mean = np.asarray(job.reading.hidden / len(job.ids), np.float32)
+            value = base64.b64encode(mean.tobytes()).decode() if as_base64 else mean.tolist()
+            data.append({"object": "embedding", "index": number, "embedding": value})
+        read = sum(map(len, prompts))
+        usage = {"prompt_tokens": read, "total_tokens": read}
+        return JSONResponse({"object": "list", "data": data, "model": self._name, "usage": usage})
+
+    def _grammar(self, ask: Ask) -> TokenGrammar | None:
+        """Return what restricts the answers; None for nothing."""
+        if ask.schema is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self._scheduler.lm.tokenizer, self._scheduler.lm.config.vocab_size)
+        return self._grammars.json_schema(ask.schema)
+
+    def _jobs(self, ask: Ask) -> list[Job]:
+        """Return a job for each answer that is drawn: best_of for the first prompt, then for the second."""
+        grammar = self._grammar(ask)
+        count = len(ask.prompts) * ask.best_of
+        keys = row_keys(ask.seed, power_of_two(count))
+        wanted: Wanted = "scores" if ask.echo and ask.logprobs is not None else "next"
+        return [
+            Job(
+                ask.prompts[number // ask.best_of],
+                Draws(ask.sampling, keys[number], ask.max_tokens),
+                wanted,
+                stops=ask.stops,
+                alternatives=ask.logprobs is not None,
+                grammar=None if grammar is None else grammar.copy(),
+            )
+            for number in range(count)
+        ]
+
+    async def _answer(self, request: Request, ask: Ask, chat: bool) -> Response:
+        jobs = await run_in_threadpool(self._jobs, ask)
+        replies = Replies(chat, self._name, ask, self._spellings)
+        if not ask.stream:
+            return JSONResponse(replies.whole(await self._or_left(request, self._collect(jobs))))
+        self._submit(jobs)
+        return StreamingResponse(
+            self._stream(jobs, replies), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+
+    async def _collect(self, jobs: list[Job]) -> list[Answer]:
+        """Return the answers of jobs when all have ended."""
+        answers = {job: Answer(job) for job in jobs}
+        self._submit(jobs)
+        try:
+            async with asyncio.timeout(self._limits.answer_s):
+                async for event in _events(jobs):
+                    answers[event.job].add(event)
+        except TimeoutError:
+            limit = f"{self._limits.answer_s:g}"
+            raise ApiError(
+                504, f"the answer took over {limit} seconds; ask for fewer tokens", code="timeout"
+            ) from None
+        finally:
+            self._scheduler.cancel(jobs)
+        return list(answers.values())
+
+    async def _stream(self, jobs: list[Job], replies: Replies) -> AsyncIterator[str]:
+        """Yield the events of a stream; when the client leaves, this is closed, and the rows become free."""
+        answers = {job: (number, Answer(job)) for number, job in enumerate(jobs)}
+        begun: set[Job] = set()
+        try:
+            async with asyncio.timeout(self._limits.answer_s):
+                async for event in _events(jobs):
+                    number, answer = answers[event.job]
+                    chunks = [] if event.job in begun else replies.first(number, answer)
+                    begun.add(event.job)
+                    answer.add(event)
+                    for chunk in [*chunks, *replies.next(number, answer, event)]:
+                        yield _sse(chunk)
+            for chunk in replies.last([answer for _, answer in answers.values()]):
+                yield _sse(chunk)
+        except TimeoutError:
+            yield _sse(ApiError(504, "the answer took too long; ask for fewer tokens", code="timeout").body())
+        except ApiError as error:
+            yield _sse(error.body())
+        finally:
+            self._scheduler.cancel(jobs)
+        yield "data: [DONE]\n\n"
+
+    def _submit(self, jobs: list[Job]) -> None:
+        """Hand jobs to the scheduler, with one inbox for all their events."""
+        inbox: asyncio.Queue[Event] = asyncio.Queue()
+        for job in jobs:
+            job.inbox = inbox
+        try:
+            self._scheduler.submit(jobs)
+        except QueueFull:
+            raise ApiError(429, "too many requests wait; try again later", code="queue_full") from None
+
+    async def _or_left(self, request: Request, work: Any) -> Any:
+        """Return the result of work, unless the client leaves before: then the work is cancelled."""
+        working = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(_until_left(request))
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise ClientDisconnect
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
+
+    async def _values(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object that a request carries."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which a page of another site cannot send without asking
+            raise ApiError(415, "send the body as Content-Type: application/json")
+        most, body = self._limits.body_bytes, bytearray()
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and len(declared) < 20 and int(declared) > most:
+            raise ApiError(413, f"the body has {declared} bytes, and the limit is {most}")
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise ApiError(413, f"the body has more bytes than the limit of {most}")
+        except TimeoutError:
+            raise ApiError(408, f"the body took over {self._limits.body_s:g} seconds to arrive") from None
+        return await run_in_threadpool(parse_object, bytes(body))
+
+    def _guarded(
+        self, handle: Callable[[Request], Awaitable[Response]], open_to_all: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """Return a route's function that checks the key, and answers every error in OpenAI's form."""
+
+        async def route(request: Request) -> Response:
+            try:
+                if not open_to_all:
+                    self._check_key(request)
+                response = await handle(request)
+            except ApiError as error:
+                response = _error(error)
+            except UserError as error:
+                response = _error(ApiError(400, str(error)))
+            except ClientDisconnect:
+                response = Response(status_code=CLIENT_LEFT)
+            except Exception as error:
+                print(describe_failure(error)[1], file=sys.stderr)
+                response = _error(ApiError(500, "the server failed on this request; its log says how"))
+            self._scheduler.meters.responses.labels(response.status_code).inc()
+            return response
+
+        return route
+
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        wanted = f"Bearer {self._key}".encode()
+        if self._key is not None and not hmac.compare_digest(given, wanted):
+            raise ApiError(401, "send Authorization: Bearer KEY with this server's key", code="invalid_api_key")
+
+
+def make_deliver(loop: asyncio.AbstractEventLoop) -> Callable[[list[Event]], None]:
+    """Return what brings a scheduler's events from its thread into their inboxes."""
+
+    def put(events: list[Event]) -> None:
+        for event in events:
+            event.job.inbox.put_nowait(event)
+
+    def deliver(events: list[Event]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(put, events)
+
+    return deliver
+
+
+async def _events(jobs: list[Job]) -> AsyncIterator[Event]:
+    """Yield what happens to jobs until all of them have ended; raises ApiError where the scheduler fails."""
+    left = len(jobs)
+    while left:
+        event = await jobs[0].inbox.get()
+        if event.finish == "failed":
+            raise ApiError(500, "the server failed; its log says how")
+        left -= event.finish is not None
+        yield event
+
+
+async def _until_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _sse(values: dict[str, Any]) -> str:
+    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _error(error: ApiError) -> Response:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer what Starlette itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    said = {404: "there is no such path", 405: "this path takes another method"}.get(error.status_code, error.detail)
+    response = _error(ApiError(error.status_code, said))
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,83 @@
+"""The command `gptjax serve`."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Literal
+
+from gptjax.commandline import mesh_axes
+from gptjax.errors import UserError
+from gptjax.paths import UserPath
+from gptjax.process import prepare_process
+
+MISSING = "serving needs: pip install 'gptjax[serve]'"
+MOST_CONTEXT = 4096  # tokens, where --context is not given: every slot's memory is allocated
+
+
+def serve(
+    model: UserPath,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    slots: int = 8,
+    context: int | None = None,
+    queue: int = 256,
+    timeout_s: float = 600.0,
+    name: str | None = None,
+    runs: UserPath | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    mesh: str | None = None,
+    cpu_devices: int | None = None,
+) -> None:
+    """Serve a model over HTTP in the form of OpenAI's API (docs/serving.md).
+
+    Args:
+        model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
+        host: address to listen at; 0.0.0.0 for every network that the machine is in.
+        port: port to listen at; 0 for any free one.
+        api_key: what clients must send; the default is the environment variable GPTJAX_API_KEY, or no key.
+        slots: number of texts that are generated at the same time; the others wait.
+        context: most tokens of a prompt and its answer; the default is the model's own, at most 4096.
+        queue: most texts that wait; beyond it, requests are refused with status 429.
+        timeout_s: longest time of an answer in seconds, the wait included.
+        name: of the model, as requests name it; the default is the last part of its path.
+        runs: a run, or a folder of runs, whose curves the page at / shows while they train.
+        dtype: data type of weights and matmuls; bfloat16 halves the memory. The default is that of training.
+        mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
+        cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
+    """
+    axes = None if mesh is None else mesh_axes(mesh)
+    for option, value, low, high in (
+        ("port", port, 0, 65535),
+        ("slots", slots, 1, 4096),
+        ("queue", queue, 1, 10**6),
+        ("timeout_s", timeout_s, 0.1, 10**6),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"--{option} {value} must lie in [{low}, {high}]")
+    if runs is not None and not Path(runs).is_dir():
+        raise UserError(f"--runs {runs!r} is no folder; give the directory of a run, or of several")
+    key = api_key if api_key is not None else os.environ.get("GPTJAX_API_KEY")
+    if key is not None and (len(key) < 1 or not key.isascii() or not key.isprintable()):
+        example = secrets.token_urlsafe(24)
+        raise UserError(f"the API key must be printable ASCII of at least one character, such as {example}")
+    try:
+        from gptjax.apps.serve.app import Limits
+        from gptjax.apps.serve.run import Settings, run_server
+    except ImportError as error:
+        raise UserError(f"{MISSING} ({error})") from None
+    prepare_process(cpu_devices)
+    from gptjax.convert import load
+
+    lm = load(model, dtype, axes)
+    T = lm.config.context_length
+    context = min(T, MOST_CONTEXT) if context is None else context
+    if not 2 <= context <= T:
+        raise UserError(f"--context {context} must lie in [2, {T}], the model's context")
+    shown = name or Path(model).resolve().name.removesuffix(".gguf") or "model"
+    settings = Settings(shown, host, port, key, slots, context, queue, Limits(answer_s=timeout_s), runs)
+
+    def started(_, address: str) -> None:
+        print(f"{shown} at {address} ; {address}/healthz says when it is ready", flush=True)
+
+    run_server(lm, settings, started)

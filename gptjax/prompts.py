@@ -1,0 +1,206 @@
+"""Prompts read in chunks, so that a long one does not hold up the batch, and a beginning that was read before is not
+read again.
+
+    reader = PromptReader(engine, slots=2048, kept_tokens=8192)
+    reading = reader.begin(ids)
+    while not reading.done:
+        reader.advance(reading)
+    state = engine.insert(state, reading.take_prefix(), [row], [request])
+
+A prompt is cut at multiples of the chunk's length, whatever is reused and whoever else is served: the same program
+reads the same tokens, and the result is bitwise the same.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.engine import UNUSED, Engine, Prefix, power_of_two
+from gptjax.nn.attention import CacheSlots
+from gptjax.nn.layers import Cache
+from gptjax.nn.transformer import Inputs, logits
+
+CHUNK_TOKENS = 128  # the most tokens that one call reads
+LEAST_WIDTH = 16  # of a chunk; shorter ones are padded to it
+N_ALTERNATIVES = 20  # the likeliest tokens that are reported beside a token
+
+Wanted = Literal["next", "scores", "hidden"]
+
+
+@dataclass
+class Scores:
+    """The log-probabilities of a prompt's tokens, each given those before it; the first token has none.
+
+    Attributes:
+        logprobs: of tokens 1 ... n - 1.
+        ids, values: for each of them, the likeliest tokens at its place and their log-probabilities,
+            [n - 1, N_ALTERNATIVES] (or the whole vocabulary where that is smaller).
+    """
+
+    logprobs: list[float] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass
+class Reading:
+    """A prompt of which some is read.
+
+    Attributes:
+        ids: all of it.
+        wanted: what is computed besides the cache: the logits of the next token, the scores of all tokens, or the
+            hidden states.
+        read: how many tokens are read.
+        reused: how many of these an earlier prompt had in common.
+        scores: of the tokens read, where they are wanted.
+        hidden: [D] float32, the sum of the last hidden states of the tokens read, where it is wanted.
+    """
+
+    ids: np.ndarray
+    wanted: Wanted
+    read: int = 0
+    reused: int = 0
+    scores: Scores = field(default_factory=Scores)
+    hidden: Any = 0.0
+    _cache: list[Cache] | None = None
+    _logits: jax.Array | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all of the prompt is read."""
+        return self.read == len(self.ids)
+
+    def take_prefix(self) -> Prefix:
+        """Return what `Engine.insert` takes, when all is read, and keep no reference to it."""
+        assert self.done and self._cache is not None and self._logits is not None
+        prefix = Prefix(self._cache, np.array([len(self.ids)], np.int32), self._logits)
+        self._cache = self._logits = None
+        return prefix
+
+
+class PromptReader:
+    """Reads prompts for an engine's batch.
+
+    Args:
+        engine: whose weights and layout of the cache are used.
+        slots: the most tokens of a prompt.
+        kept_tokens: how many tokens' keys and values are kept for prompts that begin alike; the least recently used
+            are forgotten.
+    """
+
+    def __init__(self, engine: Engine, slots: int, kept_tokens: int = 0):
+        self._engine = engine
+        self.chunk = min(CHUNK_TOKENS, max(LEAST_WIDTH, power_of_two(slots)))
+        self._slots = -(-slots // self.chunk) * self.chunk
+        self._kept: OrderedDict[bytes, list[Cache]] = OrderedDict()
+        self._most_kept = kept_tokens // self.chunk
+        self._empty = jax.jit(lambda: engine.empty_cache(1, self._slots))
+        self._read = jax.jit(self._read_chunk, static_argnames="wanted", donate_argnums=1)
+        self._cut = jax.jit(self._cut_chunk)
+        self._paste = jax.jit(self._paste_chunk, donate_argnums=0)
+
+    def begin(self, ids: Sequence[int], wanted: Wanted = "next") -> Reading:
+        """Return a reading of a prompt of at least one token, with what is kept of its beginning."""
+        reading = Reading(np.asarray(ids, np.int32), wanted)
+        with self._engine.on_mesh():
+            reading._cache = self._empty()
+            for number, name in enumerate(self._names(reading.ids) if wanted == "next" else []):
+                if name not in self._kept:
+                    break
+                self._kept.move_to_end(name)
+                reading._cache = self._paste(reading._cache, self._kept[name], np.int32(number * self.chunk))
+                reading.read += self.chunk
+        reading.reused = reading.read
+        return reading
+
+    def advance(self, reading: Reading) -> int:
+        """Read the next chunk and return how many tokens that cost, padding included."""
+        start = reading.read
+        ids = reading.ids[start : start + self.chunk]
+        width = self.width(len(ids), reading.wanted)
+        tokens, targets = np.zeros((2, 1, width), np.int32)
+        tokens[0, : len(ids)] = ids
+        following = reading.ids[start + 1 : start + 1 + len(ids)]
+        targets[0, : len(following)] = following
+        with self._engine.on_mesh():
+            reading._cache, found = self._read(
+                self._engine.params,
+                reading._cache,
+                tokens,
+                targets,
+                np.int32(start),
+                np.int32(len(ids)),
+                wanted=reading.wanted,
+            )
+            reading.read += len(ids)
+            if reading.wanted == "next" and len(ids) == self.chunk:
+                self._keep(reading)
+        reading._logits = found["logits"]
+        if reading.wanted == "hidden":
+            reading.hidden = reading.hidden + np.asarray(found["hidden"])
+        if reading.wanted == "scores":
+            logprobs, ids, values = (np.asarray(found[name])[: len(following)] for name in ("of", "ids", "values"))
+            reading.scores.logprobs += logprobs.tolist()
+            reading.scores.ids += list(ids)
+            reading.scores.values += list(values)
+        return width
+
+    def width(self, n: int, wanted: Wanted) -> int:
+        """Return to how many tokens a chunk of n is padded; what is rarely wanted has one program only."""
+        return max(LEAST_WIDTH, power_of_two(n)) if wanted == "next" else self.chunk
+
+    def _names(self, ids: np.ndarray) -> list[bytes]:
+        """Return a name for each whole chunk but the last token's: a hash of all tokens up to the chunk's end."""
+        names, so_far = [], hashlib.blake2b()
+        for start in range(0, (len(ids) - 1) // self.chunk * self.chunk, self.chunk):
+            so_far.update(ids[start : start + self.chunk].tobytes())
+            names.append(so_far.copy().digest())
+        return names
+
+    def _keep(self, reading: Reading) -> None:
+        """Keep the chunk that was just read, and forget those that are over the limit."""
+        names = self._names(reading.ids)
+        number = reading.read // self.chunk - 1
+        if self._most_kept == 0 or number >= len(names):
+            return
+        self._kept[names[number]] = self._cut(reading._cache, np.int32(number * self.chunk))
+        self._kept.move_to_end(names[number])
+        while len(self._kept) > self._most_kept:
+            self._kept.popitem(last=False)
+
+    def _read_chunk(self, params, cache, tokens, targets, start, length, wanted: Wanted):
+        """Read `length` tokens of tokens [1, W] into the cache, from slot `start`."""
+        (_, W), S = tokens.shape, self._slots
+        counted = jnp.arange(W, dtype=jnp.int32)[None]
+        positions = jnp.where(counted < length, start + counted, -1)
+        slot = jnp.arange(S, dtype=jnp.int32)[None]
+        slots = CacheSlots(jnp.where(slot < start + length, slot, UNUSED), start)
+        model, x, cache = self._engine.run(params, Inputs(tokens, positions, slots=slots), cache)
+        last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+        found = {"logits": self._engine.next_logits(model, last)}
+        if wanted == "hidden":
+            states = jnp.where(positions[0, :, None] >= 0, model.readout(x)[0].astype(jnp.float32), 0)
+            found["hidden"] = states.sum(axis=0)
+        if wanted == "scores":
+            log_p = jax.nn.log_softmax(logits(model, model.readout(x))[0], axis=-1)
+            found["of"] = jnp.take_along_axis(log_p, targets[0, :, None], axis=1)[:, 0]
+            found["values"], found["ids"] = jax.lax.top_k(log_p, min(N_ALTERNATIVES, log_p.shape[1]))
+        return cache, found
+
+    def _cut_chunk(self, cache: list[Cache], start) -> list[Cache]:
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.chunk, axis=2)
+        return [layer._replace(kv=jax.tree.map(cut, layer.kv)) for layer in cache]
+
+    def _paste_chunk(self, cache: list[Cache], piece: list[Cache], start) -> list[Cache]:
+        paste = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        return [
+            Cache(jax.tree.map(paste, layer.kv, chunk.kv), chunk.recent)
+            for layer, chunk in zip(cache, piece, strict=True)
+        ]
