@@ -24,7 +24,7 @@ def chat(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 1337,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     mesh: str | None = None,
     cpu_devices: int | None = None,
 ) -> None:
@@ -39,7 +39,7 @@ def chat(
         top_p: sample from the smallest set of tokens whose total probability is at least p.
         min_p: sample from the tokens that are at least p times as probable as the most probable one.
         seed: seed of the first answer; the next one's is larger by 1, and so on.
-        dtype: data type of weights and matmuls; bfloat16 halves the memory. The default is that of training.
+        dtype: data type of the weights; bfloat16 takes half the memory, int8 a quarter. By default as in training.
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """

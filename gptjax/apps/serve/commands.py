@@ -25,7 +25,7 @@ def serve(
     timeout_s: float = 600.0,
     name: str | None = None,
     runs: UserPath | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     mesh: str | None = None,
     cpu_devices: int | None = None,
 ) -> None:
@@ -42,7 +42,7 @@ def serve(
         timeout_s: longest time of an answer in seconds, the wait included.
         name: of the model, as requests name it; the default is the last part of its path.
         runs: a run, or a folder of runs, whose curves the page at / shows while they train.
-        dtype: data type of weights and matmuls; bfloat16 halves the memory. The default is that of training.
+        dtype: data type of the weights; bfloat16 takes half the memory, int8 a quarter. By default as in training.
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
