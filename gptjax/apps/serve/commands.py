@@ -47,20 +47,12 @@ def serve(
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
     axes = None if mesh is None else mesh_axes(mesh)
-    for option, value, low, high in (
-        ("port", port, 0, 65535),
-        ("slots", slots, 1, 4096),
-        ("queue", queue, 1, 10**6),
-        ("timeout_s", timeout_s, 0.1, 10**6),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"--{option} {value} must lie in [{low}, {high}]")
+    _check_ranges(
+        port=(port, 0, 65535), slots=(slots, 1, 4096), queue=(queue, 1, 10**6), timeout_s=(timeout_s, 0.1, 1e6)
+    )
     if runs is not None and not Path(runs).is_dir():
         raise UserError(f"--runs {runs!r} is no folder; give the directory of a run, or of several")
-    key = api_key if api_key is not None else os.environ.get("GPTJAX_API_KEY")
-    if key is not None and (len(key) < 1 or not key.isascii() or not key.isprintable()):
-        example = secrets.token_urlsafe(24)
-        raise UserError(f"the API key must be printable ASCII of at least one character, such as {example}")
+    key = _api_key(api_key)
     try:
         from gptjax.apps.serve.app import Limits
         from gptjax.apps.serve.run import Settings, run_server
@@ -81,3 +73,18 @@ def serve(
         print(f"{shown} at {address} ; {address}/healthz says when it is ready", flush=True)
 
     run_server(lm, settings, started)
+
+
+def _check_ranges(**options: tuple[float, float, float]) -> None:
+    for option, (value, low, high) in options.items():
+        if not low <= value <= high:
+            raise UserError(f"--{option} {value} must lie in [{low:g}, {high:g}]")
+
+
+def _api_key(given: str | None) -> str | None:
+    """Return the key of the option or the environment; None for none."""
+    key = given if given is not None else os.environ.get("GPTJAX_API_KEY")
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        example = secrets.token_urlsafe(24)
+        raise UserError(f"the API key must be printable ASCII of at least one character, such as {example}")
+    return key
