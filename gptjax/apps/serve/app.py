@@ -219,9 +219,7 @@ class Server:
         if not ask.stream:
             return JSONResponse(replies.whole(await self._or_left(request, self._collect(jobs))))
         self._submit(jobs)
-        return StreamingResponse(
-            self._stream(jobs, replies), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        return _Stream(self._stream(jobs, replies), lambda: self._scheduler.cancel(jobs))
 
     async def _collect(self, jobs: list[Job]) -> list[Answer]:
         """Return the answers of jobs when all have ended."""
@@ -335,6 +333,20 @@ class Server:
         wanted = f"Bearer {self._key}".encode()
         if self._key is not None and not hmac.compare_digest(given, wanted):
             raise ApiError(401, "send Authorization: Bearer KEY with this server's key", code="invalid_api_key")
+
+
+class _Stream(StreamingResponse):
+    """A response of events; whatever ends it, also before the first, calls `end`."""
+
+    def __init__(self, content: AsyncIterator[str], end: Callable[[], None]):
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def make_deliver(loop: asyncio.AbstractEventLoop) -> Callable[[list[Event]], None]:
