@@ -82,6 +82,7 @@ class Server:
         self._created = int(time.time())
         self._draining = False
         self._grammars: Grammars | None = None
+        self._compiling = asyncio.Lock()
 
     def app(self, hosts: list[str] | None = None) -> Starlette:
         """Return the ASGI application.
@@ -187,17 +188,20 @@ class Server:
         usage = {"prompt_tokens": read, "total_tokens": read}
         return JSONResponse({"object": "list", "data": data, "model": self._name, "usage": usage})
 
-    def _grammar(self, ask: Ask) -> TokenGrammar | None:
-        """Return what restricts the answers; None for nothing."""
+    async def _grammar(self, ask: Ask) -> TokenGrammar | None:
+        """Return what restricts the answers; None for nothing. One schema is compiled at a time: some take seconds."""
         if ask.schema is None:
             return None
+        async with self._compiling:
+            return await run_in_threadpool(self._compile, ask.schema)
+
+    def _compile(self, schema: dict[str, Any]) -> TokenGrammar:
         if self._grammars is None:
             self._grammars = Grammars(self._scheduler.lm.tokenizer, self._scheduler.lm.config.vocab_size)
-        return self._grammars.json_schema(ask.schema)
+        return self._grammars.json_schema(schema)
 
-    def _jobs(self, ask: Ask) -> list[Job]:
+    def _jobs(self, ask: Ask, grammar: TokenGrammar | None) -> list[Job]:
         """Return a job for each answer that is drawn: best_of for the first prompt, then for the second."""
-        grammar = self._grammar(ask)
         count = len(ask.prompts) * ask.best_of
         keys = row_keys(ask.seed, power_of_two(count))
         wanted: Wanted = "scores" if ask.echo and ask.logprobs is not None else "next"
@@ -214,7 +218,7 @@ class Server:
         ]
 
     async def _answer(self, request: Request, ask: Ask, chat: bool) -> Response:
-        jobs = await run_in_threadpool(self._jobs, ask)
+        jobs = await run_in_threadpool(self._jobs, ask, await self._grammar(ask))
         replies = Replies(chat, self._name, ask, self._spellings)
         if not ask.stream:
             return JSONResponse(replies.whole(await self._or_left(request, self._collect(jobs))))
