@@ -234,7 +234,6 @@ HELLO = [{"role": "user", "content": "a"}]
 HOSTILE = "<script>alert(1)</script>"
 BOMBS = [
     {"$ref": "http://localhost/x"},
-    {"type": "string", "pattern": "((a{1000}){1000}){1000}"},
     {"type": HOSTILE},
     {"anyOf": [{"type": "string", "pattern": "x" * 70000}]},
 ]

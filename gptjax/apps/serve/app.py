@@ -189,7 +189,7 @@ class Server:
         return JSONResponse({"object": "list", "data": data, "model": self._name, "usage": usage})
 
     async def _grammar(self, ask: Ask) -> TokenGrammar | None:
-        """Return what restricts the answers; None for nothing. One schema is compiled at a time: some take seconds."""
+        """Return what restricts the answers; None for nothing. Schemas can take seconds, and are compiled in turn."""
         if ask.schema is None:
             return None
         async with self._compiling:
