@@ -22,7 +22,7 @@ pytest.importorskip("gguf", reason="pip install -e '.[hf]'")
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig, plain_values
 from gptjax.convert import load, open_model
-from gptjax.convert.gguf_export import _cut_of, export_gguf
+from gptjax.convert.gguf_export import _cut_of, _vocabulary, export_gguf
 from gptjax.errors import UserError
 from gptjax.nn.transformer import init_params
 from gptjax.sampling import Sampling
@@ -64,7 +64,7 @@ def test_a_written_file_is_the_same_model_when_it_is_read_again(kind, type, tmp_
     folder, file = huggingface_model(tmp_path / "hf", hf_directory, kind), tmp_path / "new" / "model.gguf"
     export_gguf(str(folder), str(file), type)
     given, found = logits(folder), logits(file)
-    assert np.abs(found - given).max() < {"f16": 0.02, "q8_0": 0.2}[type] < np.abs(given).max() / 20
+    assert np.abs(found - given).max() < np.abs(given).max() / {"f16": 200, "q8_0": 30}[type]
     ours, theirs = (open_model(str(path)).tokenizer for path in (folder, file))
     for text in TEXTS:
         assert ours.encode_prompt(text).tolist() == theirs.encode_prompt(text).tolist()
@@ -101,11 +101,9 @@ def run_with(tokenizer, folder: Path) -> Path:
     return folder
 
 
-def test_what_llama_cpp_lacks_is_one_line(tmp_path):
-    run = run_with(CharTokenizer("abc"), tmp_path / "run")
+def test_what_llama_cpp_lacks_is_one_line():
     with pytest.raises(UserError, match="no tokenizer of this kind"):
-        export_gguf(str(run), str(tmp_path / "x.gguf"))
-    assert not (tmp_path / "x.gguf").exists()
+        _vocabulary(CharTokenizer("abc"), 3)
 
 
 LLAMA_CPP = """
