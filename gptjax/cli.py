@@ -40,6 +40,8 @@ def sample_from(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    beams: int | None = None,
+    length_penalty: float = 1.0,
     seed: int = 1337,
     format: Literal["text", "jsonl"] = "text",
     logprobs: bool = False,
@@ -59,6 +61,8 @@ def sample_from(
         top_k: sample from the k most probable tokens only.
         top_p: sample from the smallest set of tokens whose total probability is at least p.
         min_p: sample from the tokens that are at least p times as probable as the most probable one.
+        beams: search for the most probable text with so many beams, instead of sampling.
+        length_penalty: with --beams, a text's score is divided by its length to this power; more favours long texts.
         seed: seed of the random numbers; the same seed gives the same text.
         format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
         logprobs: also report the natural log of each token's probability.
@@ -77,19 +81,38 @@ def sample_from(
     lm = load(model, dtype, axes)
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
-    _note_a_sliding_window(lm, prompts, max_new_tokens)
-    if format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
+    if beams is None:
+        _note_a_sliding_window(lm, prompts, max_new_tokens)
+    if beams is None and format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
         _stream(repeated[0], lm.stream_text(repeated[0], max_new_tokens, how, seed))
         return
-    for number, done in enumerate(lm.complete(repeated, max_new_tokens, how, seed)):
-        if format == "jsonl":
-            row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
-            row |= {"logprobs": done.logprobs} if logprobs else {}
-            print(json.dumps(row, ensure_ascii=not writes_unicode()))
-            continue
-        print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
-        if logprobs:
-            _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
+    if beams is None:
+        completions = lm.complete(repeated, max_new_tokens, how, seed)
+    else:
+        completions = _by_beams(lm, prompts, num_samples, max_new_tokens, beams, length_penalty)
+    for number, done in enumerate(completions):
+        _print_completion(lm, number, done, format, logprobs)
+
+
+def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, length_penalty: float) -> list[Any]:
+    """Return each prompt's n best continuations by beam search."""
+    from gptjax.beam import BeamSearch
+
+    if n > beams:
+        raise UserError(f"num_samples {n} exceeds beams {beams}; beam search finds at most as many texts as beams")
+    found = BeamSearch(lm, beams, length_penalty).complete(prompts, new_tokens)
+    return [beam.completion for row in found for beam in row[:n]]
+
+
+def _print_completion(lm: Any, number: int, done: Any, format: str, logprobs: bool) -> None:
+    if format == "jsonl":
+        row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
+        row |= {"logprobs": done.logprobs} if logprobs else {}
+        print(json.dumps(row, ensure_ascii=not writes_unicode()))
+        return
+    print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
+    if logprobs:
+        _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
 
 
 def _note_a_sliding_window(lm: Any, prompts: list[str], new_tokens: int) -> None:
@@ -267,6 +290,7 @@ def convert(args: list[str]) -> int:
 DATA_COMMANDS = {
     "prepare": ("prepare", "tokenize text into shards that training reads"),
     "inspect": ("inspect", "describe a prepared folder"),
+    "scrub": ("scrub", "replace personal data and keys"),
     "train-tokenizer": ("vocabulary", "learn a byte-level BPE from text"),
 }
 
@@ -313,6 +337,14 @@ def evaluate(args: list[str]) -> int:
     if name == "lm-eval":
         return lm_eval(args[1:])
     return 0 if name is None else _call(VERBS[name], f"gptjax eval {name}", args[1:])
+
+
+@report_user_errors
+def inspect_model(args: list[str]) -> int:
+    """look inside a model at a prompt: probabilities, attention, logit lens, attribution, patching"""
+    from gptjax.apps.inspection.commands import inspect as look
+
+    return _call(look, "gptjax inspect", args)
 
 
 @report_user_errors
@@ -374,6 +406,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scaling": scaling,
     "bench": bench,
     "eval": evaluate,
+    "inspect": inspect_model,
     "plan": plan,
     "launch": launch,
     "report": report,

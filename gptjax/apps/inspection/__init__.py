@@ -1,0 +1,1 @@
+"""Look inside a model at a prompt: probabilities, attention, logit lens, attribution, activation patching."""

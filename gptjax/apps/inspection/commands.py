@@ -1,0 +1,56 @@
+"""The command `gptjax inspect`."""
+
+import json as json_format
+
+from gptjax import display
+from gptjax.errors import UserError
+from gptjax.paths import UserPath
+from gptjax.process import prepare_process
+
+MISSING = "pages need: pip install 'gptjax[report]'"
+
+
+def inspect(
+    model: UserPath,
+    *,
+    prompt: str,
+    against: str | None = None,
+    top: int = 3,
+    html: UserPath | None = None,
+    json: bool = False,
+) -> None:
+    """Look inside a model at a prompt: probabilities, attention, logit lens, attribution, activation patching.
+
+    Args:
+        model: the directory of a run, a Hugging Face directory or id, or a .gguf file.
+        prompt: the text to look at.
+        against: another text of as many tokens; each activation of the prompt is copied into its run.
+        top: alternatives to show for each token.
+        html: also write one self-contained page to this file.
+        json: print one JSON object, with all attention weights, instead of tables.
+    """
+    if top < 1:
+        raise UserError(f"top {top} must be at least 1")
+    prepare_process()
+    from gptjax.apps.inspection.report import inspect_prompt, lines
+    from gptjax.convert import load
+
+    lm = load(model)
+    for name, text in (("prompt", prompt), ("against", against)):
+        n = 0 if text is None else len(lm.prompt_ids(text))
+        if n > lm.config.context_length:
+            raise UserError(
+                f"--{name} has {n} tokens, more than the context of {lm.config.context_length}; shorten it"
+            )
+    found = inspect_prompt(lm, prompt, against, top)
+    print(json_format.dumps(found) if json else "\n".join(lines(found)))
+    if html is not None:
+        try:
+            from gptjax.apps.inspection.page import inspection_page
+            from gptjax.pages.page import write_page
+        except ImportError:
+            raise UserError(MISSING) from None
+        page = inspection_page(found, str(model))
+        write_page(html, page)
+        if not json:
+            print(f"{html}  {display.size(len(page))}")
