@@ -109,10 +109,15 @@ class BeamSearch:
 
     def complete(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[Beam]]:
         """Return each prompt's finished continuations, best first."""
-        ids = [self.lm.prompt_ids(prompt) for prompt in prompts]
+        return self.complete_ids([self.lm.prompt_ids(prompt) for prompt in prompts], max_new_tokens, prompts)
+
+    def complete_ids(
+        self, ids: Sequence[Sequence[int]], max_new_tokens: int, prompts: Sequence[str] | None = None
+    ) -> list[list[Beam]]:
+        """Return the finished continuations of prompts of ids, best first; `prompts` are their texts, if known."""
         tokens, logprobs, scores, lengths = map(np.asarray, self.search(ids, max_new_tokens))
         found = []
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(prompts or [""] * len(ids)):
             found.append([])
             for beam in np.flatnonzero(scores[row] > NEVER / 2):
                 n = int(lengths[row, beam])

@@ -11,6 +11,7 @@ from conftest import GPT2_LIKE, MODERN, make_config, without_zeros
 import gptjax.convert
 from gptjax.apps.evaluate import commands, metrics
 from gptjax.apps.evaluate.generation import answer_prompts
+from gptjax.beam import BeamSearch
 from gptjax.generate import LanguageModel
 from gptjax.nn.transformer import init_params
 from gptjax.scoring import Passage, Scorer, encode_pair, pack, rolling_windows
@@ -195,3 +196,16 @@ def test_lm_eval_runs_a_task_with_a_model_of_gptjax(loaded, tmp_path, capsys, mo
         pairs = [encode_pair(loaded.tokenizer, sample["doc"]["q"], f" {c}") for c in sample["doc"]["choices"]]
         expected = [by_full_forward(loaded, *pair)[0].sum() for pair in pairs]
         np.testing.assert_allclose([float(r[0][0]) for r in sample["resps"]], expected, atol=1e-4)
+
+
+def test_translation_by_beams_ends_at_a_line_break(loaded, tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason="pip install -e '.[eval]'")
+    (tmp_path / "t.tsv").write_text("ABC\tX\nDE\tY\n")
+    out = tmp_path / "out.jsonl"
+    commands.translation(
+        "M", data=str(tmp_path / "t.tsv"), prompt="{source}>", max_new_tokens=12, beams=3, out=str(out)
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    best = [beams[0].completion.text for beams in BeamSearch(loaded, 3).complete(["ABC>", "DE>"], 12)]
+    assert {row["item"]: row["text"] for row in rows} == {i: t.partition("\n")[0].strip() for i, t in enumerate(best)}
+    assert "chrf" in capsys.readouterr().out

@@ -7,7 +7,8 @@ from typing import Any
 from gptjax import display
 from gptjax.apps.evaluate.items import Answers, digest, read_text
 from gptjax.errors import UserError
-from gptjax.paths import UserPath
+from gptjax.files import write_atomically
+from gptjax.paths import UserPath, shell, writing
 from gptjax.process import prepare_process
 
 
@@ -76,10 +77,12 @@ def translation(
     prompt: str = "{source}\n",
     tokenize: str = "13a",
     max_new_tokens: int = 200,
+    beams: int | None = None,
+    length_penalty: float = 1.0,
     out: UserPath | None = None,
     json: bool = False,
 ) -> None:
-    """Translate sentences greedily: chrF and BLEU by sacrebleu.
+    """Translate sentences, greedily or by beam search: chrF and BLEU by sacrebleu.
 
     Args:
         model: the directory of a run, a Hugging Face directory or id, or a .gguf file.
@@ -87,6 +90,8 @@ def translation(
         prompt: what the model reads, with {source} in place of the sentence. A translation ends at a line break.
         tokenize: sacrebleu's tokenizer for BLEU, such as zh for Chinese references.
         max_new_tokens: the most tokens of a translation.
+        beams: search by so many beams instead of greedily.
+        length_penalty: with --beams, a text's score is divided by its length to this power; more favours long texts.
         out: a file that keeps each item's answer; with the same file, an interrupted evaluation resumes.
         json: print one JSON object instead of a table.
     """
@@ -96,9 +101,10 @@ def translation(
     def run(lm: Any, answers: Answers) -> Any:
         from gptjax.apps.evaluate.tasks import translate
 
-        return translate(lm, data, answers, lambda s: prompt.replace("{source}", s), tokenize, max_new_tokens)
+        how = (tokenize, max_new_tokens, beams, length_penalty)
+        return translate(lm, data, answers, lambda source: prompt.replace("{source}", source), *how)
 
-    options = {"prompt": prompt, "tokenize": tokenize, "max_new_tokens": max_new_tokens}
+    options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "beams": beams, "length_penalty": length_penalty}
     _evaluate("translation", model, data, out, json, options, run)
 
 
@@ -118,6 +124,65 @@ def bits(model: UserPath, *, data: UserPath, out: UserPath | None = None, json: 
         return bits_per_byte(lm, data, answers)
 
     _evaluate("bits", model, data, out, json, {}, run)
+
+
+def memorization(
+    model: UserPath,
+    *,
+    data: UserPath,
+    text: UserPath | None = None,
+    seed: int = 0,
+    out: UserPath | None = None,
+    json: bool = False,
+) -> None:
+    """Measure what a model remembers: canaries' exposure by their repeats, verbatim continuations of training text.
+
+    Args:
+        model: the directory of a run, a Hugging Face directory or id, or a .gguf file.
+        data: the canaries, which gptjax eval plant-canaries wrote.
+        text: training text; its continuations after 8 to 64 tokens are compared with what the model writes.
+        seed: of the numbers that canaries are compared with, and of the places in the text.
+        out: a file that keeps each canary's exposure; with the same file, an interrupted evaluation resumes.
+        json: print one JSON object instead of a table.
+    """
+
+    def run(lm: Any, answers: Answers) -> Any:
+        from gptjax.apps.evaluate.memorization import memorization
+
+        return memorization(lm, data, text, answers, seed)
+
+    _evaluate("memorization", model, data, out, json, {"seed": seed}, run)
+
+
+def plant_canaries(
+    text: UserPath,
+    *,
+    out: UserPath,
+    canaries: UserPath,
+    repeats: list[str] | None = None,
+    each: int = 4,
+    seed: int = 0,
+) -> None:
+    """Plant canaries, lines with a random number, in a text to train on.
+
+    Args:
+        text: the text.
+        out: the text with canaries, to write.
+        canaries: the JSON Lines file to write for gptjax eval memorization.
+        repeats: how often to plant a canary; give it again for several. The default is 1, 4, 16 and 64.
+        each: canaries for every number of repeats.
+        seed: of the canaries and their places.
+    """
+    from gptjax.apps.evaluate.memorization import as_lines, plant
+
+    wanted = ["1", "4", "16", "64"] if repeats is None else repeats
+    if not all(n.isdecimal() and int(n) for n in wanted) or each < 1:
+        raise UserError(f"repeats {', '.join(wanted)} and each {each} must be whole numbers of at least 1")
+    planted, rows = plant(read_text(text), [int(n) for n in wanted], each, seed)
+    for path, content in ((out, planted), (canaries, as_lines(rows))):
+        with writing(path) as file:
+            write_atomically(file, content)
+    print(f"{out} has {len(rows)} canaries; after training: gptjax eval memorization RUN --data {shell(canaries)}")
 
 
 def lm_eval(args: list[str]) -> int:
@@ -174,4 +239,11 @@ def _evaluate(
     print("\n".join(display.table(rows, [f"{task}, {len(answers.rows)} items", "value", "stderr"])))
 
 
-VERBS: dict[str, Callable[..., None]] = {"choice": choice, "qa": qa, "translation": translation, "bits": bits}
+VERBS: dict[str, Callable[..., None]] = {
+    "choice": choice,
+    "qa": qa,
+    "translation": translation,
+    "bits": bits,
+    "memorization": memorization,
+    "plant-canaries": plant_canaries,
+}

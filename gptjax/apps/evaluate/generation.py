@@ -19,10 +19,12 @@ class Answer(NamedTuple):
 
     Attributes:
         text: up to its stop text, its end token, or the most tokens allowed.
+        tokens: the ids drawn, without end tokens.
         confidence: geometric mean of its tokens' probabilities, in [0, 1].
     """
 
     text: str
+    tokens: list[int]
     confidence: float
 
 
@@ -69,7 +71,7 @@ def _answer_batch(lm: LanguageModel, prompts, requests: list[Request], stops: Se
     drawn: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     running = set(range(count))
-    answers = [Answer("", 0.0)] * count
+    answers = [Answer("", [], 0.0)] * count
     for done in range(0, most, CHUNK):
         state, tokens, chunk_logprobs = engine.step(state, min(CHUNK, most - done))
         for row in sorted(running):
@@ -92,4 +94,4 @@ def _cut(lm: LanguageModel, prompt, ids: list[int], logprobs: list[float], stops
     text = text_after(lm.tokenizer, prompt, kept)
     ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     confidence = float(np.exp(np.mean(logprobs))) if logprobs else 0.0
-    return Answer(text[: min(ends)] if ends else text, confidence), bool(ends)
+    return Answer(text[: min(ends)] if ends else text, kept, confidence), bool(ends)

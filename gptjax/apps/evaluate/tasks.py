@@ -1,16 +1,17 @@
 """The tasks of `gptjax eval`: each reads items, answers those that have no answer yet, and returns its figures."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from gptjax.apps.evaluate import items, metrics
-from gptjax.apps.evaluate.generation import answer_prompts
+from gptjax.apps.evaluate.generation import ROWS, answer_prompts
 from gptjax.apps.evaluate.items import Answers
 from gptjax.apps.evaluate.metrics import Figure
+from gptjax.beam import BeamSearch
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.scoring import Scorer, encode_pair, first_id, rolling_windows
@@ -119,15 +120,36 @@ def translate(
     format: Callable[[str], str],
     tokenize: str,
     max_new_tokens: int,
+    beams: int | None,
+    length_penalty: float,
 ) -> Figures:
-    """Translate the first column of a TSV file, and compare with the second by chrF and BLEU (sacrebleu)."""
+    """Translate the first column of a TSV file, and compare with the second by chrF and BLEU (sacrebleu).
+
+    Args:
+        format: source -> prompt.
+        beams: of a beam search; None for greedy translation.
+    """
     pairs = items.read_pairs(path)
     missing = answers.missing(len(pairs))
     prompts = [_prompt(lm, format(pairs[number][0]), max_new_tokens) for number in missing]
-    for place, found in with_bar(answer_prompts(lm, prompts, max_new_tokens, ["\n"]), len(prompts)):
-        answers.add(missing[place], {"source": pairs[missing[place]][0], "text": found.text.strip()})
+    if beams is None:
+        texts = ((place, found.text) for place, found in answer_prompts(lm, prompts, max_new_tokens, ["\n"]))
+    else:
+        texts = _by_beams(BeamSearch(lm, beams, length_penalty), prompts, max_new_tokens)
+    for place, text in with_bar(texts, len(prompts)):
+        answers.add(missing[place], {"source": pairs[missing[place]][0], "text": text.strip()})
     found = [row["text"] for row in answers.in_order()]
     return metrics.translation_figures(found, [target for _, target in pairs], tokenize)
+
+
+def _by_beams(search: BeamSearch, prompts: list[list[int]], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+    """Yield each prompt's number and its best text up to a line break, longest prompts first."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), ROWS):
+        numbers = order[start : start + ROWS]
+        found = search.complete_ids([prompts[i] for i in numbers], max_new_tokens)
+        for number, beams in zip(numbers, found, strict=True):
+            yield number, beams[0].completion.text.partition("\n")[0]
 
 
 def bits_per_byte(lm: LanguageModel, path: str, answers: Answers) -> Figures:
