@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import GPT2_LIKE, MODERN, make_config, without_zeros
+from conftest import MODERN, make_config, without_zeros
 
 import gptjax.convert
 from gptjax import cli
@@ -79,12 +79,13 @@ def test_sequences_and_scores_are_those_of_transformers(exported, beams, length_
             kinds.add(n < 12)
             total = float(found.logprobs[row, beam, :n].sum())
             assert total / n**length_penalty == pytest.approx(float(found.scores[row, beam]), abs=1e-4)
-    assert beams == 1 or kinds == {True, False} or length_penalty != 1.0
+    assert length_penalty != 0 or True in kinds  # plain sums favour sequences that an end token made short
+    assert length_penalty != 2 or False in kinds
 
 
-@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
-def lm(request) -> LanguageModel:
-    cfg = make_config({**request.param, "init": "gpt2"}).model
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    cfg = make_config({**MODERN, "init": "gpt2"}).model
     params = jax.tree.map(lambda x: 5 * x, without_zeros(init_params(cfg, jax.random.key(0))))
     return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
 
@@ -101,7 +102,8 @@ def test_one_beam_is_greedy_and_more_are_at_least_as_probable(lm):
         ids = lm.tokenizer.encode(completion.prompt).tolist()
         for beam in beams:  # the cache after reordering, against the full forward
             whole = [*ids, *beam.completion.tokens]
-            log_p = jax.nn.log_softmax(lm.logits([whole[:-1]])[0, len(ids) - 1 :])
+            padded = whole + [0] * (lm.config.context_length - len(whole))  # one shape, one program
+            log_p = jax.nn.log_softmax(lm.logits([padded])[0, len(ids) - 1 :])
             expected = [float(log_p[i, id]) for i, id in enumerate(beam.completion.tokens)]
             np.testing.assert_allclose(beam.completion.logprobs, expected, atol=1e-4)
 

@@ -19,11 +19,15 @@ ALPHABET = "\n" + "".join(chr(c) for c in range(48, 48 + 60))
 PROMPT, OTHER = "ABCDEF", "ABXDEG"
 
 
-@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
-def lm(request) -> LanguageModel:
-    cfg = make_config({**request.param, "init": "gpt2"}).model
+def make_model(shape: dict) -> LanguageModel:
+    cfg = make_config({**shape, "init": "gpt2"}).model
     params = jax.tree.map(lambda x: 5 * x, without_zeros(init_params(cfg, jax.random.key(0))))
     return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
+
+
+@pytest.fixture(scope="module", params=[GPT2_LIKE, MODERN], ids=["gpt2", "modern"])
+def lm(request) -> LanguageModel:
+    return make_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +79,9 @@ def test_the_effect_of_a_full_patch_is_the_difference_of_the_two_runs(lm, inspec
     assert np.abs(found.effect[1]).max() > 1e-3
 
 
-def test_the_command_writes_tables_json_and_a_page(lm, monkeypatch, capsys, tmp_path):
+def test_the_command_writes_tables_json_and_a_page(monkeypatch, capsys, tmp_path):
     pytest.importorskip("jinja2", reason="pip install -e '.[report]'")
+    lm = make_model(MODERN)
     monkeypatch.setattr(gptjax.convert, "load", lambda *args: lm)
     monkeypatch.setattr(commands, "prepare_process", lambda *args: None)
     commands.inspect("M", prompt=PROMPT, against=OTHER, json=True)
