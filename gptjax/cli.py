@@ -81,17 +81,15 @@ def sample_from(
     lm = load(model, dtype, axes)
     how = Sampling(temperature, top_k, top_p, min_p).check()
     repeated = [p for p in prompts for _ in range(num_samples)]
-    if beams is None:
-        _note_a_sliding_window(lm, prompts, max_new_tokens)
-    if beams is None and format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
-        _stream(repeated[0], lm.stream_text(repeated[0], max_new_tokens, how, seed))
-        return
-    if beams is None:
-        completions = lm.complete(repeated, max_new_tokens, how, seed)
-    else:
+    if beams is not None:
         completions = _by_beams(lm, prompts, num_samples, max_new_tokens, beams, length_penalty)
-    for number, done in enumerate(completions):
-        _print_completion(lm, number, done, format, logprobs)
+    else:
+        _note_a_sliding_window(lm, prompts, max_new_tokens)
+        if format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
+            _stream(repeated[0], lm.stream_text(repeated[0], max_new_tokens, how, seed))
+            return
+        completions = lm.complete(repeated, max_new_tokens, how, seed)
+    _print_completions(lm, completions, format, logprobs)
 
 
 def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, length_penalty: float) -> list[Any]:
@@ -104,15 +102,17 @@ def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, 
     return [beam.completion for row in found for beam in row[:n]]
 
 
-def _print_completion(lm: Any, number: int, done: Any, format: str, logprobs: bool) -> None:
-    if format == "jsonl":
-        row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
-        row |= {"logprobs": done.logprobs} if logprobs else {}
-        print(json.dumps(row, ensure_ascii=not writes_unicode()))
-        return
-    print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
-    if logprobs:
-        _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
+def _print_completions(lm: Any, completions: Iterable[Any], format: str, logprobs: bool) -> None:
+    """Print completions: texts with a line between them, or a JSON object each."""
+    for number, done in enumerate(completions):
+        if format == "jsonl":
+            row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
+            row |= {"logprobs": done.logprobs} if logprobs else {}
+            print(json.dumps(row, ensure_ascii=not writes_unicode()))
+            continue
+        print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
+        if logprobs:
+            _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
 
 
 def _note_a_sliding_window(lm: Any, prompts: list[str], new_tokens: int) -> None:
