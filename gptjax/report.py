@@ -17,7 +17,7 @@ from gptjax.data.corpus import Corpus
 from gptjax.hosts import is_writer
 from gptjax.metrics import append_record, make_trackers, plot_loss
 from gptjax.nn.transformer import count_params
-from gptjax.step import Trainable
+from gptjax.step import Trainable, count_trained
 
 SAMPLE_CHARACTERS = 400  # of a sample in samples.jsonl
 
@@ -34,8 +34,10 @@ class Report:
         self.trackers = make_trackers(*names) if self.speaks else []
         self.terminal = sys.stderr.isatty()
         total = cfg.train.total_steps
+        size, trained = count_params(cfg.model)["total"], count_trained(cfg).trained
+        adapted = f" and {trained:,} in adapters ({trained / size:.2%})" if cfg.lora.rank else ""
         self.say(
-            f"{count_params(cfg.model)['total']:,} parameters, {corpus.train_tokens:,} training tokens, "
+            f"{size:,} parameters{adapted}, {corpus.train_tokens:,} training tokens, "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
             + (f", resuming after step {start_step}" if start_step else "")
         )

@@ -1,5 +1,6 @@
 """The train state, and the compiled steps that move it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from gptjax.hosts import exchange
 from gptjax.nn.adapters import ADAPTER, abstract_adapter, init_adapter
 from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
-from gptjax.nn.transformer import Params, abstract_model, init_params
+from gptjax.nn.transformer import Params, abstract_model, flops_per_token, init_params
 from gptjax.nn.weights import held_axes, hold
 from gptjax.objectives import OBJECTIVES, Batch, Model, Objective, Terms, check_arrays
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
@@ -122,6 +123,53 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
 def is_fixed(cfg: Config, weight: dict[str, Any]) -> bool:
     """Return whether a weight is not trained: its role is in `optim.freeze`, or adapters are trained in its place."""
     return is_frozen(cfg.optim, weight) or (cfg.lora.rank > 0 and weight["role"] != ADAPTER)
+
+
+class TrainedCounts(NamedTuple):
+    """Numbers of weights, with the padding of the vocabulary.
+
+    Attributes:
+        trained: those that have a gradient.
+        products: those that multiply activations: the matrices of the blocks, and the head, tied or not.
+        trained_products: of these, those that have a gradient.
+        adapters: in adapters, whose products come on top.
+    """
+
+    trained: int
+    products: int
+    trained_products: int
+    adapters: int
+
+
+def count_trained(cfg: Config) -> TrainedCounts:
+    """Count the weights of a run by what a step does with them."""
+    _, params, metadata = abstract_model(cfg.model)
+    leaves, adapters = flatten_dict(params), {}
+    if cfg.lora.rank:
+        adapters = flatten_dict(abstract_adapter(cfg.lora, params, metadata)[0])
+    fixed = {path: is_fixed(cfg, weight) for path, weight in metadata.items()}
+    head = ("embed",) if cfg.model.tie_embeddings else ("head",)
+    products = [path for path in leaves if path[0] == "blocks" or path == head]
+    sizes = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
+    in_adapters = sum(math.prod(leaf.shape) for leaf in adapters.values())
+    return TrainedCounts(
+        trained=sum(size for path, size in sizes.items() if not fixed[path]) + in_adapters,
+        products=sum(sizes[path] for path in products),
+        trained_products=sum(sizes[path] for path in products if not fixed[path]),
+        adapters=in_adapters,
+    )
+
+
+def training_flops_per_token(cfg: Config, counts: TrainedCounts) -> float:
+    """Return the floating-point operations of a step for one token: `flops_per_token`, where all weights are trained.
+
+    A frozen weight costs four operations and not six: it has no gradient. The adapters' products are added.
+
+    Args:
+        counts: `count_trained` of the config.
+    """
+    frozen = counts.products - counts.trained_products
+    return flops_per_token(cfg.model) - 2 * frozen + 6 * counts.adapters
 
 
 def base_dtype(cfg: Config) -> str:

@@ -16,13 +16,19 @@ from gptjax.evaluation import make_evaluate
 from gptjax.faults import StopSignal, Watchdog
 from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Watch, Write
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
-from gptjax.nn.transformer import flops_per_token
 from gptjax.presets import peak_flops
 from gptjax.report import Report
 from gptjax.rundir import check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
 from gptjax.start import first_state, read_base_of_run, restore, save
-from gptjax.step import Trainable, TrainState, make_train_step, make_trainable
+from gptjax.step import (
+    Trainable,
+    TrainState,
+    count_trained,
+    make_train_step,
+    make_trainable,
+    training_flops_per_token,
+)
 
 
 def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
@@ -136,4 +142,6 @@ def with_vocabulary(cfg: Config, corpus: Corpus) -> Config:
 def mfu_per_token_rate(t: Trainable) -> float | None:
     """Return the model FLOPs utilisation of one token a second; None where the devices' peak is unknown."""
     peak = peak_flops(jax.devices()[0].device_kind)
-    return None if peak is None else flops_per_token(t.cfg.model) / (peak * jax.device_count())
+    return (
+        None if peak is None else training_flops_per_token(t.cfg, count_trained(t.cfg)) / (peak * jax.device_count())
+    )

@@ -72,11 +72,27 @@ def test_estimated_state_is_what_devices_hold():
     assert memory["optimizer"] == pytest.approx(2 * memory["params"], rel=1e-6)
 
 
-def test_executed_flops_are_those_that_xla_counts_in_an_unrolled_step():
+def test_a_frozen_base_costs_what_it_is_held_in_and_has_no_gradient():
+    full = llama(fsdp=8)
+    whole = estimate(full, parse_topology("h100:1x8"))
+    params = whole.memory["params"]
+    for dtype, share in (("float32", 1.0), ("bfloat16", 0.5), ("int8", 0.25)):
+        adapted = override(full, {"lora.rank": 8, "lora.base_dtype": dtype})
+        costs = estimate(adapted, parse_topology("h100:1x8"))
+        assert costs.memory["params"] == pytest.approx(share * params, rel=0.05)
+        assert costs.memory["gradients"] + costs.memory["optimizer"] < 0.1 * params
+        assert 0.6 < costs.model_flops / whole.model_flops < 0.75
+    frozen = estimate(override(full, {"optim.freeze": ["matrix"]}), parse_topology("h100:1x8"))
+    assert frozen.memory["optimizer"] == pytest.approx(2 * frozen.memory["gradients"], rel=1e-3)
+    assert frozen.memory["gradients"] < whole.memory["gradients"] / 2
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 4}], ids=str)
+def test_executed_flops_are_those_that_xla_counts_in_an_unrolled_step(lora):
     """XLA's own count is right where nothing is scanned; it adds what is no matmul."""
     sizes = {"n_layers": 2, "d_model": 256, "n_heads": 4, "context_length": 256, "vocab_size": 1024, "bias": False}
     model = {**sizes, "remat": "full", "scan_layers": False, "positions": "rope"}
-    cfg = config_from_dict({"model": model, "train": {"batch_sequences": 2}, "workdir": "-"})
+    cfg = config_from_dict({"model": model, "train": {"batch_sequences": 2}, "workdir": "-", "lora": lora})
     t = trainable_on(cfg)
     kinds = {"tokens": "int32", "targets": "int32", "weights": "float32"}
     batch = {name: jax.ShapeDtypeStruct((2, 256), kind, sharding=t.batch_sharding) for name, kind in kinds.items()}

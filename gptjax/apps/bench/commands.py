@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.apps.bench.adapters import BATCH, CONTEXT, PRESET, STEPS
 from gptjax.apps.bench.launched import seconds_to_first_step
 from gptjax.apps.bench.pairs import Side, compare, is_checkout, machine, machine_line, show
 from gptjax.apps.bench.worker import STRETCH
@@ -48,6 +49,31 @@ def train(
     job = _training(size, dtype, cpu_devices)
     title = f"training {size}, {job['batch']} x {job['context']} tokens a step"
     _report(title, job, peer, pairs, job["batch"] * job["context"] * job["steps"], json)
+
+
+def lora(
+    rank: int = 4,
+    base_dtype: Literal["float32", "bfloat16", "int8"] = "float32",
+    peer: str | None = None,
+    pairs: int = 7,
+    json: bool = False,
+) -> None:
+    """Measure training of adapters on SmolLM2-135M's shape in tokens per second, alone or beside another way.
+
+    Args:
+        rank: rank of the adapters, on every matrix of the blocks.
+        base_dtype: how the frozen weights are held.
+        peer: what to compare with: peft (in PyTorch), full (our full fine-tuning of the same batch),
+            or the path of another checkout of gptjax. Without it, only this checkout is measured.
+        pairs: turns of each side; raise it on a noisy machine.
+        json: print one JSON object instead of text.
+    """
+    _check_known(peer, ("peft", "full"))
+    if rank < 1:
+        raise UserError(f"rank {rank} must be at least 1")
+    job = {"work": "lora", "side": "gptjax", "rank": rank, "base_dtype": base_dtype}
+    title = f"adapters of rank {rank} on {PRESET}, {BATCH} x {CONTEXT} tokens a step"
+    _report(title, job, peer, pairs, BATCH * CONTEXT * STEPS, json)
 
 
 def sample(
@@ -241,8 +267,9 @@ def _check_known(peer: str | None, names: Sequence[str]) -> None:
 
 
 def _check_peer(peer: str | None) -> None:
-    if peer is not None and not is_checkout(peer) and importlib.util.find_spec("transformers") is None:
-        raise UserError(f"peer {peer} needs PyTorch and transformers: pip install -e '.[peer]'")
+    package = {"full": "jax", "peft": "peft"}.get(peer or "", "transformers")
+    if peer is not None and not is_checkout(peer) and importlib.util.find_spec(package) is None:
+        raise UserError(f"peer {peer} needs PyTorch, transformers and peft: pip install -e '.[peer]'")
 
 
 def _report(title: str, job: dict, peer: str | None, pairs: int, tokens: int, as_json: bool) -> None:
@@ -258,6 +285,7 @@ def _print(found: dict[str, Any], text: str, as_json: bool) -> None:
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
+    "lora": lora,
     "sample": sample,
     "data": data,
     "startup": startup,

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.apps.bench.adapters import train_adapters, train_in_peft
+
 # GPT-2's shape throughout, so that both sides are the same model. tiny: nanoGPT's for a CPU; baby: its "baby GPT".
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"n_layers": 4, "n_heads": 4, "d_model": 128, "context_length": 64, "vocab_size": 65},
@@ -280,6 +282,9 @@ WORK = {
     ("sample", "gptjax"): sample_ours,
     ("sample", "hf"): sample_peer,
     ("loop", "gptjax"): loop,
+    ("lora", "gptjax"): lambda job: train_adapters(job, _steps),
+    ("lora", "full"): lambda job: train_adapters(job, _steps),
+    ("lora", "peft"): train_in_peft,
     ("reach", "gptjax"): reach_ours,
     ("reach", "nanoGPT"): reach_peer,
 }

@@ -16,13 +16,25 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.apps.plan.chips import Topology
 from gptjax.checks import filled_axes
-from gptjax.config import Config, ModelConfig
-from gptjax.errors import UserError
+from gptjax.config import Config, LoraConfig, ModelConfig, OptimConfig
+from gptjax.errors import UserError, choose
+from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.backends import BACKENDS
-from gptjax.nn.transformer import count_params, flops_per_token
-from gptjax.step import Trainable, make_trainable
+from gptjax.nn.transformer import count_params
+from gptjax.objectives import OBJECTIVES
+from gptjax.parametrization import ROLES
+from gptjax.step import (
+    Trainable,
+    TrainedCounts,
+    base_dtype,
+    count_trained,
+    make_trainable,
+    split_frozen,
+    training_flops_per_token,
+)
 
 BF16, F32 = 2, 4
+HELD_BYTES = {"float32": F32, "bfloat16": BF16, "int8": 1}  # of an element of a matrix, by `lora.base_dtype`
 
 
 class Costs(NamedTuple):
@@ -128,10 +140,14 @@ def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
     return DeviceSizes(sequences, tokens, axes["tensor"], axes["fsdp"] * axes["tensor"], itemsize)
 
 
+def trained_counts(cfg: Config) -> TrainedCounts:
+    """Return `count_trained`, cached by the sections that it reads."""
+    return _trained_counts(cfg.model, cfg.lora, cfg.optim.freeze)
+
+
 @lru_cache(maxsize=32)
-def model_flops_per_token(cfg: ModelConfig) -> float:
-    """Return `flops_per_token`, cached."""
-    return flops_per_token(cfg)
+def _trained_counts(model: ModelConfig, lora: LoraConfig, freeze: tuple[str, ...]) -> TrainedCounts:
+    return count_trained(Config(model=model, lora=lora, optim=OptimConfig(freeze=freeze)))
 
 
 @lru_cache(maxsize=32)
@@ -141,14 +157,18 @@ def weight_counts(cfg: ModelConfig) -> dict[str, int]:
 
 
 def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]:
-    """Return the bytes that one device holds: all params, those of the blocks, and the optimizer's state.
+    """Return the bytes that one device holds: all params, those of the blocks, those that are trained, the rest.
+
+    The rest is the optimizer's state, of the weights that are trained.
 
     Raises:
         UserError: a dimension that the mesh cannot shard.
     """
-    state = abstract_trainable(cfg, axes).state
+    t = abstract_trainable(cfg, axes)
+    state = t.state
     return {
         "params": shard_bytes(state.params, tiled),
+        "trained": shard_bytes(split_frozen(state.params, t.frozen)[0], tiled),
         "blocks": shard_bytes(state.params["blocks"], tiled),
         "optimizer": shard_bytes((state.step, state.total_steps, state.opt_state, state.ema), tiled),
     }
@@ -179,7 +199,7 @@ def estimate(
     collectives, dcn = _communication(cfg, axes, topology)
     return Costs(
         memory=_memory(cfg, held, axes, fused_attention),
-        model_flops=tokens * model_flops_per_token(cfg.model),
+        model_flops=tokens * training_flops_per_token(cfg, trained_counts(cfg)),
         executed_flops=tokens * executed_flops_per_token(cfg, fused_attention) / topology.n_chips,
         hbm_bytes=_hbm_bytes(cfg, axes, fused_attention),
         collectives=collectives,
@@ -191,23 +211,30 @@ def executed_flops_per_token(cfg: Config, fused_attention: bool) -> float:
     """Return the FLOPs of forward and backward pass and of remat's recomputation, with the padded vocabulary.
 
     Attention has two matmuls forward and four backward, over the whole square of scores. A fused kernel recomputes
-    the scores in its backward pass (five matmuls) and skips the masked half.
+    the scores in its backward pass (five matmuls) and skips the masked half. A frozen weight has no gradient, which
+    saves two of its six operations.
     """
-    m, blocks = cfg.model, weight_counts(cfg.model)["blocks"]
+    m, blocks, counts = cfg.model, weight_counts(cfg.model)["blocks"], trained_counts(cfg)
     square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
     share = 0.5 if fused_attention else 1.0
     again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.run.remat, (2 * blocks, 2))  # named, offload: less
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
-    return 6 * (blocks + m.d_model * m.padded_vocab) + again[0] + matmuls * share * square
+    weights = 6 * (blocks + m.d_model * m.padded_vocab + counts.adapters)
+    frozen = counts.products - counts.trained_products
+    return weights - 2 * frozen + again[0] + matmuls * share * square
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
     m, s = cfg.model, _device_sizes(cfg, axes)
     cut_batch = axes["data"] * axes["fsdp"] * axes["context"]
-    batch = 3 * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
+    arrays = 3 + len(choose(OBJECTIVES, cfg.train.objective, "train.objective").arrays)
+    batch = arrays * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
     params, blocks = held["params"], held["blocks"]
-    rest = params - blocks
-    layer_full = blocks / m.n_layers * axes["fsdp"]  # one layer's weights, gathered, float32
+    rest = params - blocks - (held["trained"] if cfg.lora.rank else 0)
+    held_itemsize = HELD_BYTES[base_dtype(cfg)]
+    block_weights = blocks / held_itemsize
+    layer_full = block_weights / m.n_layers * axes["fsdp"] * s.itemsize  # one layer's weights, gathered and cast
+    head_trained = head_is_trained(cfg)
     V, D, F = m.padded_vocab / s.tensor, m.d_model, m.mlp_width / s.tensor
     H, G = m.n_heads / s.tensor, m.kv_heads / s.tensor
     scores = 0 if fused else s.sequences * H * (m.context_length / axes["context"]) * m.context_length
@@ -225,22 +252,32 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     elif cfg.run.remat == "none":
         kept += 2 * qkv + hidden * (n_hidden + 1) + streams + scores * (F32 + BF16 + 1)
     # In the backward pass of one layer: scores, their gradient, and the recomputed activations.
-    layer = (
-        scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full / F32 * s.itemsize
-    )
+    layer = scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full
     chunk = s.tokens / cfg.train.loss_chunks * V
     # The head's gradient and its gathered copy; with tied embeddings, also the copy for the token lookup.
     copies = 2 if m.tie_embeddings else 1
-    loss = chunk * (2 * F32) + D * V * (F32 + copies * s.itemsize) + copies / 2 * rest + 2 * stream
-    casts = blocks / F32 * s.itemsize if s.itemsize == BF16 else 0  # all weights are cast before the loop over layers
+    head = D * V * (F32 * head_trained + copies * s.itemsize) + copies / 2 * rest * head_trained
+    loss = chunk * (2 * F32) + head + 2 * stream
+    # All float32 weights are cast before the loop over layers.
+    casts = block_weights * s.itemsize if s.itemsize == BF16 and held_itemsize == F32 else 0
     return {
         "params": params,
         "optimizer": held["optimizer"],
         "batch": batch,
-        "gradients": params * (2 if cfg.train.microbatches > 1 else 1),
+        "gradients": held["trained"] * (2 if cfg.train.microbatches > 1 else 1),
         "temporaries": m.n_layers * kept + casts + max(layer, loss),
         "code": 40e6,
     }
+
+
+def frozen_roles(cfg: Config) -> set[str]:
+    """Return the roles of the weights that have no gradient."""
+    return set(ROLES) - {ADAPTER} if cfg.lora.rank else set(cfg.optim.freeze)
+
+
+def head_is_trained(cfg: Config) -> bool:
+    """Return whether the head has a gradient; a tied one is the embedding."""
+    return ("embed" if cfg.model.tie_embeddings else "head") not in frozen_roles(cfg)
 
 
 def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
@@ -251,10 +288,14 @@ def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
     passes = 3 + {"none": 0, "dots": 0.5}.get(cfg.run.remat, 1)
     arrays = 8 * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + (6 if m.mlp.kind == "swiglu" else 4) * F
     scores = 0 if fused else 3 * F32 * s.sequences * H * m.context_length**2 / axes["context"]
-    weights = 3 * s.itemsize * counts["blocks"] / m.n_layers / s.tensor
+    trained = trained_counts(cfg)
+    # Each matrix is read twice, and its gradient written; a frozen one is read in the form in which it is held.
+    read = HELD_BYTES[base_dtype(cfg)] if cfg.lora.rank else s.itemsize
+    gradients = s.itemsize * min(trained.trained / trained.products, 1.0)
+    weights = (2 * read + gradients) * counts["blocks"] / m.n_layers / s.tensor
     layer = s.tokens * arrays * s.itemsize + scores + weights
     logits = 6 * F32 * s.tokens * m.padded_vocab / s.tensor
-    state = 10 * F32 * counts["total"] / s.shards
+    state = 10 * F32 * trained.trained / s.shards
     return cfg.train.microbatches * (passes * m.n_layers * layer + logits) + state
 
 
@@ -265,6 +306,8 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     blocks = counts["blocks"] * s.itemsize / s.tensor
     vocab = m.padded_vocab * m.d_model * s.itemsize / s.tensor
     fsdp, tensor = _ring(axes["fsdp"]), _ring(axes["tensor"])
+    trained = trained_counts(cfg)
+    share = min(trained.trained / trained.products, 1.0)  # of the weights that have a gradient
     n_tables = 1 if m.tie_embeddings else 2
     stream = s.tokens * m.d_model * s.itemsize
     # Each block has two sums forward and two backward; full remat repeats the first.
@@ -273,10 +316,10 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     batch_parts = axes["data"] * axes["fsdp"]
     made = {
         "weights gathered": M * fsdp * (2 * blocks + n_tables * vocab),
-        "gradients scattered": M * fsdp * blocks,
-        "embedding's gradient": M * 2 * _ring(batch_parts) * vocab,
-        "head's gradient": M * (fsdp + 2 * _ring(axes["data"]) / axes["fsdp"]) * head_grad,
-        "gradients over data": M * 2 * _ring(axes["data"]) * blocks / axes["fsdp"],
+        "gradients scattered": M * fsdp * blocks * share,
+        "embedding's gradient": M * 2 * _ring(batch_parts) * vocab * ("embed" not in frozen_roles(cfg)),
+        "head's gradient": M * (fsdp + 2 * _ring(axes["data"]) / axes["fsdp"]) * head_grad * head_is_trained(cfg),
+        "gradients over data": M * 2 * _ring(axes["data"]) * blocks / axes["fsdp"] * share,
         "activations over tensor": M * 2 * tensor * sums * stream,
         "keys and values over context": M * 4 * _ring(axes["context"]) * m.n_layers
         * s.sequences * m.context_length * 2 * m.kv_heads / s.tensor * m.d_head * s.itemsize,
@@ -284,7 +327,7 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     made = {name: size for name, size in made.items() if size > 0}
     crossing = 0.0
     if topology.num_slices > 1:
-        crossing = 2 * _ring(topology.num_slices) * (blocks + n_tables * vocab) / axes["fsdp"] * M
+        crossing = 2 * _ring(topology.num_slices) * (blocks + n_tables * vocab) / axes["fsdp"] * M * share
     elif topology.chip.kind == "gpu" and topology.n_chips > topology.chips_per_island:
         # The part of each ring that passes between hosts.
         share = 1 - (topology.chips_per_island - 1) / (topology.n_chips - 1)

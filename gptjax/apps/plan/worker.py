@@ -61,6 +61,7 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
     t = make_trainable(cfg, make_mesh(cfg.mesh.axes, devices, num_slices))
     shape = (cfg.train.batch_sequences, cfg.model.context_length)
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    kinds |= dict.fromkeys(t.objective.arrays, jnp.float32)
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=t.batch_sharding) for name, kind in kinds.items()}
     try:
         with jax.set_mesh(t.mesh):
