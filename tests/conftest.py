@@ -160,7 +160,7 @@ TINY_RUN = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_run(corpus_file, token_cache) -> list[str]:
     """Arguments of train.py for a run of seconds; the test adds --workdir."""
     return ["train.py", *TINY_RUN, f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]

@@ -27,12 +27,12 @@ def run_steps(t, steps: int, same_batch: bool = False, state=None):
 
 
 MESHES = [
-    ("adamw", {"data": 8}),
+    pytest.param("adamw", {"data": 8}, marks=pytest.mark.slow),  # pytest -m slow -n 0 tests/test_step.py
     ("adamw", {"tensor": 4, "data": 2}),
     ("adamw", {"context": 2, "fsdp": 4}),
-    ("muon", {"fsdp": 8}),
+    pytest.param("muon", {"fsdp": 8}, marks=pytest.mark.slow),
     ("muon", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("muon", {"context": 4, "tensor": 2}),
+    pytest.param("muon", {"context": 4, "tensor": 2}, marks=pytest.mark.slow),
 ]
 
 

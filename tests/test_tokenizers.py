@@ -228,15 +228,26 @@ def every_kind(hf_directory, gpt2, monkeypatch) -> dict[str, Tokenizer]:
     return {"byte": make_tokenizer("byte", []), "hf": read_huggingface_tokenizer(hf_directory), "gpt2": gpt2, **small}
 
 
-@settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=st.text())
-def test_every_text_comes_back(every_kind, text):
+def assert_comes_back(every_kind, text: str) -> None:
     for tokenizer in every_kind.values():
         assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
     hf = every_kind["hf"]
     assert hf.encode_batch([text])[0].tolist() == hf._documents.encode(text, add_special_tokens=False).ids
     characters = CharTokenizer(text)
     assert characters.decode(characters.encode(text).tolist()) == text
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.text())
+def test_every_text_comes_back(every_kind, text):
+    assert_comes_back(every_kind, text)
+
+
+@pytest.mark.slow  # pytest -m slow -n 0 tests/test_tokenizers.py
+@settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.text())
+def test_thousands_of_texts_come_back(every_kind, text):
+    assert_comes_back(every_kind, text)
 
 
 def test_every_kind_travels_and_ends_documents(every_kind):

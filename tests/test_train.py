@@ -68,9 +68,10 @@ def test_a_run_leaves_what_every_tool_reads(straight):
     assert {"jax", "flax", "optax"} <= set(json.loads((straight / "env.json").read_text())["versions"])
 
 
-def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(straight, tiny_run, tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(straight, tiny_run, tmp_path, kills):
     workdir = tmp_path / "killed"
-    for step in sorted(random.Random(0).sample(range(2, 29), 5)):
+    for step in sorted(random.Random(0).sample(range(2, 29), kills)):
         process = start(*tiny_run, f"--workdir={workdir}")
         wait_for_step(workdir, step, process)
         process.send_signal(signal.SIGKILL)
@@ -103,14 +104,22 @@ def test_done_is_done(straight, tiny_run):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-def test_samples_and_resumes_are_kept_beside_the_metrics(tiny_run, tmp_path):
+@pytest.fixture(scope="module")
+def resumed(tiny_run, tmp_path_factory) -> Path:
+    """A run of 10 steps and, resumed, of 5 more; with averaged weights and samples."""
+    workdir = tmp_path_factory.mktemp("resumed") / "run"
     for steps in (10, 15):
-        options = (f"--train.total_steps={steps}", "--log.sample_tokens=8", "--optim.schedule=constant")
-        assert run_script(*tiny_run, f"--workdir={tmp_path}", *options).returncode == 0
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        options = ("--log.sample_tokens=8", "--optim.schedule=constant", "--optim.ema_decay=0.9")
+        result = run_script(*tiny_run, f"--workdir={workdir}", f"--train.total_steps={steps}", *options)
+        assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_samples_and_resumes_are_kept_beside_the_metrics(resumed):
+    samples = [json.loads(line) for line in (resumed / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 5, 10, 15]
     assert all(0 < len(row["text"]) <= 400 for row in samples)
-    [event] = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    [event] = map(json.loads, (resumed / "events.jsonl").read_text().splitlines())
     assert (event["step"], event["event"]) == (10, "resume")
 
 
@@ -161,21 +170,26 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tiny_run, t
     assert not sampled.stderr  # the last checkpoint was saved anew, and is read
 
 
-def test_a_checkpoint_goes_on_on_every_mesh(straight, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ("--mesh.fsdp=2", "--mesh.tensor=2"),  # and data=2
+        pytest.param(("--mesh.data=1", "--mesh.fsdp=8"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_a_checkpoint_resumes_on_another_mesh(straight, tiny_run, tmp_path, mesh):
     """5 more steps on other devices than those that wrote it, to 1e-5; and from those back to one."""
-    more = ["--train.total_steps=35", "--checkpoint.save_interval_steps=100"]
-    runs = {}
-    meshes = {"one": [], "fsdp": ["--mesh.data=1", "--mesh.fsdp=8"], "all": ["--mesh.fsdp=2", "--mesh.tensor=2"]}
-    for name, mesh in meshes.items():
+    runs = []
+    for name, flags in (("one", ()), ("several", (*mesh, "--mesh.cpu_devices=8"))):
         workdir = Path(shutil.copytree(straight, tmp_path / name))
-        devices = ["--mesh.cpu_devices=8"] if mesh else []
-        result = run_script(*tiny_run, f"--workdir={workdir}", *more, *mesh, *devices)
+        more = ("--train.total_steps=35", "--checkpoint.save_interval_steps=100")
+        result = run_script(*tiny_run, f"--workdir={workdir}", *more, *flags)
         assert result.returncode == 0, result.stderr
-        runs[name] = [row["train/loss"] for row in losses(workdir)[31:]]
-    back = run_script(*tiny_run, f"--workdir={tmp_path / 'fsdp'}", "--train.total_steps=37")
+        runs.append([row["train/loss"] for row in losses(workdir)[31:]])
+    back = run_script(*tiny_run, f"--workdir={tmp_path / 'several'}", "--train.total_steps=37")
     assert back.returncode == 0, back.stderr
-    for name in ("fsdp", "all"):
-        np.testing.assert_allclose(runs[name], runs["one"], atol=1e-5)
+    np.testing.assert_allclose(runs[1], runs[0], atol=1e-5)
 
 
 def test_two_processes_give_the_losses_of_one(straight, tiny_run, tmp_path):
@@ -202,28 +216,19 @@ def test_init_from_starts_with_the_weights_of_another_run(straight, tiny_run, tm
     assert "another shape" in other.stderr
 
 
-def test_the_average_is_what_is_evaluated_saved_and_sampled(tiny_run, tmp_path):
-    workdir = tmp_path / "ema"
-    args = (*tiny_run, "--optim.ema_decay=0.9", f"--workdir={workdir}")
-    assert run_script(*args, "--train.total_steps=10").returncode == 0
-    assert run_script(*args, "--train.total_steps=15").returncode == 0
-    tuned = (*tiny_run, f"--init_from={workdir}", "--train.total_steps=5", f"--workdir={tmp_path / 'from'}")
+def test_the_average_is_what_is_evaluated_saved_and_sampled(resumed, tiny_run, tmp_path):
+    tuned = (*tiny_run, f"--init_from={resumed}", "--train.total_steps=5", f"--workdir={tmp_path / 'from'}")
     assert run_script(*tuned).returncode == 0
-    assert losses(tmp_path / "from")[0]["val/loss"] == losses(workdir)[-1]["val/loss"]
+    assert losses(tmp_path / "from")[0]["val/loss"] == losses(resumed)[-1]["val/loss"]
 
 
-def test_a_profile_is_written(tiny_run, tmp_path):
-    workdir = tmp_path / "profiled"
-    result = run_script(*tiny_run, f"--workdir={workdir}", "--train.total_steps=6", "--profile=3:5")
-    assert result.returncode == 0, result.stderr
-    assert list((workdir / "profile").rglob("*.xplane.pb"))
-
-
-def test_tensorboard_gets_the_metrics(tiny_run, tmp_path):
+def test_a_profile_is_written_and_tensorboard_gets_the_metrics(tiny_run, tmp_path):
     pytest.importorskip("tensorboardX", reason="pip install -e '.[tensorboard]'")
-    args = (f"--workdir={tmp_path / 'tb'}", "--train.total_steps=6", '--log.trackers=["tensorboard"]')
-    assert run_script(*tiny_run, *args).returncode == 0
-    assert list((tmp_path / "tb" / "tensorboard").glob("events*"))
+    options = ("--train.total_steps=6", "--profile=3:5", '--log.trackers=["tensorboard"]')
+    result = run_script(*tiny_run, f"--workdir={tmp_path}", *options)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 BAD = {
