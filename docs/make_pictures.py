@@ -1,4 +1,5 @@
 """Make every picture of the README and of docs/ and studies/ again: python docs/make_pictures.py
+`python docs/make_pictures.py --server MODEL` makes the server's, with a model that was tuned on conversations.
 
 Needs pip install -e '.[demo,scaling,report]' and Chromium (apt-get install chromium) for the screenshots of pages.
 The quickstart's run is made first, in minutes, where runs/quickstart does not hold it.
@@ -36,12 +37,51 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
         f"--window-size={width},{height}",
     )
     run(browser, *options, f"--screenshot={picture}", page.resolve().as_uri())
-    flat = Image.open(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE)  # a third of the size
+    flatten(picture)
+
+
+def flatten(picture: Path) -> None:
+    """Write a picture again with few colours, in a third of the size."""
+    flat = Image.open(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE)
     flat.save(picture, optimize=True)
 
 
+def photograph_server(model: str, picture: Path) -> None:
+    """Write what the server's page shows of a conversation with a model, and of a token's alternatives."""
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    command = [*GPTJAX, "serve", model, "--port=0", "--slots=2", "--context=512"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,760"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        browser.get(server.stdout.readline().split()[2])
+        for number, question in enumerate(("What is the capital of France?", "Name three rivers there.")):
+            browser.execute_script("document.getElementById('temperature').value = 0")
+            browser.execute_script("document.getElementById('max_tokens').value = 60")
+            browser.execute_script("document.getElementById('message').value = arguments[0]", question)
+            browser.execute_script("document.getElementById('send').click()")
+            script = f"return turns.length === {2 * number + 2}"
+            WebDriverWait(browser, 300).until(lambda b, script=script: b.execute_script(script))
+        doubtful = "const t = [...document.querySelectorAll('.token')]; t.sort((a, b) => a.dataset.p - b.dataset.p);"
+        browser.execute_script(doubtful + "t[0].focus()")
+        browser.save_screenshot(str(picture))
+    finally:
+        browser.quit()
+        server.terminate()
+        server.wait(60)
+    flatten(picture)
+
+
 def main() -> None:
-    """Make all of them."""
+    """Make all of them, or the server's alone."""
+    if sys.argv[1:2] == ["--server"]:
+        photograph_server(sys.argv[2], ROOT / "docs" / "serving.png")
+        return
     quickstart = ROOT / "runs" / "quickstart"
     run(sys.executable, "train.py", "configs/quickstart.yaml")
     shutil.copy(quickstart / "loss.png", ROOT / "docs" / "quickstart.png")

@@ -17,7 +17,7 @@ from gptjax.config import ModelConfig
 from gptjax.convert.export import tokenizer_files
 from gptjax.convert.families import FAMILIES, exported_form, family_for
 from gptjax.convert.gguf import ARCHITECTURES, ROPE_FACTORS
-from gptjax.convert.gguf_vocabulary import CONTROL, CUTS, USER_DEFINED
+from gptjax.convert.gguf_vocabulary import CONTROL, CUTS, NO_MERGE, USER_DEFINED
 from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
@@ -181,7 +181,7 @@ def _add_vocabulary(writer: Any, vocabulary: Mapping[str, Any], tokenizer: Token
     writer.add_tokenizer_pre(vocabulary["pre"])
     writer.add_token_list(vocabulary["tokens"])
     writer.add_token_types(vocabulary["types"])
-    writer.add_token_merges(vocabulary["merges"])
+    writer.add_token_merges(vocabulary["merges"] or [NO_MERGE])
     first, alone = tokenizer.encode_prompt("a").tolist(), tokenizer.encode("a").tolist()
     begins = len(first) > len(alone) and first[-len(alone) :] == alone
     writer.add_add_bos_token(begins)

@@ -15,6 +15,7 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import HuggingFaceTokenizer, NoTokenizer, Tokenizer, bpe_model
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of `tokenizer.ggml.token_type`
+NO_MERGE = "<none> <none>"  # stands in a file of a vocabulary without merges, since llama.cpp demands one
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -172,7 +173,7 @@ def _byte_level(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabular
         raise UserError("its metadata lack tokenizer.ggml.merges; convert the model again")
     cut = CUTS[name]
     # A token may hold a space of its own, as the first character.
-    ends = [(merge, merge.index(" ", 1)) for merge in fields["merges"] if " " in merge[1:]]
+    ends = [(merge, merge.index(" ", 1)) for merge in fields["merges"] if " " in merge[1:] and merge != NO_MERGE]
     merges = [(merge[:end], merge[end + 1 :]) for merge, end in ends]
     vocab = {token: id for id, token in enumerate(vocabulary.tokens)}
     made = tokenizers.Tokenizer(bpe_model(vocab, merges, ignore_merges=cut.ignore_merges))
