@@ -75,6 +75,7 @@ def write(path: Path, model: str, tokens: list[str], types: list[int], **fields:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     lists = {"pre": writer.add_tokenizer_pre, "merges": writer.add_token_merges, "scores": writer.add_token_scores}
+    lists["name"] = writer.add_name
     for name, value in fields.items():
         if name in lists:
             lists[name](value)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def read(path: Path) -> Tokenizer:
     return gguf_tokenizer(path, {name: field.contents() for name, field in reader.fields.items()})
 
 
-def made(tmp_path: Path, name: str, **changes) -> Tokenizer:
+def made(tmp_path: Path, name: str, /, **changes) -> Tokenizer:
     """The tokenizer of one of VOCABULARIES; None as a change takes a field away."""
     values = {key: value for key, value in {**VOCABULARIES[name], **changes}.items() if value is not None}
     write(tmp_path / "it.gguf", **values)
@@ -57,6 +58,39 @@ def test_the_ids_are_those_of_llama_cpp(name, tmp_path):
     assert set(ours.eos_ids) == theirs.ends()
 
 
+@pytest.mark.slow
+def test_the_vocabularies_of_llama_cpps_own_tests_have_its_ids():
+    """`ggml-vocab-*.gguf`, with the ids that llama.cpp publishes beside them.
+
+    `pip download --no-binary :all: --no-deps llama-cpp-python==0.3.36` brings them, in the archive's
+    vendor/llama.cpp/models; GPTJAX_GGML_VOCABULARIES names that folder.
+    """
+    folder = os.environ.get("GPTJAX_GGML_VOCABULARIES")
+    if folder is None or importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("set GPTJAX_GGML_VOCABULARIES, and pip install xllamacpp==2026.10.11549")
+    equal, refused = [], {}
+    for path in sorted(Path(folder).glob("ggml-vocab-*.gguf")):
+        try:
+            ours = read(path)
+        except UserError as reason:
+            refused[path.name] = str(reason)
+            continue
+        theirs = LlamaCpp(path)
+        for text in SAMPLES[::10]:
+            assert ours.encode_prompt(text).tolist() == theirs.ids(text, prompt=True), path.name
+            assert ours.encode_batch([text])[0].tolist() == theirs.ids(text, prompt=False), path.name
+        assert set(ours.eos_ids) == theirs.ends()
+        given = Path(f"{path}.inp")
+        if given.exists():
+            texts = given.read_text().split("\n__ggml_vocab_test__\n")
+            lines = Path(f"{path}.out").read_text().splitlines()
+            for text, line in zip(texts, lines, strict=False):  # the last text has no line
+                assert ours.encode(text).tolist() == [int(id) for id in line.split()], path.name
+        equal.append(path.name)
+    print(f"equal: {equal}; refused: {refused}")
+    assert len(equal) > 10
+
+
 def test_a_word_that_no_merge_makes_is_whole_where_llama_3_takes_it_whole(tmp_path):
     lord = VOCABULARIES["llama-bpe"]["tokens"].index("Ġlord")
     assert made(tmp_path, "llama-bpe").encode(" lord").tolist() == [lord]
@@ -74,6 +108,14 @@ def test_ends_are_found_by_role_and_by_name(tmp_path):
     ours = made(tmp_path, "gpt-2", tokens=harmony, types=[*VOCABULARIES["gpt-2"]["types"], 3, 3, 3])
     assert len(harmony) - 1 not in ours.eos_ids
     assert {len(harmony) - 2, len(harmony) - 3} <= set(ours.eos_ids)
+
+
+def test_special_tokens_of_phi_3_take_the_space_behind_them_as_in_llama_cpp(tmp_path):
+    phi, other = made(tmp_path, "spm", name="Phi-3 Mini"), made(tmp_path, "spm")
+    for token, taken in (("<|user|>", True), ("</s>", True), ("<unk>", False)):
+        together = phi.encode_prompt(f"{token}b").tolist()
+        assert (phi.encode_prompt(f"{token}  b").tolist() == together) is taken
+        assert other.encode_prompt(f"{token}  b").tolist() != together
 
 
 def test_user_defined_tokens_are_whole_in_documents_and_control_tokens_are_text(tmp_path):

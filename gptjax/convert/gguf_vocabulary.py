@@ -109,6 +109,7 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     """
     before = "tokenizer.ggml."
     fields = {name.removeprefix(before): value for name, value in metadata.items() if name.startswith(before)}
+    fields["name"] = str(metadata.get("general.name", ""))
     kind = fields.get("model")
     if kind in (None, "none", "no_vocab"):
         return NoTokenizer()
@@ -225,7 +226,16 @@ def _add_special(made: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
     """Add the tokens that are no text, and the texts that are never cut, also inside documents."""
     kinds = {CONTROL: True, UNKNOWN: True, USER_DEFINED: False}
     pairs = [(token, type) for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True) if type in kinds]
-    made.add_tokens([AddedToken(token, special=kinds[type], normalized=False) for token, type in pairs if token])
+    # llama.cpp knows Phi-3 by its name: most of its special tokens take the white space behind them.
+    phi3 = any(name in vocabulary.fields["name"].lower() for name in ("phi-3", "phi3"))
+    kept = ("<unk>", "<s>", "<|endoftext|>")
+    made.add_tokens(
+        [
+            AddedToken(token, special=kinds[type], normalized=False, rstrip=phi3 and token not in kept)
+            for token, type in pairs
+            if token
+        ]
+    )
 
 
 def _surround(made: tokenizers.Tokenizer, vocabulary: Vocabulary, usual_bos: bool) -> None:
