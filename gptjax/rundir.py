@@ -1,6 +1,9 @@
 """Manage a run's directory: check that it belongs to the config, describe the run, record how it ended."""
 
 import json
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,71 @@ def check_workdir(cfg: Config) -> None:
         listed = ", ".join("{} ({} there, {} here)".format(key, *map(json.dumps, both)) for key, both in keys.items())
         hint = ", or --data.change_mixture true" if "data.mixture" in keys else ""
         raise UserError(f"{workdir} holds a run of another config: {listed}; give another --workdir{hint}")
+
+
+class RunLock:
+    """While active, and once acquired, no other run can use a directory. A run that is killed holds nothing.
+
+    The writer's process locks a file there by `flock`, which Linux also passes on to servers of NFS. Where a file
+    system has no locks, as in a bucket, nothing is locked.
+    """
+
+    NAME = "lock"
+    WAIT_S = 20.0  # for a run that is just ending
+
+    def __init__(self, workdir: str):
+        self.path, self.stream = Path(workdir) / self.NAME, None
+        self.possible = "://" not in workdir
+
+    def acquire(self) -> None:
+        """Lock the directory, and create it; every process calls it.
+
+        Raises:
+            UserError: another run uses the directory, or it cannot be written.
+        """
+        together(self._acquire)
+
+    def _acquire(self) -> None:
+        if not (self.possible and is_writer() and self.stream is None):
+            return
+        try:
+            import fcntl
+
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stream = self.path.open("a+")
+        except ImportError:  # not on Unix
+            return
+        except OSError as error:
+            raise UserError(f"cannot write to workdir {self.path.parent}: {error.strerror}; give another") from None
+        deadline = time.monotonic() + self.WAIT_S
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    stream.seek(0)
+                    owner = stream.read().strip() or "unknown"
+                    stream.close()
+                    raise UserError(
+                        f"{self.path.parent} is in use by another run ({owner}); wait until it ends, or give another "
+                        "--workdir"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # no locks here
+                break
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        self.stream = stream
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
 
 
 def open_workdir(cfg: Config) -> Checkpoints:

@@ -6,6 +6,7 @@ from contextlib import closing
 from functools import partial
 
 import jax
+import numpy as np
 
 from gptjax.closing import LiveSampler, conclude
 from gptjax.config import Config, override
@@ -18,7 +19,7 @@ from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Sample, Save, 
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
 from gptjax.presets import peak_flops
 from gptjax.report import Report
-from gptjax.rundir import check_workdir, open_workdir, write_outcome
+from gptjax.rundir import RunLock, check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
 from gptjax.start import first_state, read_base_of_run, restore, save
 from gptjax.step import (
@@ -44,17 +45,16 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         UserError: the config, the corpus or the run's directory does not allow the run.
         Diverged: the last steps had no finite gradient.
     """
-    with Watchdog(cfg.distributed.stall_timeout_s) as watchdog:
+    with Watchdog(cfg.distributed.stall_timeout_s) as watchdog, RunLock(cfg.workdir) as lock:
         corpus = read_corpus(cfg, watchdog)
         check_same("the corpus (data.path and data.tokenizer)", corpus.fingerprint)
         watchdog.start_phase()
         cfg = with_vocabulary(cfg, corpus)
         t = make_trainable(cfg, make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices))
-        B, T = cfg.train.batch_sequences, cfg.model.context_length
-        rows = rows_of_this_host(t.batch_sharding, (B, T))
-        batches = Batches(training_examples(corpus, cfg.data, T, B, cfg.seed), B, rows)
+        rows, batches = batches_of_this_host(t, corpus)
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
+        lock.acquire()
         base = read_base_of_run(t, corpus)
         state = restore(t, corpus, base) or first_state(t, corpus, base)
         checkpoints = open_workdir(cfg)
@@ -74,7 +74,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
             for step in range(start + 1, total + 1):
                 for hook in called:
                     hook.before_step(step)
-                batch = global_batch(next(incoming), rows, t.batch_sharding, B)
+                batch = global_batch(next(incoming), rows, t.batch_sharding, cfg.train.batch_sequences)
                 state, metrics = train_step(state, batch)
                 complete = step == total
                 last = complete or stop.after(step)
@@ -104,6 +104,13 @@ def read_corpus(cfg: Config, watchdog: Watchdog) -> Corpus:
             watchdog.pause()
 
     return writer_first(load)
+
+
+def batches_of_this_host(t: Trainable, corpus: Corpus) -> tuple[np.ndarray, Batches]:
+    """Return the rows of the global batch that this host reads, and its part of each step's batch."""
+    B, T = t.cfg.train.batch_sequences, t.cfg.model.context_length
+    rows = rows_of_this_host(t.batch_sharding, (B, T))
+    return rows, Batches(training_examples(corpus, t.cfg.data, T, B, t.cfg.seed), B, rows)
 
 
 def make_hooks(
