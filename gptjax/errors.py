@@ -17,11 +17,14 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A run gave up: its last steps had no finite gradient."""
+    """A run gave up: none of its last steps could be taken."""
 
     def __init__(self, first: int, last: int):
         self.first, self.last = first, last
-        super().__init__(f"no gradient was finite from step {first} to {last}; lower optim.peak_lr")
+        super().__init__(
+            f"no step from {first} to {last} was taken, since loss or gradient were not finite or spiked; lower "
+            "optim.peak_lr in another --workdir"
+        )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from gptjax.convert import Base, check_base, initial_model, read_base
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
 from gptjax.nn.adapters import ADAPTER, without_adapter
+from gptjax.nn.transformer import Params
 from gptjax.optim import learning_rate
+from gptjax.spikes import STATISTICS
 from gptjax.step import Trainable, TrainState, init_state
 from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
@@ -39,20 +41,34 @@ def save(
         "corpus": corpus.fingerprint,
         "val/loss": val_loss,
     }
+    meta["statistics"] = [float(value) for value in jax.device_get(state.statistics)]
     if base is not None:
         meta["base"] = base.facts
     checkpoints.save(int(state.step), *for_disk(state), meta, val_loss)
 
 
-def for_disk(state: TrainState) -> tuple[Any, TrainState]:
+class Rest(NamedTuple):
+    """The rest of a state in a checkpoint. Its fields are those of the first versions, whose checkpoints are read."""
+
+    step: jax.Array
+    total_steps: jax.Array
+    params: Params | None
+    opt_state: Any
+    ema: Params | None
+
+
+def for_disk(state: TrainState) -> tuple[Any, Rest]:
     """Return the weights to sample from (their moving average, if kept), and the rest of the state.
+
+    The statistics are plain numbers in the checkpoint's meta.
 
     Where there are adapters, the weights are these alone.
     """
     params = {ADAPTER: state.params[ADAPTER]} if ADAPTER in state.params else state.params
+    kept = (state.step, state.total_steps)
     if state.ema is None:
-        return params, state._replace(params=None)
-    return state.ema, state._replace(ema=None, params=params)
+        return params, Rest(*kept, None, state.opt_state, None)
+    return state.ema, Rest(*kept, params, state.opt_state, None)
 
 
 def restore(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainState | None:
@@ -76,7 +92,9 @@ def restore(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainStat
         if base is not None:
             check_base(meta["base"], base.facts, t.cfg.workdir)
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
-        state = rest._replace(**{"params" if t.state.ema is None else "ema": weights})
+        rest = rest._replace(**{"params" if t.state.ema is None else "ema": weights})
+        statistics = np.array(meta.get("statistics", [0.0] * STATISTICS), np.float32)
+        state = TrainState(*rest, jax.device_put(statistics, t.state.statistics.sharding))
         return state if base is None else state._replace(params={**base.params, **state.params})
 
     found = read_newest(checkpoints, read)

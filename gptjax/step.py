@@ -24,6 +24,7 @@ from gptjax.nn.weights import held_axes, hold
 from gptjax.objectives import OBJECTIVES, Batch, Model, Objective, Terms, check_arrays
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
 from gptjax.sharding import check_divides, sharding
+from gptjax.spikes import STATISTICS, first_statistics, judge_step
 
 
 class TrainState(NamedTuple):
@@ -35,6 +36,7 @@ class TrainState(NamedTuple):
         params: the weights, float32 but for frozen ones under adapters (`lora.base_dtype`).
         opt_state: the optimizer's moments, of the weights that are trained.
         ema: moving average of the weights, or of the adapters where there are any; None without one.
+        statistics: of losses and gradients (`spikes.judge_step`), float32 [spikes.STATISTICS].
     """
 
     step: jax.Array
@@ -42,6 +44,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     ema: Params | None
+    statistics: jax.Array
 
     @property
     def averaged(self) -> Params:
@@ -115,7 +118,8 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
     moments = abstract_opt_state(optimizer, trained, replicated)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     averaged = trained if cfg.lora.rank else weights
-    state = TrainState(scalar, scalar, weights, moments, averaged if cfg.optim.ema_decay else None)
+    statistics = jax.ShapeDtypeStruct((STATISTICS,), jnp.float32, sharding=replicated)
+    state = TrainState(scalar, scalar, weights, moments, averaged if cfg.optim.ema_decay else None, statistics)
     by_rows = sharding(mesh, ("batch", "length"))
     return Trainable(cfg, mesh, graphdef, optimizer, objective, metadata, frozen, state, by_rows)
 
@@ -229,7 +233,8 @@ def init_state(t: Trainable, base: Params | None = None) -> TrainState:
         averaged = jax.tree.map(jnp.copy, trained if cfg.lora.rank else params) if cfg.optim.ema_decay else None
         total = jnp.asarray(cfg.train.total_steps, jnp.int32)
         new = {name: part for name, part in params.items() if name not in given}
-        return TrainState(jnp.zeros((), jnp.int32), total, new, t.optimizer.init(trained), averaged)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, total, new, t.optimizer.init(trained), averaged, first_statistics())
 
     wanted = t.state._replace(params={name: t.state.params[name] for name in t.state.params if name not in given})
     state = _on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(wanted)))(given)
@@ -319,9 +324,9 @@ def split_rows(x: jax.Array, n_parts: int, group_rows: int) -> jax.Array:
 
 
 def make_update(t: Trainable) -> Callable[[TrainState, Params, jax.Array, jax.Array], tuple[Any, ...]]:
-    """Return (state, gradients, rate, whether they are finite) -> (norm of the update, weights, moments, average).
+    """Return (state, gradients, rate, whether to take the step) -> (norm of the update, weights, moments, average).
 
-    Where the gradients are not finite, the norm is 0 and the rest stays as it is.
+    Where the step is not taken, the norm is 0 and the rest stays as it is.
     """
 
     def update(state: TrainState, grads: Params, lr: jax.Array, good: jax.Array):
@@ -351,7 +356,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
 
     Metrics, float32 scalars: `train/loss` and `train/NAME` of every other term (means over the step), `grad_norm`
     (before clipping), `update_norm` (of what the weights changed by), `lr`, and `skipped`: 1 where the objective or
-    its gradient was not finite, and weights and moments therefore stayed as they were.
+    its gradient was not finite or spiked (`spikes.judge_step`), so that weights and moments stayed as they were.
     """
     cfg, gradient, update = t.cfg, make_gradient(t), make_update(t)
 
@@ -363,10 +368,10 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         means = {f"train/{name}": total / weight for name, (total, weight) in terms.items()}
 
         lr = learning_rate(cfg.optim, state.step, state.total_steps)
-        good = jnp.isfinite(means["train/loss"]) & jnp.isfinite(grad_norm)
+        good, statistics = judge_step(state.statistics, means["train/loss"], grad_norm, cfg.train.spike_deviations)
         update_norm, params, opt_state, ema = update(state, grads, lr, good)
         metrics = {**means, "grad_norm": grad_norm, "update_norm": update_norm, "lr": lr, "skipped": 1.0 - good}
-        return TrainState(state.step + 1, state.total_steps, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, state.total_steps, params, opt_state, ema, statistics), metrics
 
     compiled = jax.jit(
         train_step,

@@ -19,7 +19,7 @@ FLOORS = [
     ["checks", "cpu", "environment", "figures"],
     ["config", "configversions"],
     ["parametrization", "checksums", "configfile", "hosts", "pages", "sharding", "tokenizers", "process", "faults"],
-    ["nn.attention", "nn.convolution", "nn.products", "loss", "sampling", "grammars", "optim"],
+    ["nn.attention", "nn.convolution", "nn.products", "loss", "spikes", "sampling", "grammars", "optim"],
     ["checkpoint", "metrics"],
     ["nn.weights"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
@@ -124,7 +124,7 @@ def test_only_the_model_converts_floats():
     compiled = {
         name: path
         for name, path in modules().items()
-        if name.startswith("nn.") or name in ("loss", "optim", "sampling", "objectives", "step", "engine")
+        if name.startswith("nn.") or name in ("loss", "spikes", "optim", "sampling", "objectives", "step", "engine")
     }
     found = {name: dtypes for name, path in compiled.items() if (dtypes := casts(path))}
     assert found.keys() == CASTS.keys()

@@ -89,6 +89,9 @@ class TrainConfig:
             memory.
         z_loss: weight of the squared log of the softmax's denominator; a value such as 1e-4 keeps logits from
             drifting in long bfloat16 runs.
+        spike_deviations: a step is skipped if its loss or gradient norm lies more than so many standard deviations
+            above the mean of the last 100 steps (a deviation counts as at least 0.3 of the mean); null skips only
+            steps that are not finite. Raise it if good steps are skipped.
         log_interval_steps: steps between lines of metrics.jsonl.
         eval_interval_steps: steps between evaluations on the validation data.
         eval_sequences: validation sequences of an evaluation, evenly spaced; null means all of them. Lower it if
@@ -102,6 +105,7 @@ class TrainConfig:
     microbatches: int = 1
     loss_chunks: int = 1
     z_loss: float = 0.0
+    spike_deviations: float | None = field(default=10.0, metadata=FREE)
     log_interval_steps: int = field(default=10, metadata=FREE)
     eval_interval_steps: int = field(default=250, metadata=FREE)
     eval_sequences: int | None = field(default=None, metadata=FREE)
@@ -110,6 +114,7 @@ class TrainConfig:
         check_at_least(1, "train", self, "total_steps", "batch_sequences", "microbatches", "loss_chunks")
         check_at_least(1, "train", self, "log_interval_steps", "eval_interval_steps", "eval_sequences")
         check_at_least(0, "train", self, "z_loss")
+        check_positive("train", self, "spike_deviations")
         rest = self.batch_sequences % self.microbatches
         wanted = f"does not divide train.batch_sequences {self.batch_sequences}"
         check(rest == 0, "train.microbatches", self.microbatches, wanted)

@@ -45,7 +45,11 @@ def summary(run: Run) -> str:
     said += "." if best[0] >= last else f"; the best, {best[0]:.4f}, came at step {best[1]:,}."
     skipped = sum(row["skipped"] for row in run.rows if display.finite(row.get("skipped")))
     resumes = sum(event.get("event") == "resume" for event in run.events)
-    said += f" It skipped {display.plural(int(skipped), 'step')} whose gradient was not finite." if skipped else ""
+    said += (
+        f" It skipped {display.plural(int(skipped), 'step')} whose gradient was not finite or spiked."
+        if skipped
+        else ""
+    )
     return said + (f" It was resumed {display.plural(resumes, 'time')}." if resumes else "")
 
 
