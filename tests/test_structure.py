@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
+
+from gptjax.configfile import _StrictLoader
 
 PACKAGE = ROOT / "gptjax"
 
@@ -147,6 +150,30 @@ def test_what_the_index_of_questions_names_exists():
 def _names(node: ast.stmt) -> list[str]:
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     return [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+
+
+CODE_IN_DATA = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_that_is_read_can_run_code(module):
+    """docs/security.md: no pickle, no eval, and only YAML's safe loader."""
+    path = modules()[module]
+    assert not {name.split(".")[0] for name in imports(path)} & CODE_IN_DATA
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called, words = ast.unparse(node.func), {word.arg: word.value for word in node.keywords}
+            assert called not in ("eval", "exec", "compile", "torch.load", "yaml.full_load", "yaml.unsafe_load")
+            assert "allow_pickle" not in words and "trust_remote_code" not in words
+            if called in ("yaml.load", "yaml.load_all"):
+                assert ast.unparse(node.args[1]) == "_StrictLoader"
+    assert issubclass(_StrictLoader, yaml.SafeLoader)
+
+
+def test_the_tests_that_the_page_of_security_names_exist():
+    named = set(re.findall(r"`(tests/[a-z_/]+\.py)`", (ROOT / "docs" / "security.md").read_text()))
+    assert len(named) >= 9
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
 def test_no_file_is_over_500_lines():
