@@ -66,14 +66,16 @@ def test_step_time_leaves_evaluations_out_at_every_interval(fake_time, tmp_path,
 @pytest.mark.parametrize("log", [1, 3, 10, 64, 1000])
 def test_divergence_is_found_at_every_interval(fake_time, tmp_path, log):
     called = [Measure(log, Clock(), 100, None, str(tmp_path))]
-    with pytest.raises(Diverged, match=r"no step from 21 to 30 was taken, .*; lower optim\.peak_lr in another --workdir"):
+    with pytest.raises(
+        Diverged, match=r"no step from 21 to 30 was taken, .*; lower optim\.peak_lr in another --workdir"
+    ):
         take_steps(called, 100, fake_time, skipped=lambda step: step > 20)
     assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "diverged"
 
 
 @pytest.mark.parametrize("log", [1, 4, 100])
 def test_a_short_run_without_any_finite_step_is_no_success(fake_time, tmp_path, log):
-    with pytest.raises(Diverged, match="from step 1 to 4"):
+    with pytest.raises(Diverged, match="no step from 1 to 4 was taken"):
         take_steps([Measure(log, Clock(), 100, None, str(tmp_path))], 4, fake_time, skipped=lambda step: True)
 
 
