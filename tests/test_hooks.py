@@ -66,9 +66,7 @@ def test_step_time_leaves_evaluations_out_at_every_interval(fake_time, tmp_path,
 @pytest.mark.parametrize("log", [1, 3, 10, 64, 1000])
 def test_divergence_is_found_at_every_interval(fake_time, tmp_path, log):
     called = [Measure(log, Clock(), 100, None, str(tmp_path))]
-    with pytest.raises(
-        Diverged, match=r"no step from 21 to 30 was taken, .*; lower optim\.peak_lr in another --workdir"
-    ):
+    with pytest.raises(Diverged, match=r"no step from 21 to 30 was taken, .*; lower optim\.peak_lr"):
         take_steps(called, 100, fake_time, skipped=lambda step: step > 20)
     assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "diverged"
 
