@@ -64,14 +64,14 @@ def plan_of(model: dict, topology: str, sequences: int, mesh: dict, loss_chunks:
 
 @pytest.mark.parametrize(("model", "topology", "sequences", "remat"), CASES)
 def test_truth_memory(model, topology, sequences, remat):
-    """Arguments within 1 % of the compiler's (they are inside `batch`, the rest of them), the total within 15 %."""
+    """Arguments within 1 % of the compiler's (in `batch`, the rest of them), the total at most 25 % above it."""
     values = {**SIZES[model], "dtype": "bfloat16", "remat": remat, "attention": "reference"}
     plan = plan_of(values, topology, sequences, {"fsdp": -1})
     ratio = plan["analytic_total_bytes"] / plan["total_bytes"]
     print(f"\n{model:14}{topology:11}{sequences:>5} {remat:5}{size(plan['total_bytes']):>12} analytic {ratio:.3f}")
     known = plan["memory"]["params"] + plan["memory"]["optimizer"]
     assert abs(plan["memory"]["batch"]) <= 0.01 * known
-    assert ratio == pytest.approx(1, abs=0.15)
+    assert 0.95 <= ratio <= 1.25
 
 
 @pytest.mark.parametrize(("topology", "sequences", "mesh"), MESHES)

@@ -252,7 +252,7 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     elif cfg.run.remat == "none":
         kept += 2 * qkv + hidden * (n_hidden + 1) + streams + scores * (F32 + BF16 + 1)
     # In the backward pass of one layer: scores, their gradient, and the recomputed activations.
-    layer = scores * (2 * F32 + BF16) + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full
+    layer = scores * 2 * F32 + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full
     chunk = s.tokens / cfg.train.loss_chunks * V
     # The head's gradient and its gathered copy; with tied embeddings, also the copy for the token lookup.
     copies = 2 if m.tie_embeddings else 1

@@ -1,5 +1,6 @@
 """Plan a run: the costs of a config on a topology, from the compiler or by arithmetic, and whether it fits."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from gptjax.apps.plan.roofline import Roofline, roofline
 from gptjax.checks import divisors
 from gptjax.config import Config, override
 from gptjax.errors import UserError
+
+LOSS_CHUNKS = 8  # of a loss whose logits are to take less memory: an eighth is less than what a layer needs
 
 # Vocabulary sizes of the tokenizers that need no file.
 VOCABULARIES = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}
@@ -53,7 +56,7 @@ def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[s
     )
     return {
         **describe_layout(cfg, topology),
-        "method": "analytic" if answer is None else "compiled",
+        "method": "compiled" if answer is not None and "memory" in answer else "analytic",
         "note": note,
         **memory_verdict(costs, answer, topology.chip.hbm_bytes),
         "model_flops": costs.model_flops,
@@ -73,7 +76,9 @@ def ask_compiler(cfg: Config, topology: Topology, analytic: bool) -> tuple[dict[
             note += ": pip install 'gptjax[tpu]' for the compiler's own figures"
         return None, note
     answer = compile_for(cfg, topology)
-    return (None, answer["error"]) if "error" in answer else (answer, "")
+    if "error" in answer:
+        return None, answer["error"]
+    return answer, "but for the temporaries: the compiler gave up for lack of memory" * ("out_of_memory" in answer)
 
 
 def describe_layout(cfg: Config, topology: Topology) -> dict[str, Any]:
@@ -101,10 +106,7 @@ def bytes_moved(costs: Costs, answer: dict[str, Any] | None) -> dict[str, float]
 
 
 def memory_verdict(costs: Costs, answer: dict[str, Any] | None, capacity: float) -> dict[str, Any]:
-    """Return the part of a plan that says whether a chip's memory, of `capacity` bytes, is enough.
-
-    What the compiler has placed fits, even where the sum of the parts is larger: some of them share a place in turn.
-    """
+    """Return the part of a plan that says whether a chip's memory, of `capacity` bytes, is enough."""
     memory = memory_table(costs, answer)
     total = sum(memory.values())
     return {
@@ -112,14 +114,15 @@ def memory_verdict(costs: Costs, answer: dict[str, Any] | None, capacity: float)
         "total_bytes": total,
         "capacity_bytes": capacity,
         "analytic_total_bytes": costs.total_bytes,
-        "fits": total <= capacity if answer is None else "out_of_memory" not in answer,
+        "fits": total <= capacity and "out_of_memory" not in (answer or {}),
     }
 
 
 def memory_table(costs: Costs, answer: dict[str, Any] | None) -> dict[str, float]:
     """Return the bytes of a chip by kind: the compiler's where it has answered, or else the estimate's.
 
-    The compiler counts gradients among its temporaries; the table separates them. For a program that does not fit it
+    Temporaries are the compiler's peak less the arguments, since buffers that are never used together share a place.
+    The compiler counts gradients among them; the table separates these. For a program that does not fit the compiler
     reports one number only, from which the temporaries are inferred.
     """
     table = dict(costs.memory)
@@ -132,7 +135,7 @@ def memory_table(costs: Costs, answer: dict[str, Any] | None) -> dict[str, float
         return {**table, "temporaries": max(used - table["gradients"], 0.0)}
     measured = answer["memory"]
     arguments = table["params"] + table["optimizer"]
-    temporaries = measured["temp"] + measured["output"] - measured["alias"] - table["gradients"]
+    temporaries = measured["peak"] - measured["argument"] - table["gradients"]
     return {
         **table,
         "batch": measured["argument"] - arguments,
@@ -177,16 +180,22 @@ def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
     per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"])
     remats = [{}] if cfg.run.remat == "full" else [{}, {"run.remat": "full"}]
     parts = [2**k for k in range(int(math.log2(max(per_step, 1))) + 1) if per_step % 2**k == 0]
-    for mesh in ({}, whole if axes["context"] == 1 else {}):
-        for remat in remats:
-            for count in parts:
-                overrides = {**mesh, **remat, **({"train.microbatches": count} if count > 1 else {})}
-                try:
-                    if overrides and estimate(override(cfg, overrides), topology).total_bytes <= limit:
-                        return overrides
-                except UserError:
-                    continue
+    microbatches = [{"train.microbatches": count} if count > 1 else {} for count in parts]
+    meshes = ({}, whole if axes["context"] == 1 else {})
+    for mesh, remat, chunks, count in itertools.product(meshes, remats, _loss_chunks(cfg), microbatches):
+        overrides = mesh | remat | chunks | count
+        try:
+            if overrides and estimate(override(cfg, overrides), topology).total_bytes <= limit:
+                return overrides
+        except UserError:
+            continue
     return None
+
+
+def _loss_chunks(cfg: Config) -> list[dict[str, Any]]:
+    """Return the overrides of `train.loss_chunks` to try: none, and more chunks where they divide the context."""
+    more = cfg.train.loss_chunks < LOSS_CHUNKS and cfg.model.context_length % LOSS_CHUNKS == 0
+    return [{}, {"train.loss_chunks": LOSS_CHUNKS}] if more else [{}]
 
 
 def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
@@ -200,7 +209,7 @@ def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
 
 
 def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, Any], float]]:
-    """Return every mesh x remat x microbatches that fits by arithmetic, best first.
+    """Return every mesh x remat x microbatches x loss chunks that fits by arithmetic, best first.
 
     Each is (expected seconds of a step, overrides, bytes of a chip). It leaves 5 % of the memory free. The context
     axis is not changed.
@@ -214,8 +223,9 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
             continue
         rows = cfg.train.batch_sequences // mesh["mesh.data"] // mesh["mesh.fsdp"]
         for remat in ("none", "dots", "full"):
-            for count in (2**k for k in range(rows.bit_length()) if rows % 2**k == 0):
-                overrides = {**mesh, "run.remat": remat, "train.microbatches": count}
+            counts = [2**k for k in range(rows.bit_length()) if rows % 2**k == 0]
+            for count, chunks in itertools.product(counts, _loss_chunks(cfg)):
+                overrides = {**mesh, "run.remat": remat, "train.microbatches": count, **chunks}
                 tried = override(cfg, overrides)
                 costs = estimate(tried, topology, held=held)
                 if costs.total_bytes <= 0.95 * topology.chip.hbm_bytes:

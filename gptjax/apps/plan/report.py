@@ -63,11 +63,9 @@ def report(plan: dict[str, Any]) -> list[str]:
 
 def verdict(plan: dict[str, Any]) -> str:
     """Say whether the run fits; if not, by how much, and which change would fit."""
-    beyond = plan["total_bytes"] - plan["capacity_bytes"]
     if plan["fits"]:
-        placed = ": the compiler found a place for all of it; the sum above counts buffers that share memory in turn"
-        return "FITS" + (placed if beyond > 0 else "")
-    lacking = size(beyond)
+        return "FITS"
+    lacking = size(plan["total_bytes"] - plan["capacity_bytes"])
     if plan.get("suggestion") is None:
         return (
             f"DOES NOT FIT, by {lacking}: neither remat nor microbatches are enough; try --search, or use more chips"

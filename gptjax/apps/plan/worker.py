@@ -46,7 +46,8 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
     """Compile the training step for a topology.
 
     Returns:
-        `memory` (bytes of one device by kind), `hbm_bytes`, `collectives`; or `out_of_memory`.
+        `memory` (bytes of one device by kind; `peak` is the most that arguments and temporaries take at once),
+        `hbm_bytes`, `collectives`; or `out_of_memory`.
     """
     import jax
     import jax.numpy as jnp
@@ -73,9 +74,12 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
         return {"out_of_memory": too_much}
     analysis = compiled.memory_analysis()
     program = Program(compiled.as_text())
-    names = ("argument", "output", "alias", "temp", "generated_code")
     return {
-        "memory": {name: getattr(analysis, f"{name}_size_in_bytes") for name in names},
+        "memory": {
+            "argument": analysis.argument_size_in_bytes,
+            "peak": analysis.peak_memory_in_bytes,
+            "generated_code": analysis.generated_code_size_in_bytes,
+        },
         "hbm_bytes": program.hbm_bytes(),
         "collectives": [c._asdict() for c in program.collectives(len(devices) // num_slices, num_slices)],
     }
