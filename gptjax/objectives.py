@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.loss import LossSpec, next_token_loss
+from gptjax.loss import LossSpec, log_probabilities, next_token_loss
 from gptjax.nn.adapters import join_adapter
 from gptjax.nn.transformer import Params, Transformer, bind
 
@@ -81,8 +82,42 @@ def next_token(model: Model, params: Params, batch: Batch, key: jax.Array | None
     return {"loss": (total, weight), **aux}
 
 
+def dpo(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Terms:
+    """Return the loss, rewards and accuracy of direct preference optimization (Rafailov et al. 2023, 2305.18290).
+
+    The reward of an answer is beta times how much likelier it has become than under the reference (equation 7); the
+    loss is the negative log of the probability that the chosen one's is higher, with label smoothing as in
+    cDPO (Mitchell 2023, "A note on DPO with noisy preferences", equation 3). Means are over pairs.
+
+    Args:
+        batch: rows of pairs, the chosen one first; `reference` [B, T] whose sum is a row's log-probability under the
+            reference. A pair of weight 0 is left out.
+    """
+    transformer, hidden, aux = model.run(params, batch, key)
+    how, weights = model.cfg.dpo, batch["weights"]
+    log_p = log_probabilities(hidden, transformer.head_matrix(), batch["targets"], model.loss_spec)
+    gains = (log_p * weights).sum(axis=1) - batch["reference"].sum(axis=1)
+    if how.normalise_length:
+        gains /= jnp.maximum(weights.sum(axis=1), 1)
+    chosen, rejected = how.beta * gains.reshape(-1, 2).T
+    present = (weights.max(axis=1) > 0).reshape(-1, 2).all(axis=1).astype(jnp.float32)
+    margins, pairs = chosen - rejected, present.sum()
+    smoothing = how.label_smoothing
+    losses = -(1 - smoothing) * jax.nn.log_sigmoid(margins) - smoothing * jax.nn.log_sigmoid(-margins)
+    means = {
+        "loss": losses,
+        "reward_accuracy": margins > 0,
+        "reward_margin": margins,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+    }
+    return {name: ((value * present).sum(), pairs) for name, value in means.items()} | aux
+
+
 OBJECTIVES: dict[str, Objective] = {
     "next_token": Objective(next_token, every_token=True),
+    "sft": Objective(next_token),  # of the tokens that the data marks as learnt: no bits per byte
+    "dpo": Objective(dpo, group_rows=2, arrays=("reference",)),
 }
 
 

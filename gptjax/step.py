@@ -16,6 +16,7 @@ from gptjax import cpu
 from gptjax.config import Config
 from gptjax.errors import UserError, choose
 from gptjax.hosts import exchange
+from gptjax.loss import log_probabilities
 from gptjax.nn.adapters import ADAPTER, abstract_adapter, init_adapter
 from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
@@ -247,11 +248,7 @@ def make_terms(t: Trainable) -> Callable[[Params, Batch, jax.Array | None], Term
 
     def terms_of(params: Params, batch: Batch, key: jax.Array | None = None) -> Terms:
         check_arrays(cfg.train.objective, t.objective, batch)
-        if cfg.run.attention == "ring":
-            positions = batch.get("positions", jnp.arange(cfg.model.context_length, dtype=jnp.int32)[None])
-            order = zigzag(cfg.model.context_length, t.mesh.shape["context"])
-            batch = {name: x[:, order] for name, x in {**batch, "positions": positions}.items()}
-        terms = t.objective.terms(model, params, batch, key)
+        terms = t.objective.terms(model, params, in_order_of_attention(t, batch), key)
         for name in cfg.train.aux_weights:
             choose(terms, name, "train.aux_weights")
         if "loss" in terms:
@@ -260,6 +257,16 @@ def make_terms(t: Trainable) -> Callable[[Params, Batch, jax.Array | None], Term
         return {"loss" if name == first else name: term for name, term in terms.items()}
 
     return terms_of
+
+
+def in_order_of_attention(t: Trainable, batch: Batch) -> Batch:
+    """Return a batch with its positions in the order in which the run's attention kernel wants them."""
+    if t.cfg.run.attention != "ring":
+        return batch
+    length = t.cfg.model.context_length
+    positions = batch.get("positions", jnp.arange(length, dtype=jnp.int32)[None])
+    order = zigzag(length, t.mesh.shape["context"])
+    return {name: x[:, order] for name, x in {**batch, "positions": positions}.items()}
 
 
 def make_gradient(t: Trainable) -> Callable[[Params, Params, Batch, jax.Array | None], tuple[Any, Params]]:
@@ -387,6 +394,22 @@ def make_eval_step(t: Trainable) -> Callable[[Params, Batch], Terms]:
     """Return (params, batch) -> the objective's terms, one named "loss": sums and weights, float32 scalars."""
     compiled = jax.jit(make_terms(t), in_shardings=(shardings_of(t.state.params), t.batch_sharding))
     return _on_mesh(t.mesh, compiled)
+
+
+def make_row_log_probabilities(t: Trainable) -> Callable[[Params, Batch], jax.Array]:
+    """Return (params, batch) -> the log-probability of each row's targets of weight 1, in nats: [B] float32, whole on
+    every device.
+    """
+    model = Model(t.cfg, t.graphdef)
+
+    def compute(params: Params, batch: Batch) -> jax.Array:
+        batch = in_order_of_attention(t, batch)
+        transformer, hidden, _ = model.run(params, batch, None)
+        log_p = log_probabilities(hidden, transformer.head_matrix(), batch["targets"], model.loss_spec)
+        return (log_p * batch["weights"]).sum(axis=1)
+
+    shardings = (shardings_of(t.state.params), t.batch_sharding)
+    return _on_mesh(t.mesh, jax.jit(compute, in_shardings=shardings, out_shardings=sharding(t.mesh, ())))
 
 
 def _on_mesh(mesh: Mesh, compiled: Callable[..., Any]) -> Callable[..., Any]:

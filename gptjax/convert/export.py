@@ -162,7 +162,10 @@ def end_tokens(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the files, by name, from which `AutoTokenizer` makes equal ids; none for a model without a tokenizer."""
-    return _TOKENIZER_FILES[tokenizer.kind](tokenizer)
+    files = _TOKENIZER_FILES[tokenizer.kind](tokenizer)
+    if files and tokenizer.chat_template is not None and not isinstance(tokenizer, HuggingFaceTokenizer):
+        files["chat_template.jinja"] = tokenizer.chat_template
+    return files
 
 
 def _own_files(text: str, **facts: Any) -> dict[str, str]:

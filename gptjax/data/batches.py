@@ -16,6 +16,7 @@ from gptjax.config import DataConfig
 from gptjax.data.corpus import Corpus
 from gptjax.data.mixture import Assignment
 from gptjax.data.shards import Split
+from gptjax.data.source import Half
 from gptjax.errors import UserError
 
 ENDLESS_STEPS = 2**48  # a length that Grain can slice and no run reaches
@@ -116,15 +117,22 @@ def packed_example(ids: np.ndarray, lengths: np.ndarray, context_length: int) ->
 
 class Endless:
     """Examples without end: example n is a function of (seed, n). Each epoch visits all of them, in an order of its
-    own.
+    own; those of one group, such as a pair, stay side by side.
     """
 
     def __init__(self, examples: Examples, seed: int):
-        self.examples = examples
-        self.order = grain.MapDataset.range(len(examples)).shuffle(seed=seed % 2**32).repeat()
+        self.examples, self.group_rows = examples, group_rows(examples)
+        groups = len(examples) // self.group_rows
+        self.order = grain.MapDataset.range(groups).shuffle(seed=seed % 2**32).repeat()
 
     def __getitem__(self, n: int) -> Example:
-        return self.examples.example(int(self.order[n]), n // len(self.examples))
+        group, row = divmod(n, self.group_rows)
+        return self.examples.example(int(self.order[group]) * self.group_rows + row, n // len(self.examples))
+
+
+def group_rows(examples: Examples) -> int:
+    """Return how many examples, one after the other, belong together: 2 for pairs, else 1."""
+    return getattr(examples, "group_rows", 1)
 
 
 class Mixed:
@@ -134,8 +142,10 @@ class Mixed:
         self.sources, self.assignment = sources, assignment
 
     def __getitem__(self, n: int) -> Example:
-        source, index = self.assignment[n]
-        return self.sources[source][index]
+        size = self.sources[0].group_rows
+        group, row = divmod(n, size)
+        source, index = self.assignment[group]
+        return self.sources[source][index * size + row]
 
 
 def training_examples(
@@ -147,13 +157,30 @@ def training_examples(
     endless = []
     for number, source in enumerate(corpus.sources):
         source_seed = seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        if isinstance(source.train, Split):
-            endless.append(Endless(PackedRows(source.train, context_length, source.pack_length), source_seed))
-        else:
-            endless.append(Endless(Windows(source.train, context_length, "training", source_seed), source_seed))
+        examples = examples_of(source.train, context_length, "training", source.pack_length, source_seed)
+        endless.append(Endless(examples, source_seed))
     if not cfg.mixture:
         return endless[0]
-    return Mixed(endless, Assignment(cfg.mixture_schedule, batch_sequences, seed))
+    return Mixed(endless, Assignment(cfg.mixture_schedule, batch_sequences // endless[0].group_rows, seed))
+
+
+def examples_of(
+    half: Half, context_length: int, what: str, pack_length: int | None = None, moving_seed: int | None = None
+) -> Examples:
+    """Return the examples of one half of a source: its own, packed rows, or windows.
+
+    Args:
+        what: "training" or "validation", for messages.
+        moving_seed: as in `Windows`.
+
+    Raises:
+        UserError: it is too short, or packed differently.
+    """
+    if isinstance(half, Split):
+        return PackedRows(half, context_length, pack_length or 0)
+    if hasattr(half, "examples"):
+        return half.examples(context_length)
+    return Windows(half, context_length, what, moving_seed)
 
 
 def as_batch(examples: list[Example]) -> dict[str, np.ndarray]:
@@ -201,7 +228,7 @@ class Batches:
 
 
 def validation_batches(
-    half: np.ndarray | Split,
+    half: Half,
     context_length: int,
     batch_sequences: int,
     limit: int | None,
@@ -218,13 +245,11 @@ def validation_batches(
     Raises:
         UserError: fewer tokens than one window.
     """
-    examples: Examples
-    if isinstance(half, Split):
-        examples = PackedRows(half, context_length, pack_length or 0)
-    else:
-        examples = Windows(half, context_length, "validation")
-    count = len(examples)
-    chosen = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
+    examples = examples_of(half, context_length, "validation", pack_length)
+    size = group_rows(examples)
+    count, limit = len(examples) // size, None if limit is None else max(1, limit // size)
+    groups = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
+    chosen = (groups[:, None] * size + np.arange(size)).ravel()
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, len(chosen), batch_sequences):

@@ -17,9 +17,12 @@ import numpy as np
 from etils import epath
 
 from gptjax.config import DataConfig
+from gptjax.data.conversations import load_conversations
 from gptjax.data.formats import SourceFile
+from gptjax.data.preferences import load_preferences
 from gptjax.data.reading import Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
+from gptjax.data.source import Source
 from gptjax.data.sources import list_files, pieces_of
 from gptjax.errors import UserError, choose
 from gptjax.faults import note_progress
@@ -29,39 +32,6 @@ from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 CACHE_FORMAT = 3  # increase it when the same sources give other tokens
 DOCUMENT_END = "\n"  # after a document where the tokenizer has no token for that
 TEXTS_AT_ONCE = 64  # a tokenizer distributes these over the cores
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source as token ids.
-
-    Attributes:
-        name: its name in the metrics of a mixture.
-        train, val: concatenated ids, mapped from disk; a Split where documents are packed into rows.
-        val_predictions: number of validation tokens that are targets.
-        val_bytes: length of the validation text in UTF-8, for bits per byte.
-        tokenizer: the tokenizer that made the ids.
-        fingerprint: hash of the documents and the tokenizer, independent of their path.
-        older_fingerprint: the hash that earlier versions wrote into checkpoints for the same tokens; None: the same.
-        notes: lines for the user about what is left out, and about what the names of files decided.
-        pack_length: positions of a packed row; None where documents are not packed.
-    """
-
-    name: str
-    train: Tokens | Split
-    val: Tokens | Split
-    val_predictions: int
-    val_bytes: int
-    tokenizer: Tokenizer
-    fingerprint: str
-    pack_length: int | None = None
-    older_fingerprint: str | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def train_tokens(self) -> int:
-        """Return the number of training tokens."""
-        return len(self.train.tokens if isinstance(self.train, Split) else self.train)
 
 
 @dataclass(frozen=True)
@@ -94,7 +64,7 @@ class Corpus:
     @property
     def notes(self) -> list[str]:
         """Return the notes of all sources, for the user."""
-        return [note for source in self.sources for note in source.notes]
+        return [note for source in self.sources for note in source.all_notes()]
 
     @property
     def train_tokens(self) -> int:
@@ -165,7 +135,11 @@ def load_text(cfg: DataConfig, path: str, name: str) -> Source:
 
 
 # data.kind -> (config, path, name) -> a source.
-KINDS: dict[str, Callable[[DataConfig, str, str], Source]] = {"text": load_text}
+KINDS: dict[str, Callable[[DataConfig, str, str], Source]] = {
+    "text": load_text,
+    "sft": load_conversations,
+    "preferences": load_preferences,
+}
 
 
 def _prepared_source(cfg: DataConfig, folder: Path, name: str) -> Source:

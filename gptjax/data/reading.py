@@ -88,7 +88,7 @@ def _text_documents(piece: Piece, how: Reading, complain: Callable[[str], None])
         if text is not None:
             yield Document(text, whole=piece.stop >= _size(piece.file))
         return
-    for offset, record in _records(piece, how.separator.encode()):
+    for offset, record in records(piece, how.separator.encode()):
         text = _decode(record, piece.file, complain, offset)
         if text is not None:
             yield Document(text.strip("\n"))
@@ -110,7 +110,7 @@ def play_text(markdown: str) -> str:
 
 def _jsonl_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:
     first: int | None = None
-    for local, (_, record) in enumerate(_records(piece, b"\n")):
+    for local, (_, record) in enumerate(records(piece, b"\n")):
         if not record.strip():
             continue
         try:
@@ -163,7 +163,7 @@ def _csv_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) 
     """Read a table with a line of column names, separated by commas, or by tabs in a .tsv file."""
     delimiter = "\t" if piece.format.startswith("tsv") else ","
     csv.field_size_limit(LONGEST_BYTES)
-    rows = csv.reader(_lines(piece), delimiter=delimiter, strict=True)
+    rows = csv.reader(lines(piece), delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
         require_column(piece.file, names, how)
@@ -179,9 +179,9 @@ def _csv_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) 
         raise UserError(f"{piece.file} is not UTF-8: {error.reason} near line {rows.line_num + 1}") from None
 
 
-def _lines(piece: Piece) -> Iterator[str]:
+def lines(piece: Piece) -> Iterator[str]:
     """Yield a file's lines with their line ends, as `csv` expects them."""
-    for offset, record in _records(piece, b"\n"):
+    for offset, record in records(piece, b"\n"):
         yield record.decode("utf-8-sig" if offset == 0 else "utf-8") + "\n"
 
 
@@ -189,7 +189,7 @@ def _lines_before(piece: Piece) -> int:
     """Return how many lines a file has before the first that begins in this piece."""
     if piece.start == 0:
         return 0
-    upto = next((offset for offset, _ in _records(piece, b"\n")), piece.stop)
+    upto = next((offset for offset, _ in records(piece, b"\n")), piece.stop)
     return sum(data.count(b"\n") for data in _bytes_of(piece._replace(start=0), upto))
 
 
@@ -320,7 +320,7 @@ def _at_most(limit: int, chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
         yield data
 
 
-def _records(piece: Piece, separator: bytes) -> Iterator[tuple[int, bytes]]:
+def records(piece: Piece, separator: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the records that begin in a piece, each with its offset; a record begins at 0 and after each separator.
 
     Raises:

@@ -39,6 +39,7 @@ __all__ = [
     "spelling",
     "text_after",
     "tokenizer_from_dict",
+    "with_chat_template",
 ]
 
 KINDS = {
@@ -52,7 +53,26 @@ KINDS = {
 
 def tokenizer_from_dict(spec: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer that `to_dict` described."""
-    return KINDS[spec["kind"]](spec)
+    tokenizer = KINDS[spec["kind"]](spec)
+    if "chat_template" in spec:
+        tokenizer.chat_template = spec["chat_template"]
+    return tokenizer
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str, end: int | None = None) -> Tokenizer:
+    """Return a tokenizer that also carries a chat template, in its files and in `to_dict`.
+
+    Args:
+        end: the id that ends a turn, at which sampling then stops; None adds none.
+    """
+    spec = tokenizer.to_dict()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        spec["files"] = {**spec["files"], "chat_template.jinja": template}
+        if end is not None and end not in spec["eos_ids"]:
+            spec["eos_ids"] = [*spec["eos_ids"], end]
+    else:
+        spec["chat_template"] = template
+    return tokenizer_from_dict(spec)
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:

@@ -92,6 +92,13 @@ class HuggingFaceTokenizer:
     def encode_prompt(self, text: str) -> np.ndarray:
         return self._ids(text, add_special_tokens=True)
 
+    def encode_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise _without_ids([text], error) from None
+        return np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
+
     def decode(self, ids: Iterable[int]) -> str:
         text = self._decode_with_bytes(ids) if self._bytes else self._tokenizer.decode([int(i) for i in ids])
         return _without_loose_spaces(text) if self._cleans_up else text

@@ -16,7 +16,7 @@ import tokenizers
 
 from gptjax.errors import UserError
 from gptjax.tokenizers.bpe import printable_bytes
-from gptjax.tokenizers.plain import certain_length
+from gptjax.tokenizers.plain import certain_length, template_of
 
 
 class TiktokenTokenizer:
@@ -33,7 +33,7 @@ class TiktokenTokenizer:
     """
 
     kind = "tiktoken"
-    chat_template = None
+    chat_template: str | None = None
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]):
         self.special_tokens, self._spec = dict(special_tokens), (name, pattern, ranks)
@@ -52,6 +52,14 @@ class TiktokenTokenizer:
     def encode_prompt(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode(text, allowed_special="all"), np.int32)
 
+    def encode_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode_prompt(text)
+        # A token's first byte decides where it begins, and its last byte where it ends.
+        ends = np.cumsum([len(self._encoding.decode_single_token_bytes(id)) for id in ids.tolist()], dtype=np.int64)
+        begins = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
+        return ids, np.stack([character[begins], character[ends - 1] + 1], axis=1)
+
     def decode(self, ids: Iterable[int]) -> str:
         # Some vocabularies have ids that name nothing, and a young model draws them.
         return self._encoding.decode([i for i in ids if i < len(self._spec[2])])
@@ -66,7 +74,7 @@ class TiktokenTokenizer:
         name, pattern, ranks = self._spec
         tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
         parts = {"name": name, "pattern": pattern, "special_tokens": self.special_tokens, "ranks": tokens}
-        return {"kind": self.kind, **parts}
+        return {"kind": self.kind, **parts, **template_of(self)}
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any]) -> "TiktokenTokenizer":

@@ -1,5 +1,6 @@
 """The interface of a tokenizer, and the tokenizers that need no library: bytes, characters, none."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -36,6 +37,14 @@ class Tokenizer(Protocol):
     def encode_prompt(self, text: str) -> np.ndarray:
         """Return the ids of a prompt, with the special tokens that the model expects around it (often one before)."""
 
+    def encode_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a text in which names of special tokens count as such, and where each id stands.
+
+        Returns:
+            int32 [n]; and [n, 2], the first character of each and the one after its last. Ids that are parts of one
+            character all have its place.
+        """
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of these ids; bytes that are no UTF-8 (a cut character) become U+FFFD, special tokens are
         omitted.
@@ -58,6 +67,17 @@ def certain_length(text: str) -> int:
     return len(text) - text.endswith("\ufffd")
 
 
+def template_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the part of `to_dict` that holds a chat template; nothing without one."""
+    return {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+
+
+def _places(lengths: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """Return the places [n, 2] of the ids of units of text: the characters of each unit, and how many ids it has."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.repeat(np.stack([ends - np.array(lengths, np.int64), ends], axis=1), counts, axis=0)
+
+
 class ByteTokenizer:
     """UTF-8 bytes as ids 0-255, and 256 to end a document."""
 
@@ -65,7 +85,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     eos_ids = (256,)
-    chat_template = None
+    chat_template: str | None = None
     special_tokens: ClassVar[dict[str, int]] = {"<|endoftext|>": 256}
 
     def encode(self, text: str) -> np.ndarray:
@@ -78,13 +98,19 @@ class ByteTokenizer:
         first, *rest = (self.encode(part) for part in text.split("<|endoftext|>"))
         return np.concatenate([first, *(part for after in rest for part in ([np.int32(256)], after))], dtype=np.int32)
 
+    def encode_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        pieces = re.split("(<[|]endoftext[|]>)", text)
+        units = [unit for number, piece in enumerate(pieces) for unit in ([piece] if number % 2 else piece)]
+        counts = [1 if unit in self.special_tokens else len(unit.encode()) for unit in units]
+        return self.encode_prompt(text), _places([len(unit) for unit in units], counts)
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     certain_length = staticmethod(certain_length)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        return {"kind": self.kind, **template_of(self)}
 
 
 class CharTokenizer:
@@ -93,7 +119,7 @@ class CharTokenizer:
     kind = "char"
     eos_id = None
     eos_ids = ()
-    chat_template = None
+    chat_template: str | None = None
 
     def __init__(self, alphabet: str):
         self.special_tokens: dict[str, int] = {}
@@ -121,6 +147,9 @@ class CharTokenizer:
     def encode_prompt(self, text: str) -> np.ndarray:
         return self.encode(text)
 
+    def encode_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.encode(text), _places([1] * len(text), [1] * len(text))
+
     def decode(self, ids: Iterable[int]) -> str:
         # A model's vocabulary may be padded, and an untrained model samples ids beyond the alphabet.
         return "".join(self.alphabet[i] for i in ids if i < self.vocab_size)
@@ -128,7 +157,7 @@ class CharTokenizer:
     certain_length = staticmethod(certain_length)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "alphabet": self.alphabet}
+        return {"kind": self.kind, "alphabet": self.alphabet, **template_of(self)}
 
 
 class NoTokenizer:
@@ -147,7 +176,7 @@ class NoTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
-    encode_prompt = encode
+    encode_prompt = encode_places = encode
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.encode(""))

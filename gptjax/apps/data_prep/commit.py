@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptjax.apps.data_prep.packing import pack
+from gptjax.data.packing import pack
 
 SHARD_TOKENS = 2**28  # a shard is closed at this size
 CHUNK_TOKENS = 2**22  # copied at a time

@@ -4,10 +4,12 @@ import hashlib
 import json as json_library
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from gptjax.apps.data_prep.conversations import describe_conversations, in_colours, text_with_names
+from gptjax.config import DataConfig
 from gptjax.data.shards import Split, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.errors import UserError
 from gptjax.paths import UserPath, user_path
@@ -28,20 +30,35 @@ def inspect(
     top: int = 20,
     seed: int = 0,
     verify: bool = False,
+    kind: str = "text",
+    tokenizer: UserPath | None = None,
+    chat_template: UserPath | None = None,
+    train_on: Literal["responses", "all"] = "responses",
     json: bool = False,
 ) -> None:
     """Print what a prepared folder contains: documents, lengths, frequent tokens, and windows as the model sees them.
 
+    Of conversations, print rows with the tokens that are learnt in another colour.
+
     Args:
-        folder: what gptjax data prepare wrote.
+        folder: what gptjax data prepare wrote; with --kind sft, files of conversations.
         split: train or val.
         windows: how many windows to show.
         context_length: their length in tokens; rows of packed data have their own.
         top: how many of the most frequent tokens to show.
         seed: chooses the windows.
         verify: first compare every file with its checksum.
+        kind: text, or sft for conversations, read as data.kind sft reads them.
+        tokenizer: of conversations, as data.tokenizer.
+        chat_template: of conversations, as data.chat_template.
+        train_on: of conversations, as data.train_on.
         json: print all of it as JSON.
     """
+    if kind != "text":
+        cfg = DataConfig(folder, kind, tokenizer=tokenizer, chat_template=chat_template, train_on=train_on)
+        described = describe_conversations(cfg, split, windows, context_length, seed)
+        print(json_library.dumps(described, indent=1, ensure_ascii=False) if json else in_colours(described))
+        return
     if not is_prepared(folder):
         raise UserError(f"{folder!r} is not a folder that gptjax data prepare finished; give its --out")
     path = Path(user_path(folder))
@@ -49,7 +66,7 @@ def inspect(
     if split not in manifest["splits"]:
         raise UserError(f"--split {split!r} is not known; there are: {', '.join(manifest['splits'])}")
     check_files(path, manifest, hashes=True if verify else None)
-    tokenizer = load_tokenizer(path, manifest)
+    made_by = load_tokenizer(path, manifest)
     half = Split(path, manifest, split)
     lengths = document_lengths(half)
     found = {
@@ -60,9 +77,9 @@ def inspect(
         "documents": half.documents,
         "bytes_per_token": half.text_bytes / len(half.tokens),
         "length_histogram": histogram(lengths),
-        "top_tokens": frequent_tokens(half, tokenizer, top),
+        "top_tokens": frequent_tokens(half, made_by, top),
         "warnings": warnings(half, manifest, lengths),
-        "windows": list(shown_windows(half, tokenizer, windows, context_length, seed)),
+        "windows": list(shown_windows(half, made_by, windows, context_length, seed)),
     }
     print(json_library.dumps(found, indent=1, ensure_ascii=False) if json else in_words(found))
 
@@ -147,18 +164,7 @@ def shown_windows(half: Split, tokenizer: Tokenizer, count: int, length: int, se
             ids = half.tokens[start : start + length]
             ends = np.flatnonzero(ids == tokenizer.eos_id) + 1 if tokenizer.eos_id is not None else []
             lengths = np.diff([0, *ends, *([] if len(ends) and ends[-1] == len(ids) else [len(ids)])])
-        yield [_text(part, tokenizer, names) for part in np.split(ids, np.cumsum(lengths)[:-1])]
-
-
-def _text(ids: np.ndarray, tokenizer: Tokenizer, names: dict[int, str]) -> str:
-    pieces, run = [], []
-    for id in [*ids.tolist(), None]:
-        if id is None or id in names:
-            pieces += [tokenizer.decode(run), names.get(id, "")]
-            run = []
-        else:
-            run.append(id)
-    return "".join(pieces)
+        yield [text_with_names(part.tolist(), tokenizer, names) for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
 def in_words(found: dict[str, Any]) -> str:
