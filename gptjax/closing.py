@@ -52,6 +52,23 @@ def _say_losses(t: Trainable, report: Report) -> None:
     last = {name: value for row in read_metrics(t.cfg.workdir) for name, value in row.items()}
     final = [f"{name} {last[name]:.4f}" for name in ("train/loss", "val/loss") if name in last]
     report.say("  ".join([f"done: {t.cfg.train.total_steps} steps", *final]))
+    if t.cfg.init_from is not None:
+        for line in changes_by_source(read_metrics(t.cfg.workdir)):
+            report.say(line)
+
+
+def changes_by_source(rows: list[dict[str, float]]) -> list[str]:
+    """Return a line for each source of a mixture: its validation loss before the first step and after the last.
+
+    Of a model that is taken on to new data, the line of the old data says what it has forgotten.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("val/loss/"))
+    lines = []
+    for name in names:
+        values = [row[name] for row in rows if name in row]
+        change = values[-1] - values[0]
+        lines.append(f"{name} {values[0]:.4f} before, {values[-1]:.4f} after ({change:+.4f})")
+    return lines
 
 
 def _say_sample(state: TrainState, sampler: LiveSampler, report: Report) -> None:

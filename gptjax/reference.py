@@ -51,20 +51,6 @@ def attach_reference(t: Trainable, corpus: Corpus, state: TrainState) -> None:
         half.reference = np.array(rows, np.float32)
 
 
-def check_pairs(t: Trainable, corpus: Corpus) -> None:
-    """Raise UserError where the data's rows come in other groups than the objective takes, or lack a reference."""
-    name, wanted = t.cfg.train.objective, "reference" in t.objective.arrays
-    for source in corpus.sources:
-        group = getattr(source.train, "group_rows", 1)
-        if wanted and not hasattr(source.train, "reference"):
-            raise UserError(f"train.objective {name} learns from pairs; set data.kind preferences")
-        if group > 1 and group != t.objective.group_rows:
-            raise UserError(
-                f"data.kind {t.cfg.data.kind} gives rows in groups of {group}, and train.objective {name} does not "
-                "take them; set train.objective dpo"
-            )
-
-
 def read_reference(path: epath.Path, key: str) -> dict[str, Any] | None:
     """Return what `attach_reference` wrote for the same data and model; None where there is nothing."""
     try:

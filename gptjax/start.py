@@ -124,6 +124,31 @@ def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
         )
 
 
+def begin_or_resume(t: Trainable, corpus: Corpus) -> tuple[TrainState, Base | None]:
+    """Return the run's newest state, or that before the first step; and the model that its adapters belong to.
+
+    Raises:
+        UserError: the data do not belong to the objective or to the checkpoint, or `init_from` cannot be used.
+    """
+    check_pairs(t, corpus)
+    base = read_base_of_run(t, corpus)
+    return restore(t, corpus, base) or first_state(t, corpus, base), base
+
+
+def check_pairs(t: Trainable, corpus: Corpus) -> None:
+    """Raise UserError where the data's rows come in other groups than the objective takes, or lack a reference."""
+    name, wanted = t.cfg.train.objective, "reference" in t.objective.arrays
+    for source in corpus.sources:
+        group = getattr(source.train, "group_rows", 1)
+        if wanted and not hasattr(source.train, "reference"):
+            raise UserError(f"train.objective {name} learns from pairs; set data.kind preferences")
+        if group > 1 and group != t.objective.group_rows:
+            raise UserError(
+                f"data.kind {t.cfg.data.kind} gives rows in groups of {group}, and train.objective {name} does not "
+                "take them; set train.objective dpo"
+            )
+
+
 def read_base_of_run(t: Trainable, corpus: Corpus) -> Base | None:
     """Return the model of `init_from` in the form in which the run holds it; None for a run without adapters.
 

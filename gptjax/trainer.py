@@ -18,11 +18,11 @@ from gptjax.faults import StopSignal, Watchdog
 from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Watch, Write
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
 from gptjax.presets import peak_flops
-from gptjax.reference import attach_reference, check_pairs
+from gptjax.reference import attach_reference
 from gptjax.report import Report
 from gptjax.rundir import RunLock, check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
-from gptjax.start import first_state, read_base_of_run, restore, save
+from gptjax.start import begin_or_resume, save
 from gptjax.step import (
     Trainable,
     TrainState,
@@ -56,9 +56,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
         lock.acquire()
-        check_pairs(t, corpus)
-        base = read_base_of_run(t, corpus)
-        state = restore(t, corpus, base) or first_state(t, corpus, base)
+        state, base = begin_or_resume(t, corpus)
         checkpoints = open_workdir(cfg)
         attach_reference(t, corpus, state)
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()

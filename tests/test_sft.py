@@ -13,6 +13,7 @@ from conftest import GPT2_LIKE, TINY_RUN, make_config, trainable_on
 
 from gptjax.apps.data_prep.conversations import conversations_in
 from gptjax.apps.data_prep.inspect import inspect
+from gptjax.closing import changes_by_source
 from gptjax.config import DataConfig
 from gptjax.configfile import load_config
 from gptjax.convert import export_model, open_model
@@ -101,7 +102,7 @@ def test_rows_hold_every_conversation_once_and_learn_the_responses(chats, tokeni
     tokenizer, seen = source.tokenizer, []
     end, line = tokenizer.special_tokens["<|im_end|>"], int(tokenizer.encode("\n")[0])
     for half in (source.train, source.val):
-        examples = examples_of(half, 256, "training")
+        examples = examples_of(half, 512, "training")
         for i in range(len(examples)):
             row = examples.example(i, 0)
             for segment in conversations_in(row):
@@ -114,8 +115,8 @@ def test_rows_hold_every_conversation_once_and_learn_the_responses(chats, tokeni
     assert sorted(seen) == sorted(said)
     assert len(source.val.array("ends")) == 6
     everything = load_corpus(data_of(chats, tokenizer_folder, token_cache, train_on="all")).sources[0].train
-    weights = [examples_of(everything, 256, "training").example(i, 0)["weights"].sum() for i in range(3)]
-    assert all(w > 200 for w in weights)
+    weights = [examples_of(everything, 512, "training").example(i, 0)["weights"].sum() for i in range(3)]
+    assert all(w > 400 for w in weights)
 
 
 def test_a_long_conversation_is_cut_at_whole_turns_or_left_out_and_said(tmp_path, token_cache):
@@ -296,3 +297,12 @@ def test_the_byte_tokenizer_ends_turns_with_its_own_end():
     laid = lay_out(ChatTemplate(chatml(tokenizer)), tokenizer, TALK, "here")
     assert laid.ids[laid.learnt][-1] == tokenizer.eos_id
     assert tokenizer.decode(laid.ids[laid.learnt].tolist()) == "The king é."
+
+
+def test_the_end_of_a_run_says_what_each_source_lost():
+    rows = [{"step": 0, "val/loss": 2.0, "val/loss/old": 1.5, "val/loss/new": 2.5}, {"step": 1, "train/loss": 2.0}]
+    rows += [{"step": 2, "val/loss": 1.9, "val/loss/old": 1.75, "val/loss/new": 2.0}]
+    assert changes_by_source(rows) == [
+        "val/loss/old 1.5000 before, 1.7500 after (+0.2500)",
+        "val/loss/new 2.5000 before, 2.0000 after (-0.5000)",
+    ]
