@@ -100,7 +100,7 @@ def dpo(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Te
     if how.normalise_length:
         gains /= jnp.maximum(weights.sum(axis=1), 1)
     chosen, rejected = how.beta * gains.reshape(-1, 2).T
-    present = (weights.max(axis=1) > 0).reshape(-1, 2).all(axis=1).astype(jnp.float32)
+    present = jnp.where((weights.max(axis=1) > 0).reshape(-1, 2).all(axis=1), 1.0, 0.0)
     margins, pairs = chosen - rejected, present.sum()
     smoothing = how.label_smoothing
     losses = -(1 - smoothing) * jax.nn.log_sigmoid(margins) - smoothing * jax.nn.log_sigmoid(-margins)

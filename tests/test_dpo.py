@@ -24,7 +24,7 @@ from gptjax.step import init_state, make_eval_step, make_row_log_probabilities, 
 from gptjax.trainer import train as run
 
 pytest.importorskip("jinja2", reason="pip install -e '.[finetune]'")
-MODEL = {**GPT2_LIKE, "vocab_size": 500, "context_length": 128}
+MODEL = {**GPT2_LIKE, "n_layers": 1, "vocab_size": 500, "context_length": 128}
 
 
 @pytest.fixture(scope="module")
