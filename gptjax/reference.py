@@ -12,7 +12,6 @@ from etils import epath
 
 from gptjax.data.batches import examples_of, validation_batches
 from gptjax.data.corpus import Corpus
-from gptjax.errors import UserError
 from gptjax.files import write_atomically
 from gptjax.hosts import from_writer, global_batch, is_writer, rows_of_this_host
 from gptjax.nn.transformer import Params
@@ -26,19 +25,11 @@ def attach_reference(t: Trainable, corpus: Corpus, state: TrainState) -> None:
     """Give the corpus what its pairs' log-probabilities are under the model of `init_from`, where they are needed.
 
     Args:
-        corpus: as `check_pairs` allows it.
+        corpus: as `start.check_pairs` allows it.
         state: of the run; before the first step its weights are the reference.
-
-    Raises:
-        UserError: there is no model to be the reference.
     """
     if "reference" not in t.objective.arrays:
         return
-    if t.cfg.init_from is None:
-        raise UserError(
-            f"train.objective {t.cfg.train.objective} needs init_from: the model that training starts from is the "
-            "reference"
-        )
     path = epath.Path(t.cfg.workdir) / FILE
     key = f"{corpus.fingerprint} {t.cfg.model.context_length} {t.cfg.init_from}"
     found = json.loads(from_writer(lambda: json.dumps(read_reference(path, key) if int(state.step) else None)))

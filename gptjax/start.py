@@ -136,8 +136,12 @@ def begin_or_resume(t: Trainable, corpus: Corpus) -> tuple[TrainState, Base | No
 
 
 def check_pairs(t: Trainable, corpus: Corpus) -> None:
-    """Raise UserError where the data's rows come in other groups than the objective takes, or lack a reference."""
+    """Raise UserError where the data's rows come in other groups than the objective takes, or have no reference."""
     name, wanted = t.cfg.train.objective, "reference" in t.objective.arrays
+    if wanted and t.cfg.init_from is None:
+        raise UserError(
+            f"train.objective {name} needs init_from: the model that training starts from is the reference"
+        )
     for source in corpus.sources:
         group = getattr(source.train, "group_rows", 1)
         if wanted and not hasattr(source.train, "reference"):

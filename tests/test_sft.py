@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import pytest
 from chats import SMOLLM2, make_tokenizer_folder, published, random_conversation, write_rows
-from conftest import GPT2_LIKE, TINY_RUN, make_config, trainable_on
+from conftest import GPT2_LIKE, TINY_RUN, make_config, run_script, trainable_on
 
 from gptjax.apps.data_prep.conversations import conversations_in
 from gptjax.apps.data_prep.inspect import inspect
 from gptjax.closing import changes_by_source
 from gptjax.config import DataConfig
-from gptjax.configfile import load_config
 from gptjax.convert import export_model, open_model
 from gptjax.data.batches import as_batch, examples_of
 from gptjax.data.corpus import load_corpus
@@ -25,7 +24,6 @@ from gptjax.metrics import read_metrics
 from gptjax.step import init_state, make_train_step
 from gptjax.tokenizers import ByteTokenizer, ChatTemplate, chat_template, read_huggingface_tokenizer
 from gptjax.tokenizers.chat import chatml
-from gptjax.trainer import train as run
 
 pytest.importorskip("jinja2", reason="pip install -e '.[finetune]'")
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The king é."}]
@@ -272,12 +270,12 @@ def test_loss_and_gradient_norm_are_those_of_transformers(chats, tokenizer_folde
 def test_a_run_resumes_bitwise_and_exports_its_template(chats, tokenizer_folder, token_cache, tmp_path):
     flags = [*TINY_RUN, "--data.kind=sft", f"--data.path={chats}", f"--data.tokenizer={tokenizer_folder}"]
     flags += [f"--data.cache_dir={token_cache}", "--train.objective=sft", "--model.context_length=256"]
-    flags += ["--train.total_steps=10", "--mesh.data=8", "--checkpoint.keep_last=5"]
+    flags += ["--train.total_steps=10", "--checkpoint.keep_last=5"]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    assert run(load_config([*flags, f"--workdir={whole}"])) == 0
+    assert run_script("train.py", *flags, f"--workdir={whole}").returncode == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "10")
-    assert run(load_config([*flags, f"--workdir={part}"])) == 0
+    assert run_script("train.py", *flags, f"--workdir={part}").returncode == 0
     names = ("step", "train/loss", "val/loss", "grad_norm")
     first, second = ([{n: row.get(n) for n in names} for row in read_metrics(folder)] for folder in (whole, part))
     assert first == second
