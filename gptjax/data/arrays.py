@@ -32,7 +32,7 @@ class ArrayFolder:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._maps:
-            self._maps[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            self._maps[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return self._maps[name]
 
 
@@ -67,7 +67,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) ->
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             for name, array in arrays.items():
-                np.save(Path(work, f"{name}.npy"), array, allow_pickle=False)
+                np.save(Path(work, f"{name}.npy"), array)
             sizes = {name: Path(work, f"{name}.npy").stat().st_size for name in arrays}
             Path(work, META).write_text(json.dumps({**meta, "bytes": sizes}))
             # Replace each file atomically: it may be damaged, or of a faster process that is reading it.
