@@ -79,7 +79,8 @@ def test_a_frozen_base_costs_what_it_is_held_in_and_has_no_gradient():
     for dtype, share in (("float32", 1.0), ("bfloat16", 0.5), ("int8", 0.25)):
         adapted = override(full, {"lora.rank": 8, "lora.base_dtype": dtype})
         costs = estimate(adapted, parse_topology("h100:1x8"))
-        assert costs.memory["params"] == pytest.approx(share * params, rel=0.05)
+        base = costs.memory["params"] - costs.memory["gradients"]  # what is left are the adapters
+        assert base == pytest.approx(share * params, rel=0.05)
         assert costs.memory["gradients"] + costs.memory["optimizer"] < 0.1 * params
         assert 0.6 < costs.model_flops / whole.model_flops < 0.75
     frozen = estimate(override(full, {"optim.freeze": ["matrix"]}), parse_topology("h100:1x8"))
@@ -87,9 +88,9 @@ def test_a_frozen_base_costs_what_it_is_held_in_and_has_no_gradient():
     assert frozen.memory["gradients"] < whole.memory["gradients"] / 2
 
 
-@pytest.mark.parametrize("lora", [{}, {"rank": 4}], ids=str)
-def test_executed_flops_are_those_that_xla_counts_in_an_unrolled_step(lora):
-    """XLA's own count is right where nothing is scanned; it adds what is no matmul."""
+@pytest.mark.parametrize(("lora", "tolerance"), [({}, 0.15), ({"rank": 4}, 0.2)], ids=str)
+def test_executed_flops_are_those_that_xla_counts_in_an_unrolled_step(lora, tolerance):
+    """XLA counts right where nothing is scanned; it leaves out what no gradient needs of a recomputed layer."""
     sizes = {"n_layers": 2, "d_model": 256, "n_heads": 4, "context_length": 256, "vocab_size": 1024, "bias": False}
     model = {**sizes, "remat": "full", "scan_layers": False, "positions": "rope"}
     cfg = config_from_dict({"model": model, "train": {"batch_sequences": 2}, "workdir": "-", "lora": lora})
@@ -98,7 +99,7 @@ def test_executed_flops_are_those_that_xla_counts_in_an_unrolled_step(lora):
     batch = {name: jax.ShapeDtypeStruct((2, 256), kind, sharding=t.batch_sharding) for name, kind in kinds.items()}
     with jax.set_mesh(t.mesh):
         counted = make_train_step(t).compiled.lower(t.state, batch).compile().cost_analysis()["flops"]
-    assert executed_flops_per_token(cfg, False) * 512 == pytest.approx(counted, rel=0.15)
+    assert executed_flops_per_token(cfg, False) * 512 == pytest.approx(counted, rel=tolerance)
 
 
 # HLO: two small programs as the TPU compiler wrote them, without metadata (tests/hlo).

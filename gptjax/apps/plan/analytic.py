@@ -142,7 +142,7 @@ def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
 
 def trained_counts(cfg: Config) -> TrainedCounts:
     """Return `count_trained`, cached by the sections that it reads."""
-    return _trained_counts(cfg.model, cfg.lora, cfg.optim.freeze)
+    return _trained_counts(cfg.model, cfg.lora, tuple(cfg.optim.freeze))
 
 
 @lru_cache(maxsize=32)
