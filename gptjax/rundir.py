@@ -54,7 +54,7 @@ class RunLock:
     WAIT_S = 20.0  # for a run that is just ending
 
     def __init__(self, workdir: str):
-        self.path, self.stream = Path(workdir) / self.NAME, None
+        self.path, self.stream, self.created = Path(workdir) / self.NAME, None, False
         self.possible = "://" not in workdir
 
     def acquire(self) -> None:
@@ -71,6 +71,7 @@ class RunLock:
         try:
             import fcntl
 
+            self.created = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self.path.open("a+")
         except ImportError:  # not on Unix
@@ -104,6 +105,9 @@ class RunLock:
 
     def __exit__(self, *_) -> None:
         if self.stream is not None:
+            if self.created and os.listdir(self.path.parent) == [self.NAME]:  # refused before anything was written
+                self.path.unlink()
+                self.path.parent.rmdir()
             self.stream.close()
             self.stream = None
 

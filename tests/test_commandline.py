@@ -189,7 +189,7 @@ def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
 
 def test_what_is_printed_to_be_run_again_is_quoted(tmp_path, monkeypatch, capsys):
     folder = str(tmp_path / "my run; $(x)")
-    monkeypatch.setattr("gptjax.convert.import_model", lambda model, out: None)
+    monkeypatch.setattr("gptjax.convert.import_model", lambda *_: None)
     assert cli.convert(["from-hf", "model", "--out", folder]) == 0
     sampling = capsys.readouterr().out.split("    samples")[0]
     assert shlex.split(sampling) == ["python", "sample.py", folder, "--prompt", "..."]

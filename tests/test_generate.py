@@ -363,7 +363,7 @@ def test_sample_on_eight_devices_prints_the_text_of_one(trained):
 def test_a_model_is_loaded_in_bfloat16(trained):
     full, half = gptjax.load(trained), gptjax.load(trained, dtype="bfloat16")
     assert half.config.dtype == "bfloat16"
-    assert sum(x.nbytes for x in jax.tree.leaves(half.engine.params)) < 0.52 * sum(
+    assert sum(x.nbytes for x in jax.tree.leaves(half.engine.params)) < 0.55 * sum(  # norms stay float32
         x.nbytes for x in jax.tree.leaves(full.engine.params)
     )
     ids = np.arange(20)[None]
