@@ -123,6 +123,7 @@ def test_a_row_forgets_its_older_half_only_when_it_is_full_itself(lm):
         np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_text_of_one(lm, parts):
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     metadata = abstract_model(lm.config)[2]

@@ -167,7 +167,7 @@ def config_on(base: Path, corpus_file: Path, workdir: Path, **sections):
     return config_from_dict(values)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_path, name):
     """Train a few steps, export, load in peft: the same logits; import again: the same; merged: the same."""
     cfg = config_on(bases[name], corpus_file, tmp_path / "run")

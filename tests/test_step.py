@@ -61,7 +61,7 @@ def test_every_mesh_gives_the_losses_of_one_device(one_device, name, axes):
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
 
 
-@pytest.mark.parametrize("model", [GPT2_LIKE, MODERN], ids=["tied", "untied"])
+@pytest.mark.parametrize("model", [GPT2_LIKE, pytest.param(MODERN, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_steps_in_bfloat16_come_near_those_in_float32(model):
     configs = [make_config({**model, "dtype": dtype}) for dtype in ("float32", "bfloat16")]
     losses, low = (run_steps(trainable_on(cfg), 10)[0] for cfg in configs)
