@@ -229,7 +229,7 @@ def test_a_kind_of_data_and_a_hook_from_outside_make_a_run(tmp_path):
     assert run(load_config(flags), [hook]) == 0
     assert 1 <= hook.step <= 4
     assert hook.norm > 0
-    with pytest.raises(UserError, match=r"data.kind 'digit' is not one of text, digits; did you mean 'digits'"):
+    with pytest.raises(UserError, match=r"data.kind 'digit' is not one of text, .*digits; did you mean 'digits'"):
         run(load_config([*flags, "--data.kind=digit", f"--workdir={tmp_path / 'other'}"]))
 
 
