@@ -34,7 +34,8 @@ def judge_step(
     """
     values = jnp.stack([loss, grad_norm])
     count, means, squares = statistics[0], statistics[1::2], statistics[2::2]
-    finite = jnp.isfinite(values).all()
+    # By scalars: a reduction of both at once made the TPU compiler move a seventh more through HBM in small steps.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if deviations is None:
         return finite, statistics
     spread = jnp.sqrt(jnp.maximum(squares - means**2, 0.0))
@@ -46,4 +47,4 @@ def judge_step(
     means = means + weight * (counted - means)
     squares = squares + weight * (jnp.where(finite, counted**2, squares) - squares)
     after = jnp.concatenate([(count + finite)[None], jnp.stack([means, squares], axis=1).reshape(-1)])
-    return finite & (values <= limits).all(), after
+    return finite & (loss <= limits[0]) & (grad_norm <= limits[1]), after
