@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from gptjax.tokenizers import (
 from gptjax.tokenizers.chat import chatml
 
 LAYOUT_FORMAT = 1  # increase it when the same sources give other tokens
+# (template, tokenizer, row of a file, its place) -> the conversations that the row holds.
+LayOutRow = Callable[[ChatTemplate, Tokenizer, Mapping[str, Any], str], list[Laid]]
 DATE = "2024-07-26"  # that templates write into a training text: the one that Llama 3.1's uses without a clock
 
 
@@ -50,7 +52,7 @@ def load_conversations(cfg: DataConfig, path: str, name: str) -> Source:
     files, notes = list_files(path)
     tokenizer = conversation_tokenizer(cfg, files)
     key = fingerprint(["sft", cfg.val_frac, tokenizer.to_dict()], files)
-    folder = cached_arrays(cfg.cache_dir, key, lambda: _laid_out(cfg, path, files, tokenizer))
+    folder = cached_arrays(cfg.cache_dir, key, lambda: lay_out_files(cfg, path, files, tokenizer, _lay_out_row))
     meta = folder.meta
     if meta["straddling"]:
         notes.append(
@@ -122,14 +124,14 @@ def rows_with_halves(files: list[SourceFile], val_frac: float) -> Iterator[tuple
         yield "val" if held_out else "train", where, values
 
 
-def _laid_out(
-    cfg: DataConfig, path: str, files: list[SourceFile], tokenizer: Tokenizer
+def lay_out_files(
+    cfg: DataConfig, path: str, files: list[SourceFile], tokenizer: Tokenizer, lay_out_row: LayOutRow
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays of both halves, and the plain values beside them."""
+    """Return the arrays of both halves of a source, and the plain values beside them."""
     template = chat_template(tokenizer, DATE)
     halves: dict[str, list[Laid]] = {"train": [], "val": []}
     for half, where, values in rows_with_halves(files, cfg.val_frac):
-        halves[half].append(lay_out(template, tokenizer, messages_of(values, where), where))
+        halves[half] += lay_out_row(template, tokenizer, values, where)
     check_halves(halves, path)
     arrays = {f"{half}-{name}": a for half, laid in halves.items() for name, a in as_arrays(laid, tokenizer).items()}
     everything = [laid for half in halves.values() for laid in half]
@@ -140,6 +142,10 @@ def _laid_out(
         "val_bytes": sum(len(tokenizer.decode(laid.ids[laid.learnt].tolist()).encode()) for laid in halves["val"]),
     }
     return arrays, meta
+
+
+def _lay_out_row(template: ChatTemplate, tokenizer: Tokenizer, row: Mapping[str, Any], where: str) -> list[Laid]:
+    return [lay_out(template, tokenizer, messages_of(row, where), where)]
 
 
 def check_halves(halves: dict[str, list[Any]], path: str) -> None:

@@ -8,22 +8,17 @@ import numpy as np
 from gptjax.config import DataConfig
 from gptjax.data.arrays import ArrayFolder, cached_arrays
 from gptjax.data.conversations import (
-    DATE,
     Conversations,
-    as_arrays,
-    check_halves,
     conversation_row,
     conversation_tokenizer,
     fingerprint,
-    rows_with_halves,
-    with_turn_end,
+    lay_out_files,
 )
-from gptjax.data.formats import SourceFile
 from gptjax.data.layout import Laid, as_messages, check_messages, lay_out
 from gptjax.data.source import Source
 from gptjax.data.sources import list_files
 from gptjax.errors import UserError
-from gptjax.tokenizers import ChatTemplate, Tokenizer, chat_template, tokenizer_from_dict
+from gptjax.tokenizers import ChatTemplate, Tokenizer, tokenizer_from_dict
 
 SIDES = ("chosen", "rejected")
 
@@ -41,7 +36,7 @@ def load_preferences(cfg: DataConfig, path: str, name: str) -> Source:
     files, notes = list_files(path)
     tokenizer = conversation_tokenizer(cfg, files)
     key = fingerprint(["preferences", cfg.val_frac, tokenizer.to_dict()], files)
-    folder = cached_arrays(cfg.cache_dir, key, lambda: _laid_out(cfg, path, files, tokenizer))
+    folder = cached_arrays(cfg.cache_dir, key, lambda: lay_out_files(cfg, path, files, tokenizer, lay_out_pair))
     halves = [Preferences(folder, half, name) for half in ("train", "val")]
     found = tokenizer_from_dict(folder.meta["tokenizer"])
     counts = (folder.meta["val_learnt"], folder.meta["val_bytes"])
@@ -83,25 +78,6 @@ def lay_out_pair(template: ChatTemplate, tokenizer: Tokenizer, row: Mapping[str,
     if np.array_equal(laid[0].ids, laid[1].ids):
         raise UserError(f"{where} has equal sides, chosen and rejected; remove the pair")
     return laid
-
-
-def _laid_out(
-    cfg: DataConfig, path: str, files: list[SourceFile], tokenizer: Tokenizer
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays of both halves, and the plain values beside them."""
-    template = chat_template(tokenizer, DATE)
-    halves: dict[str, list[Laid]] = {"train": [], "val": []}
-    for half, where, values in rows_with_halves(files, cfg.val_frac):
-        halves[half] += lay_out_pair(template, tokenizer, values, where)
-    check_halves(halves, path)
-    arrays = {f"{half}-{name}": a for half, laid in halves.items() for name, a in as_arrays(laid, tokenizer).items()}
-    everything = [laid for half in halves.values() for laid in half]
-    meta = {
-        "tokenizer": with_turn_end(tokenizer, everything).to_dict(),
-        "val_learnt": int(sum(laid.learnt.sum() for laid in halves["val"])),
-        "val_bytes": 1,  # nothing is measured in bits per byte
-    }
-    return arrays, meta
 
 
 class Preferences(Conversations):

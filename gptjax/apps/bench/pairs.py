@@ -79,9 +79,9 @@ def compare(ours: dict[str, Any], peer: str | None, pairs: int, unit: str, per_t
     # where both sides were this checkout.
     rates = []
     for number in range(pairs):
-        order = list(enumerate(sides)) if number % 2 == 0 else list(enumerate(sides))[::-1]
-        seconds = {place: side.turn()["seconds"] for place, side in order}
-        rates.append([per_turn / seconds[place] for place in range(len(sides))])
+        order = sides if number % 2 == 0 else sides[::-1]
+        seconds = {side: side.turn()["seconds"] for side in order}
+        rates.append([per_turn / seconds[side] for side in sides])
     found: dict[str, Any] = {"machine": machine(), "job": ours, "unit": f"{unit}/s"}
     for number, side in enumerate(sides):
         found[side.name] = {

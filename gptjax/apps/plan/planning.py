@@ -69,7 +69,7 @@ def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[s
 
 
 def ask_compiler(cfg: Config, topology: Topology, analytic: bool) -> tuple[dict[str, Any] | None, str]:
-    """Return the compiler's answer (see `compiler.compile_for`); or None, and the reason why there is none."""
+    """Return the compiler's answer (see `compiler.compile_for`) or None, and why figures are not the compiler's."""
     if analytic or not has_compiler(topology):
         note = "by arithmetic, not by the compiler"
         if not analytic and topology.chip.kind == "tpu":
@@ -78,7 +78,9 @@ def ask_compiler(cfg: Config, topology: Topology, analytic: bool) -> tuple[dict[
     answer = compile_for(cfg, topology)
     if "error" in answer:
         return None, answer["error"]
-    return answer, "but for the temporaries: the compiler gave up for lack of memory" * ("out_of_memory" in answer)
+    if "out_of_memory" in answer:
+        return answer, "but for the temporaries: the compiler gave up for lack of memory"
+    return answer, ""
 
 
 def describe_layout(cfg: Config, topology: Topology) -> dict[str, Any]:
