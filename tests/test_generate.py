@@ -251,12 +251,15 @@ def test_each_row_is_cut_by_its_own_values():
                 assert np.isfinite(alone).sum() == sampling.top_k
 
 
-def test_draws_have_the_frequencies_of_the_softmax():
-    raw = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    n = 40_000
+@pytest.mark.parametrize("one_key", [False, True], ids=["a key a row", "one key, a row's tokens in turn"])
+def test_draws_have_the_frequencies_of_the_softmax(one_key):
+    raw, n = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), 40_000
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), n))
-    drawn = draw(jnp.broadcast_to(raw, (n, 4)), keys, jnp.zeros(n, jnp.int32), as_rows([Sampling()] * n))
-    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 40_000, jnp.exp(raw[0]), atol=0.01)
+    counts = jnp.zeros(n, jnp.int32)
+    if one_key:
+        keys, counts = jnp.broadcast_to(keys[0], keys.shape), jnp.arange(n, dtype=jnp.int32)
+    drawn = draw(jnp.broadcast_to(raw, (n, 4)), keys, counts, as_rows([Sampling()] * n))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / n, jnp.exp(raw[0]), atol=0.01)
 
 
 @pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}], ids=str)
