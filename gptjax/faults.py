@@ -89,7 +89,8 @@ class Watchdog:
         if self.timeout_s is None:
             return
         now_s, limit_s = time.monotonic(), factor * self.timeout_s
-        if self.timer is None or self.timer[1] != limit_s or now_s > self.timer[0] + 1:  # at most once a second
+        often_s = min(1.0, limit_s / 10)  # a timer that is younger need not be set again
+        if self.timer is None or self.timer[1] != limit_s or now_s > self.timer[0] + often_s:
             self.timer = (now_s, limit_s)
             faulthandler.dump_traceback_later(limit_s + BACKSTOP_S, exit=True)
 

@@ -43,9 +43,9 @@ def test_a_process_is_ended_even_while_no_thread_of_python_runs():
 
 def test_progress_and_waiting_for_another_process_are_not_stuck():
     done = run(
-        "faults.START_FACTOR = 1; watchdog.start_phase()\n"
-        "    for _ in range(4): time.sleep(0.5); faults.note_progress()\n"
-        "    watchdog.pause(); time.sleep(2)"
+        "faults.START_FACTOR = 3; watchdog.start_phase()\n"
+        "    for _ in range(9): time.sleep(0.5); faults.note_progress()\n"
+        "    watchdog.pause(); time.sleep(4)"
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
