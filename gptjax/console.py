@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TextIO
@@ -141,6 +142,7 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
                 code, text = describe_failure(error)
                 print(text, file=sys.stderr)
                 sys.excepthook = sys.unraisablehook = lambda *_: None  # what else fails only follows from it
+                warnings.simplefilter("ignore")  # of writes that a failed save has left unfinished, say
                 raise SystemExit(code) from None
 
     return wrapper

@@ -159,6 +159,21 @@ def test_a_thread_that_fails_is_one_line(capsys):
     )
 
 
+def test_work_that_a_failure_leaves_behind_says_nothing():
+    """An event loop that ends with an error keeps coroutines, which Python complains of as it exits."""
+    code = """
+import sys
+from gptjax.console import report_user_errors
+async def write(): pass
+sys.kept = write()
+@report_user_errors
+def main(): raise OSError(28, "No space left on device")
+main()
+"""
+    done = run_script("-c", code)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_an_endless_recursion_is_bounded(capsys):
     @report_user_errors
     def main():
