@@ -120,11 +120,15 @@ class PromptReader:
         reading.reused = reading.read
         return reading
 
-    def advance(self, reading: Reading) -> int:
-        """Read the next chunk and return how many tokens that cost, padding included."""
+    def cost(self, reading: Reading) -> int:
+        """Return how many tokens the next chunk has, padding included; at most `chunk`."""
+        return self.width(min(self.chunk, len(reading.ids) - reading.read), reading.wanted)
+
+    def advance(self, reading: Reading) -> None:
+        """Read the next chunk."""
         start = reading.read
         ids = reading.ids[start : start + self.chunk]
-        width = self.width(len(ids), reading.wanted)
+        width = self.cost(reading)
         tokens, targets = np.zeros((2, 1, width), np.int32)
         tokens[0, : len(ids)] = ids
         following = reading.ids[start + 1 : start + 1 + len(ids)]
@@ -150,7 +154,6 @@ class PromptReader:
             reading.scores.logprobs += logprobs.tolist()
             reading.scores.ids += list(ids)
             reading.scores.values += list(values)
-        return width
 
     def width(self, n: int, wanted: Wanted) -> int:
         """Return to how many tokens a chunk of n is padded; what is rarely wanted has one program only."""

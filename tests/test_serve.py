@@ -22,7 +22,8 @@ import jax
 from conftest import ROOT, run_script
 from serving import CONTEXT, Client, serving, tiny_model, tiny_tokenizer
 
-from gptjax.apps.serve.scheduler import Job
+from gptjax.apps.serve.metrics import Meters
+from gptjax.apps.serve.scheduler import Job, Scheduler
 from gptjax.engine import Request
 from gptjax.sampling import Sampling
 
@@ -203,6 +204,35 @@ def test_a_long_prompt_does_not_hold_up_a_short_one(server):
     found = [events.get(timeout=60) for _ in range(6)]
     assert [event.job for event in found] == [short] * 3 + [long] * 3
     assert [event.finish for event in found] == [None, None, "length"] * 2
+
+
+def test_short_prompts_are_read_first_and_long_ones_in_their_turn(lm, monkeypatch):
+    """Turns of a scheduler without its thread: what each reads, in order, and what it delivers."""
+    monkeypatch.setattr("gptjax.prompts.CHUNK_TOKENS", 16)
+    draws, events, parts = Request(Sampling(0.0), np.zeros(2, np.uint32), 1), [], []
+    scheduler = Scheduler(lm, 8, CONTEXT, events.extend, Meters())
+    advance = scheduler._reader.advance
+    monkeypatch.setattr(scheduler._reader, "advance", lambda r: (parts.append(len(r.ids)), advance(r)))
+
+    def turn() -> tuple[list[int], list[int]]:
+        events.clear(), parts.clear()
+        scheduler.turn()
+        return list(parts), [len(event.job.ids) for event in events]
+
+    rng = np.random.default_rng(0)
+    jobs = {n: Job(rng.integers(0, 99, n).tolist(), draws) for n in (90, 60, 12, 11)}
+    scheduler.submit([jobs[90]])
+    assert turn() == ([90], [])
+    scheduler.submit([jobs[n] for n in (60, 12, 11)])
+    assert turn() == ([11], [11])  # its token comes before a part of a longer prompt
+    assert turn() == ([12], [12])
+    assert turn() == ([60], [])
+    assert turn() == ([60], [])
+    assert turn() == ([90], [])  # which was passed over four times
+    for _ in range(5 * (-(-60 // 16) + -(-90 // 16))):
+        scheduler.submit([Job([7] * 5, draws)])  # a shorter one in every turn
+        turn()
+    assert not {60, 90} & {len(job.ids) for job in scheduler._being_read}
 
 
 SCHEMA = {

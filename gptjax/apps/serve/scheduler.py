@@ -1,8 +1,8 @@
 """Continuous batching: one thread reads prompts and draws tokens for whoever is there.
 
-Each turn of the thread gives free rows of the batch to those who wait, reads at most a chunk of prompts, and draws
-one token for every row. Requests thus join and leave between two tokens, and a long prompt delays the others by one
-chunk at a time.
+Each turn of the thread gives free rows of the batch to those who wait, reads at most a chunk of prompts, the shortest
+first, and draws one token for every row. Requests thus join and leave between two tokens, and a long prompt delays
+the others by the chunk at hand.
 """
 
 import threading
@@ -24,6 +24,7 @@ from gptjax.prompts import N_ALTERNATIVES, PromptReader, Reading, Wanted
 from gptjax.sampling import Sampling
 
 KEPT_CONTEXTS = 4  # as many contexts' worth of beginnings of prompts are kept for reuse
+MOST_PASSED = 4  # turns in which shorter prompts go before one; it is then read first
 
 
 class Grammar(Protocol):
@@ -56,6 +57,7 @@ class Job:
         inbox: where the server puts its events.
         row: of the batch; -1 while it waits.
         reading: its prompt, with the scores or hidden states that are wanted.
+        passed: turns since a part of its prompt was read.
         drawing: whether the prompt is read and tokens are drawn.
         text: of the answer.
         drawn: how many tokens are drawn.
@@ -73,6 +75,7 @@ class Job:
     inbox: Any = None
     row: int = -1
     reading: Reading | None = None
+    passed: int = 0
     drawing: bool = False
     text: AnswerText | None = None
     drawn: int = 0
@@ -121,9 +124,10 @@ class Scheduler:
         self.lm, self.context, self._deliver, self.meters = lm, context, deliver, meters
         self._reader = PromptReader(lm.engine, context, KEPT_CONTEXTS * context)
         self._rows: list[Job | None] = [None] * rows
+        self._state = lm.engine.init_state(rows, context)
         self._limit = queue
         self._waiting: deque[Job] = deque()
-        self._being_read: deque[Job] = deque()
+        self._being_read: list[Job] = []
         self._events: list[Event] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -160,7 +164,6 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            self._state = self.lm.engine.init_state(len(self._rows), self.context)
             self._warm_up()
             self.ready.set()
             while self._wait():
@@ -231,22 +234,32 @@ class Scheduler:
         self.meters.slots_used.set(sum(job is not None for job in self._rows))
 
     def _read(self) -> None:
-        """Read at most about one chunk of prompts, each in turn."""
+        """Read at most one chunk of prompts: those that were passed over too often first, then the shortest.
+
+        A prompt's next part is begun only where it fits the rest of the chunk, so that after a short prompt its
+        first token is drawn before a long one is continued.
+        """
         budget = self._reader.chunk
-        while budget > 0 and self._being_read:
-            job = self._being_read.popleft()
+        for job in sorted(self._being_read, key=_reading_order):
             assert job.reading is not None
-            budget -= self._reader.advance(job.reading)
-            if not job.reading.done:
-                self._being_read.append(job)
-                continue
-            prefix = job.reading.take_prefix()
-            if job.request.max_new_tokens == 0:
-                self._events.append(Event(job, finish="length"))
-                self._leave(job)
-            else:
-                self._state = self.lm.engine.insert(self._state, prefix, [job.row], [job.request])
-                job.text, job.drawing = AnswerText(self.lm.tokenizer, job.ids, job.stops), True
+            job.passed += 1
+            while not job.reading.done and (cost := self._reader.cost(job.reading)) <= budget:
+                self._reader.advance(job.reading)
+                budget -= cost
+                job.passed = 0
+            if job.reading.done:
+                self._being_read.remove(job)
+                self._begin_answer(job, job.reading)
+
+    def _begin_answer(self, job: Job, reading: Reading) -> None:
+        """Place a prompt that is read in the batch, or end a job that draws nothing."""
+        prefix = reading.take_prefix()
+        if job.request.max_new_tokens == 0:
+            self._events.append(Event(job, finish="length"))
+            self._leave(job)
+        else:
+            self._state = self.lm.engine.insert(self._state, prefix, [job.row], [job.request])
+            job.text, job.drawing = AnswerText(self.lm.tokenizer, job.ids, job.stops), True
 
     def _draw(self, drawing: list[Job]) -> None:
         """Draw one token for each of these jobs, which have rows."""
@@ -298,6 +311,14 @@ class Scheduler:
             left = [*self._waiting, *(job for job in self._rows if job is not None)]
             self._waiting.clear()
         self._deliver([Event(job, finish="failed") for job in left])
+
+
+def _reading_order(job: Job) -> tuple[bool, int]:
+    """Sort those first that were passed over too often, the longest passed before; then the shortest."""
+    assert job.reading is not None
+    if job.passed >= MOST_PASSED:
+        return False, -job.passed
+    return True, len(job.reading.ids) - job.reading.read
 
 
 class _Everything:
