@@ -112,22 +112,26 @@ def shorten(text: str, columns: int) -> str:
     return f"{head}…{tail}"
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, left: int = 1) -> list[str]:
-    """Return the lines of a table whose columns are aligned: the first `left` to the left, the others to the right.
+def table(
+    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, left: Sequence[int] = (0,)
+) -> list[str]:
+    """Return the lines of a table whose columns are aligned: those of `left` to the left, the others to the right.
 
     Args:
         rows: the cells as text, without control characters; a shorter row ends early.
         header: a name for each column.
+        left: the numbers of the columns of words; a negative one counts from the last column.
     """
     everything = [list(map(one_line, row)) for row in ([header] if header else []) + list(rows)]
     columns = max(map(len, everything), default=0)
+    of_words = {number % columns for number in left} if columns else set()
     widths = [max((width(row[i]) for row in everything if i < len(row)), default=0) for i in range(columns)]
 
     def line(row: list[str]) -> str:
         cells = []
         for i, (cell, wide) in enumerate(zip(row, widths, strict=False)):
             gap = " " * (wide - width(cell))
-            cells.append(cell + gap if i < left else gap + cell)
+            cells.append(cell + gap if i in of_words else gap + cell)
         return "  ".join(cells).rstrip()
 
     return [line(row) for row in everything]

@@ -346,6 +346,8 @@ def test_a_table_is_aligned_whatever_is_in_it():
     lines = display.table([["莎士比亚", "1.5"], ["b\x1b[31m", "12.25"]], header=["run", "loss"])
     assert len({display.width(line) for line in lines}) == 1
     assert "\x1b" not in "".join(lines)
+    lines = display.table([["a", "1", "held"], ["bb", "10"]], left=(0, -1))
+    assert lines == ["a    1  held", "bb  10"], "the first and the last column hold words"
     assert display.shorten(LONG, 20).count("…") == 1 and display.width(display.shorten(CHINESE, 20)) <= 20
 
 

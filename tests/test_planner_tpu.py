@@ -13,8 +13,8 @@ from conftest import ROOT, run_script
 
 from gptjax.apps.plan import planning
 from gptjax.apps.plan.chips import parse_topology
-from gptjax.apps.plan.report import size
 from gptjax.configfile import config_from_dict, load_config
+from gptjax.display import size
 
 pytestmark = pytest.mark.tpu
 

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gptjax.display import significant, size, table
 from gptjax.errors import UserError
 
 
@@ -126,14 +127,9 @@ def machine_line(m: dict[str, Any]) -> str:
 
 def show(title: str, found: dict[str, Any], sides: Sequence[str]) -> str:
     """Return the result of `compare` as text."""
-    lines = [title, machine_line(found["machine"])]
-    for side in sides:
-        row = found[side]
-        peak = f"peak memory {row['peak_bytes'] / 2**30:.2f} GiB"
-        lines.append(f"  {side:12} {row['median']:12,.0f} {found['unit']}   {peak}")
+    rows = [(side, significant(found[side]["median"]), size(found[side]["peak_bytes"])) for side in sides]
+    lines = [title, machine_line(found["machine"]), *table(rows, ("", found["unit"], "peak memory"))]
     if "ratio" in found:
         r = found["ratio"]
-        lines.append(
-            f"  ratio        {r['median']:12.2f}x  ({r['lowest']:.2f} to {r['highest']:.2f} in {len(r['all'])} pairs)"
-        )
+        lines.append(f"ratio {r['median']:.2f}x ({r['lowest']:.2f} to {r['highest']:.2f} in {len(r['all'])} pairs)")
     return "\n".join(lines)

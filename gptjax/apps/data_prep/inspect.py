@@ -11,6 +11,7 @@ import numpy as np
 from gptjax.apps.data_prep.conversations import describe_conversations, in_colours, text_with_names
 from gptjax.config import DataConfig
 from gptjax.data.shards import Split, check_files, is_prepared, load_manifest, load_tokenizer
+from gptjax.display import table
 from gptjax.errors import UserError
 from gptjax.paths import UserPath, user_path
 from gptjax.tokenizers import Tokenizer
@@ -179,11 +180,18 @@ def in_words(found: dict[str, Any]) -> str:
         "tokens a document",
     ]
     most = max(row["documents"] for row in found["length_histogram"])
-    for row in found["length_histogram"]:
-        bar = "█" * round(40 * row["documents"] / most)
-        lines.append(f"{row['from']:>9,} to {row['below'] - 1:>9,} {row['documents']:>11,} {bar}")
-    lines += ["", "most frequent tokens"]
-    lines += [f"{row['frac']:9.2%}  {row['id']:>6}  {row['text']!r}" for row in found["top_tokens"]]
+    bars = [
+        (
+            f"{row['from']:,}",
+            f"{row['below'] - 1:,}",
+            f"{row['documents']:,}",
+            "█" * round(40 * row["documents"] / most),
+        )
+        for row in found["length_histogram"]
+    ]
+    lines += table(bars, ("from", "to", "documents", ""), left=(-1,))
+    tokens = [(repr(row["text"]), str(row["id"]), f"{row['frac']:.2%}") for row in found["top_tokens"]]
+    lines += ["", "most frequent tokens", *table(tokens, ("token", "id", "share"))]
     packed = found["options"]["pack_length"] is not None
     for number, window in enumerate(found["windows"], 1):
         lines += ["", f"{'row' if packed else 'window'} {number}"]

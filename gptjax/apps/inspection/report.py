@@ -110,7 +110,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     out += ["", "next: " + "  ".join(f"{shown(a['text'])} {a['probability']:.3f}" for a in found["next"])]
     out += ["", "logit lens: the likeliest next token after each token, by layer"]
     cells = [[f"{layer}", *(shown(cell["text"]) for cell in row[-8:])] for layer, row in enumerate(found["lens"])]
-    out += display.table(cells, ["layer", *(shown(token["text"]) for token in tokens[-8:])], left=9)
+    out += display.table(cells, ["layer", *(shown(token["text"]) for token in tokens[-8:])], left=range(9))
     if "patching" in found:
         out += ["", *_patching_lines(found["patching"])]
     return out

@@ -10,8 +10,8 @@ import numpy as np
 
 from gptjax.apps.plan.analytic import resolve_mesh
 from gptjax.apps.plan.chips import Topology
-from gptjax.apps.plan.report import size
 from gptjax.config import Config
+from gptjax.display import size, table
 from gptjax.hosts import WRITER, rows_of_hosts
 from gptjax.sharding import make_mesh
 from gptjax.step import make_trainable
@@ -120,17 +120,24 @@ def report_hosts(described: dict[str, Any]) -> list[str]:
         f"{described['config']} on {described['topology']}{slices}: {len(hosts):,} hosts, mesh {mesh or 'one chip'}",
         f"of a step's {described['batch_sequences']:,} rows each host reads those of its chips and places its part:",
         "",
-        f"{'host':>5}  {'first chip':12}{'chips':>6}{'rows':>7}{'read':>12}{'placed':>12}  hosts a row  which rows",
     ]
-    for host in hosts:
-        corner = ",".join(map(str, host["first_chip"]))
-        spans = " ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in host["rows"])
-        lines.append(
-            f"{host['process']:>5}  {corner:12}{host['chips']:>6}{host['row_count']:>7}{size(host['read_bytes']):>12}"
-            f"{size(host['placed_bytes']):>12}{host['hosts_of_a_row']:>13}  {spans}"
+    rows = [
+        (
+            str(host["process"]),
+            ",".join(map(str, host["first_chip"])),
+            f"{host['chips']:,}",
+            f"{host['row_count']:,}",
+            size(host["read_bytes"]),
+            size(host["placed_bytes"]),
+            f"{host['hosts_of_a_row']:,}",
+            " ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in host["rows"]),
         )
+        for host in hosts
+    ]
+    header = ("host", "first chip", "chips", "rows", "read", "placed", "hosts a row", "which rows")
     return [
         *lines,
+        *table(rows, header, left=(1, -1)),
         "",
         f"host {WRITER} writes {', '.join(WRITER_FILES)}, and joins every checkpoint",
         f"host N writes {part_of_checkpoint('N')}, its part of {size(described['checkpoint_bytes'])}",

@@ -5,7 +5,7 @@ from typing import Any
 
 from gptjax import display
 from gptjax.apps.plan.chips import Topology
-from gptjax.apps.plan.report import flags, size, verdict
+from gptjax.apps.plan.report import flags, verdict
 from gptjax.figures.plan import Candidate, Chip, draw_candidates, draw_memory, draw_mesh, draw_roofline
 from gptjax.pages.page import Cell, Facts, Paragraph, Picture, Section, Table, number, render
 from gptjax.paths import shell
@@ -38,7 +38,7 @@ def _figures(plan: dict[str, Any]) -> list[tuple[str, str]]:
     expected = plan["expected"]
     shown = [
         ("chips", f"{plan['chips']:,}"),
-        ("memory of a chip", f"{size(plan['total_bytes'])} of {size(plan['capacity_bytes'])}"),
+        ("memory of a chip", f"{display.size(plan['total_bytes'])} of {display.size(plan['capacity_bytes'])}"),
         ("a step", display.duration(expected["step_s"])),
         ("MFU", f"{expected['mfu']:.1%}"),
         ("tokens/s", display.count(expected["tokens_per_s"])),
@@ -49,13 +49,13 @@ def _figures(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _memory(plan: dict[str, Any]) -> Picture:
     share = plan["total_bytes"] / plan["capacity_bytes"]
-    finding = f"A chip needs {size(plan['total_bytes'])}, {share:.0%} of what it has"
+    finding = f"A chip needs {display.size(plan['total_bytes'])}, {share:.0%} of what it has"
     return Picture(lambda look: draw_memory(plan["memory"], plan["capacity_bytes"], finding, look=look), finding)
 
 
 def _memory_table(plan: dict[str, Any]) -> Table:
-    rows = [[Cell(name), Cell(size(count), count)] for name, count in plan["memory"].items()]
-    rows.append([Cell("total"), Cell(size(plan["total_bytes"]), plan["total_bytes"])])
+    rows = [[Cell(name), Cell(display.size(count), count)] for name, count in plan["memory"].items()]
+    rows.append([Cell("total"), Cell(display.size(plan["total_bytes"]), plan["total_bytes"])])
     return Table("Memory by part", ["part", "bytes"], rows)
 
 
@@ -72,7 +72,7 @@ def _times_table(plan: dict[str, Any]) -> Table:
     amounts = {
         "compute": Cell(f"{display.power(plan['executed_flops_per_chip'])} FLOPs", plan["executed_flops_per_chip"])
     }
-    amounts |= {name: Cell(size(plan[f"{name}_bytes"]), plan[f"{name}_bytes"]) for name in RESOURCES}
+    amounts |= {name: Cell(display.size(plan[f"{name}_bytes"]), plan[f"{name}_bytes"]) for name in RESOURCES}
     rows = [[Cell(name), amounts[name], Cell(display.duration(s), s)] for name, s in plan["times_s"].items() if s]
     return Table("The least time on each resource", ["resource", "a step, on a chip", "time"], rows)
 

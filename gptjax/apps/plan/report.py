@@ -2,17 +2,7 @@
 
 from typing import Any
 
-from gptjax.display import paint
-
-GIB = 2**30
-
-
-def size(count: float) -> str:
-    """Return a number of bytes with its unit: 787.00 MiB, 1.46 GiB."""
-    for unit, factor in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20)):
-        if count >= factor:
-            return f"{count / factor:,.2f} {unit}"
-    return f"{count / 2**10:,.1f} KiB"
+from gptjax.display import count, duration, paint, significant, size, table
 
 
 def report(plan: dict[str, Any]) -> list[str]:
@@ -20,45 +10,78 @@ def report(plan: dict[str, Any]) -> list[str]:
     mesh = " x ".join(f"{name}={n}" for name, n in plan["mesh"].items() if n > 1) or "one chip"
     slices = f" x {plan['num_slices']} slices" if plan["num_slices"] > 1 else ""
     how = "the compiled program" if plan["method"] == "compiled" else f"an ANALYTIC ESTIMATE ({plan['note']})"
-    sequences, parts = plan["batch_sequences"], plan["microbatches"]
-    lines = [
-        f"{plan['config']} on {plan['topology']}{slices}: {plan['chips']:,} chips, mesh {mesh}",
-        f"{sequences:,} sequences in {parts} microbatch{'es' * (parts > 1)}, {plan['tokens_per_step']:,} tokens a "
-        f"step, remat {plan['remat']}; figures from {how}",
-        "",
-        "memory of a chip",
-    ]
-    for name, count in plan["memory"].items():
-        lines.append(f"  {name:14}{size(count):>14}")
+    sequences, parts, tokens = plan["batch_sequences"], plan["microbatches"], plan["tokens_per_step"]
     share = plan["total_bytes"] / plan["capacity_bytes"]
-    lines.append(f"  {'total':14}{size(plan['total_bytes']):>14}  of {size(plan['capacity_bytes'])} ({share:.0%})")
-    lines += ["", paint(verdict(plan), "green" if plan["fits"] else "red"), "", "a step, on a chip"]
+    total = [("total", size(plan["total_bytes"]), f"of {size(plan['capacity_bytes'])} ({share:.0%})")]
+    memory = [(name, size(n_bytes)) for name, n_bytes in plan["memory"].items()]
+    sections = [
+        [
+            f"{plan['config']} on {plan['topology']}{slices}: {plan['chips']:,} chips, mesh {mesh}",
+            f"{sequences:,} sequences in {parts} microbatch{'es' * (parts > 1)}, {tokens:,} tokens a step, "
+            f"remat {plan['remat']}; figures from {how}",
+        ],
+        ["memory of a chip", *_indent(table(memory + total, left=(0, -1)))],
+        [paint(verdict(plan), "green" if plan["fits"] else "red")],
+        ["a step, on a chip", *_indent(_time_table(plan))],
+        *([_indent(_collective_table(plan["collectives"]))] if plan["collectives"] else []),
+        ["on the wire in theory", *_indent(_theory_table(plan["communication_theory"]))],
+        [
+            *_speed_table(plan),
+            "(ceiling: everything overlaps; expected: as published TPU runs fare; MFU counts attention in full)",
+        ],
+    ]
+    return [line for number, section in enumerate(sections) for line in ([""] if number else []) + section]
+
+
+def _indent(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _time_table(plan: dict[str, Any]) -> list[str]:
+    """Return what a step computes and moves on a chip, and how long each takes alone."""
     amounts = {
-        "compute": f"{plan['executed_flops_per_chip']:.3e} FLOPs",
+        "compute": f"{count(plan['executed_flops_per_chip'])}FLOP",
         "hbm": size(plan["hbm_bytes"]),
         "ici": size(plan["ici_bytes"]),
         "dcn": size(plan["dcn_bytes"]),
     }
-    for name, seconds in plan["times_s"].items():
-        bound = "  <- bounds the step" if name == plan["bound"] else ""
-        if seconds:
-            lines.append(f"  {name:14}{amounts[name]:>20}{seconds:>12.4f} s{bound}")
-    if plan["collectives"]:
-        lines += ["", f"  {'collective':20}{'dtype':8}{'operands':>14}{'on the wire':>14}{'times':>8}"]
-    for c in plan["collectives"]:
-        over = "  between slices" if c["crosses"] else ""
-        amounts = f"{size(c['operand_bytes']):>14}{size(c['wire_bytes']):>14}{c['times']:>8}"
-        lines.append(f"  {c['kind']:20}{c['dtype']:8}{amounts}{over}")
-    lines += ["", f"  {'theory, on the wire':34}{size(sum(plan['communication_theory'].values())):>22}"]
-    lines += [f"    {name:32}{size(count):>22}" for name, count in plan["communication_theory"].items()]
-    lines += ["", f"{'':12}{'step':>10}{'MFU':>8}{'tokens/s':>14}{'days':>9}{'cost':>14}"]
+    rows = [
+        (name, amounts[name], duration(seconds), "<- bounds the step" if name == plan["bound"] else "")
+        for name, seconds in plan["times_s"].items()
+        if seconds
+    ]
+    return table(rows, left=(0, -1))
+
+
+def _collective_table(collectives: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        (
+            c["kind"],
+            c["dtype"],
+            size(c["operand_bytes"]),
+            size(c["wire_bytes"]),
+            f"{c['times']:,}",
+            "between slices" if c["crosses"] else "",
+        )
+        for c in collectives
+    ]
+    return table(rows, ("collective", "dtype", "operands", "on the wire", "times", ""), left=(0, 1, -1))
+
+
+def _theory_table(theory: dict[str, float]) -> list[str]:
+    rows = [(name, size(n_bytes)) for name, n_bytes in theory.items()]
+    return table([*rows, ("total", size(sum(theory.values())))])
+
+
+def _speed_table(plan: dict[str, Any]) -> list[str]:
+    """Return the step, and the whole run where its length is known, at the ceiling and as expected."""
+    rows = []
     for name in ("ceiling", "expected"):
         speed = plan[name]
-        run = f"{speed['days']:>9.2f}" if "days" in speed else ""
-        run += f"{speed['cost']:>14,.0f}" if "cost" in speed else ""
-        lines.append(f"{name:12}{speed['step_s']:>9.4f}s{speed['mfu']:>8.1%}{speed['tokens_per_s']:>14,.0f}{run}")
-    lines.append("(ceiling: everything overlaps; expected: as published TPU runs fare; MFU counts attention in full)")
-    return lines
+        row = [name, duration(speed["step_s"]), f"{speed['mfu']:.1%}", count(speed["tokens_per_s"])]
+        row += [significant(speed["days"])] if "days" in speed else []
+        rows.append(row + ([f"{speed['cost']:,.0f}"] if "cost" in speed else []))
+    return table(rows, ("", "step", "MFU", "tokens/s", "days", "cost")[: len(rows[0])])
 
 
 def verdict(plan: dict[str, Any]) -> str:

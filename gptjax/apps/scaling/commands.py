@@ -123,7 +123,7 @@ def status(study: UserPath, json: bool = False) -> None:
     finished = [rung.flops for rung in rungs if states[rung.id] in ("done", "diverged")]
     share = sum(finished) / sum(rung.flops for rung in rungs)
     rows = [[rung.id, rung.name, power(rung.flops, 2), states[rung.id]] for rung in rungs]
-    lines = table(rows, ["rung", "name", "FLOPs", "state"], left=2)
+    lines = table(rows, ["rung", "name", "FLOPs", "state"], left=(0, 1, -1))
     others = {path.parent.name for path in Path(study, "rungs").glob("*/result.json")} - set(states)
     lines += [f"{other}  finished, but no longer a rung of this study" for other in sorted(others)]
     _print_result(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from gptjax.config import Config, override
 from gptjax.configfile import load_config
+from gptjax.display import significant, table
 from gptjax.errors import UserError
 from gptjax.paths import UserPath, writing
 from gptjax.process import prepare_process
@@ -51,9 +52,8 @@ def coord_check(
     found = describe(values, [change_of_activations(size, steps) for size in sizes])
     if out is not None:
         draw(found, name, out)
-    lines = ["change at width  " + "".join(f"{width:10}" for width in values) + "     slope"]
-    for layer, x in found["layers"].items():
-        lines.append(f"{layer:17}" + "".join(f"{rms:10.3g}" for rms in x["rms"]) + f"{x['slope']:+10.2f}")
+    rows = [[layer, *map(significant, x["rms"]), f"{x['slope']:+.2f}"] for layer, x in found["layers"].items()]
+    lines = table(rows, ["change at width", *map(str, values), "slope"])
     verdict = "keep" if found["flat"] else "do not keep"
     lines.append(f"{name}: changes {verdict} their size with the width (slopes within {TOLERANCE} of 0)")
     print(json_format.dumps({"parametrization": name, **found}) if json else "\n".join(lines))

@@ -15,6 +15,7 @@ from gptjax.config import CheckpointConfig, Config, ModelConfig, free_keys, plai
 from gptjax.configfile import load_config
 from gptjax.configversions import original_key
 from gptjax.data.corpus import Corpus, load_corpus
+from gptjax.display import count, power, table
 from gptjax.errors import UserError
 from gptjax.nn.transformer import abstract_model, count_params, flops_per_token
 from gptjax.trainer import with_vocabulary
@@ -238,6 +239,22 @@ def plan_rows(rungs: list[Rung]) -> list[dict[str, Any]]:
     return rows
 
 
+def _cells(rung: Rung) -> list[str]:
+    """Return a rung's row of the table: its sizes, and what it spends."""
+    model, N = rung.config.model, rung.params
+    return [
+        rung.id,
+        f"{model.n_layers}x{model.d_model}",
+        *(count(N[name], 4) for name in ("matmul", "blocks", "total")),
+        f"{rung.config.train.total_steps:,}",
+        count(rung.tokens),
+        power(rung.flops),
+        f"{rung.tokens / N['matmul']:,.1f}",
+        f"{rung.epochs:.2f}",
+        "held out" if rung.held_out else "",
+    ]
+
+
 def describe_plan(
     study: Study, rungs: list[Rung], seconds: dict[str, float] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
@@ -247,13 +264,11 @@ def describe_plan(
         seconds: of a step, by `key_of`; None: the hours follow from the study's flops_per_s.
     """
     rows = plan_rows(rungs)
-    lines = ["id            shape       params    blocks     total    steps    tokens     FLOPs  tok/param  epochs"]
-    for rung in rungs:
-        model, steps, N = rung.config.model, rung.config.train.total_steps, rung.params
-        counts = "".join(f"{N[name]:10.4g}" for name in ("matmul", "blocks", "total"))
-        spent = f"{steps:9}{rung.tokens:10.3g}{rung.flops:10.3g}{rung.tokens / N['matmul']:11.1f}{rung.epochs:8.2f}"
-        shape = f"{model.n_layers}x{model.d_model}"
-        lines.append(f"{rung.id}  {shape:8}{counts}{spent}{'  held out' if rung.held_out else ''}")
+    lines = table(
+        [_cells(rung) for rung in rungs],
+        ("id", "shape", "params", "blocks", "total", "steps", "tokens", "FLOPs", "tok/param", "epochs", ""),
+        left=(0, 1, -1),
+    )
     flops = sum(rung.flops for rung in rungs)
     found = warnings(study, rungs)
     hours = None if study.flops_per_s is None else flops / study.flops_per_s / 3600

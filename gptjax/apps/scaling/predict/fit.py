@@ -12,6 +12,8 @@ from gptjax.apps.scaling.laws.parametric import DELTA, Law, PowerLaw, fit_law, f
 from gptjax.apps.scaling.laws.reweighted import fit_reweighted
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
+from gptjax.display import MISSING, power
+from gptjax.display import table as table_lines
 from gptjax.errors import UserError
 
 LEFT_OUT = 40  # number of rows to omit one at a time; more would take minutes
@@ -113,23 +115,24 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
     changed: dict[str, tuple[Table, float]] = {"as it is": (table, DELTA)}
     changed |= {f"delta {delta:g}": (table, delta) for delta in (1e-4, 1e-2)}
     worst = np.argsort(table.loss)
-    changed |= {f"without the {k} highest losses": (table.take(np.sort(worst[:-k])), DELTA) for k in (1, 3)}
-    changed |= {f"without {c:.3g} FLOPs": (table.take(budgets != c), DELTA) for c in np.unique(budgets)}
+    changed |= {f"without the highest {k} of the losses": (table.take(np.sort(worst[:-k])), DELTA) for k in (1, 3)}
+    changed |= {f"without {power(c)} FLOPs": (table.take(budgets != c), DELTA) for c in np.unique(budgets)}
     names = [name for name in read_rows(path)[0] if name.startswith("params_")]
     changed |= {f"N is {name}": (read_table(path, name, loss), DELTA) for name in names}
     values: dict[str, Any] = {}
-    lines = [f"{'':30}{'a':>8}{'alpha':>9}{'beta':>9}{'E':>9}{'loss at ' + format(budget, '.2g'):>18}"]
+    cells: list[list[str]] = []
     for name, (rows, delta) in changed.items():
         starts = None if name.startswith("N is") or name == "as it is" else start
         try:
             fit = fit_law(rows.params, rows.tokens, rows.loss, delta, starts=starts)
         except UserError as reason:
-            lines.append(f"{name:30}  {reason}")
+            cells.append([name, *[MISSING] * 5, str(reason)])
             continue
         values[name] = {"exponent": fit.exponent, "alpha": fit.alpha, "beta": fit.beta, "E": fit.E}
         values[name]["loss"] = _best_loss(fit, rows, budget)
         v = values[name]
-        lines.append(f"{name:30}{v['exponent']:8.3f}{v['alpha']:9.3f}{v['beta']:9.3f}{v['E']:9.4f}{v['loss']:18.4f}")
+        fitted = [f"{v[key]:.3f}" for key in ("exponent", "alpha", "beta")]
+        cells.append([name, *fitted, f"{v['E']:.4f}", f"{v['loss']:.4f}"])
     away = np.abs(np.log(table.loss / law.loss(table.params, table.tokens)))
     farthest = np.argsort(-away)[:LEFT_OUT]
     without = np.ones((len(farthest), len(table)))
@@ -137,6 +140,7 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
     one_out = [fit.exponent for fit in fit_reweighted(law, table.params, table.tokens, table.loss, without)]
     values["one row left out"] = {"exponent": [min(one_out), max(one_out)]}
     which = "any one row" if len(table) <= LEFT_OUT else f"any of the {LEFT_OUT} rows farthest from the law"
+    lines = table_lines(cells, ("", "a", "alpha", "beta", "E", f"loss at {power(budget, 2)}", ""), (0, -1))
     lines.append(f"{which} left out: a from {min(one_out):.3f} to {max(one_out):.3f}")
     return values, lines
 
