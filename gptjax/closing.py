@@ -7,6 +7,7 @@ from gptjax.data.corpus import Corpus
 from gptjax.generate import LanguageModel, Sampling
 from gptjax.metrics import read_metrics
 from gptjax.nn.adapters import join_adapter
+from gptjax.objectives import without_teacher
 from gptjax.paths import shell
 from gptjax.report import Report, attempt
 from gptjax.step import Trainable, TrainState
@@ -27,7 +28,7 @@ class LiveSampler:
     def text(self, state: TrainState, tokens: int) -> str:
         """Return a text of so many tokens."""
         cfg, mesh = self.t.cfg, self.t.mesh
-        weights = join_adapter(state.averaged, cfg.lora)
+        weights = join_adapter(without_teacher(state.averaged), cfg.lora)
         if self.model is None:
             self.model = LanguageModel(cfg.model, weights, self.corpus.tokenizer, mesh if mesh.size > 1 else None)
         else:

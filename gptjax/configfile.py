@@ -21,7 +21,7 @@ from gptjax.paths import user_path
 from gptjax.presets import PRESETS
 
 # Keys whose values are paths: `~` means the home directory there; elsewhere it is YAML's null.
-PATHS = ("workdir", "init_from", "data.path", "data.tokenizer", "data.cache_dir")
+PATHS = ("workdir", "init_from", "distill.teacher", "data.path", "data.tokenizer", "data.cache_dir")
 
 
 def load_config(args: list[str]) -> Config:
@@ -178,6 +178,8 @@ def _with_user_paths(config: Config) -> Config:
         if getattr(config.data, key)
     }
     mixture = tuple(dataclasses.replace(source, path=user_path(source.path)) for source in config.data.mixture)
+    if config.distill.teacher:
+        top["distill"] = dataclasses.replace(config.distill, teacher=user_path(config.distill.teacher))
     return dataclasses.replace(config, **top, data=dataclasses.replace(config.data, **data, mixture=mixture))
 
 

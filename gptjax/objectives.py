@@ -11,14 +11,33 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import LossSpec, log_probabilities, next_token_loss
+from gptjax.loss import Distillation, LossSpec, distillation_loss, log_probabilities, next_token_loss
 from gptjax.nn.adapters import join_adapter
 from gptjax.nn.transformer import Params, Transformer, bind
 
 Batch = dict[str, jax.Array]  # tokens and targets [B, T] int32, weights [B, T] float32; maybe positions and segments
 Terms = dict[str, tuple[jax.Array, jax.Array]]  # name -> a sum and the weight that it is divided by, float32 scalars
+
+TEACHER = "teacher"  # the key of the teacher's weights among a run's weights
+
+
+class Teacher(NamedTuple):
+    """What is static about the model that a run learns from.
+
+    Attributes:
+        cfg: of the teacher.
+        graphdef: its structure.
+    """
+
+    cfg: ModelConfig
+    graphdef: nnx.GraphDef
+
+
+def without_teacher(params: Params) -> Params:
+    """Return a run's weights without those of its teacher."""
+    return {name: part for name, part in params.items() if name != TEACHER}
 
 
 class Model(NamedTuple):
@@ -27,10 +46,12 @@ class Model(NamedTuple):
     Attributes:
         cfg: of the run.
         graphdef: the model's structure.
+        teacher: the model that it learns from; None without one.
     """
 
     cfg: Config
     graphdef: nnx.GraphDef
+    teacher: Teacher | None = None
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -45,11 +66,16 @@ class Model(NamedTuple):
             params: with adapters, or those of the base alone (`adapters.without_adapter`).
             key: for dropout; None drops nothing.
         """
-        model = bind(self.graphdef, join_adapter(params, self.cfg.lora))
+        model = bind(self.graphdef, join_adapter(without_teacher(params), self.cfg.lora))
         hidden, aux = model(
             batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"), dropout_key=key
         )
         return model, hidden, aux
+
+    def run_teacher(self, params: Params, batch: Batch) -> tuple[Transformer, jax.Array]:
+        """Return the teacher bound to its weights, and its hidden states [B, T, D']; no gradient reaches them."""
+        teacher = bind(self.teacher.graphdef, jax.lax.stop_gradient(params[TEACHER]))
+        return teacher, teacher(batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"))[0]
 
 
 class Objective(NamedTuple):
@@ -62,12 +88,14 @@ class Objective(NamedTuple):
             microbatch.
         arrays: of the batch that it needs besides tokens, targets and weights, each [B, T].
         every_token: whether "loss" is the cross-entropy of every token in nats, of which bits per byte can be made.
+        has_teacher: whether it learns from the model of `distill.teacher`.
     """
 
     terms: Callable[[Model, Params, Batch, jax.Array | None], Terms]
     group_rows: int = 1
     arrays: tuple[str, ...] = ()
     every_token: bool = False
+    has_teacher: bool = False
 
 
 def next_token(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Terms:
@@ -114,10 +142,36 @@ def dpo(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Te
     return {name: ((value * present).sum(), pairs) for name, value in means.items()} | aux
 
 
+def distill(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Terms:
+    """Return the objective of distillation, the cross-entropy of the data, and the divergence from the teacher.
+
+    Means are over the weighted tokens, in nats: `objective` is what is minimised (`loss.distillation_loss`), `kl`
+    KL(teacher || student) at `distill.temperature`.
+    """
+    transformer, hidden, aux = model.run(params, batch, key)
+    teacher, teacher_hidden = model.run_teacher(params, batch)
+    how, theirs = model.cfg.distill, model.teacher.cfg
+    spec = Distillation(
+        model.loss_spec, LossSpec(theirs.vocab_size, cap=theirs.logit_softcap), how.temperature, how.weight
+    )
+    objective, cross_entropy, divergence = distillation_loss(
+        hidden,
+        transformer.head_matrix(),
+        teacher_hidden,
+        teacher.head_matrix(),
+        batch["targets"],
+        batch["weights"],
+        spec,
+    )
+    weight = batch["weights"].sum()
+    return {"objective": (objective, weight), "loss": (cross_entropy, weight), "kl": (divergence, weight), **aux}
+
+
 OBJECTIVES: dict[str, Objective] = {
     "next_token": Objective(next_token, every_token=True),
     "sft": Objective(next_token),  # of the tokens that the data marks as learnt: no bits per byte
     "dpo": Objective(dpo, group_rows=2, arrays=("reference",)),
+    "distill": Objective(distill, every_token=True, has_teacher=True),
 }
 
 

@@ -15,7 +15,7 @@ from gptjax.data.corpus import Corpus
 from gptjax.files import write_atomically
 from gptjax.hosts import from_writer, global_batch, is_writer, rows_of_this_host
 from gptjax.nn.transformer import Params
-from gptjax.start import first_state, read_base_of_run
+from gptjax.start import first_state, read_fixed
 from gptjax.step import Trainable, TrainState, make_row_log_probabilities
 
 FILE = "reference.json"  # in the run's directory
@@ -67,4 +67,4 @@ def compute_reference(t: Trainable, corpus: Corpus, state: TrainState) -> list[l
 
 def reference_params(t: Trainable, corpus: Corpus) -> Params:
     """Return the weights of `init_from`, as before the first step."""
-    return first_state(t, corpus, read_base_of_run(t, corpus)).params
+    return first_state(t, corpus, read_fixed(t, corpus)).params

@@ -12,38 +12,62 @@ import yaml
 from gptjax.checkpoint import Checkpoints, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
-from gptjax.convert import Base, check_base, initial_model, read_base
+from gptjax.convert import Base, check_base, initial_model, read_base, read_teacher
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
 from gptjax.nn.adapters import ADAPTER, without_adapter
 from gptjax.nn.transformer import Params
+from gptjax.objectives import TEACHER, without_teacher
 from gptjax.optim import learning_rate
 from gptjax.spikes import STATISTICS
 from gptjax.step import Trainable, TrainState, init_state
 from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
 
+class Fixed(NamedTuple):
+    """The models that a run reads beside its own weights and does not change; a checkpoint names them.
+
+    Attributes:
+        base: that the run's adapters belong to; None without adapters.
+        teacher: that the run learns from; None without one.
+    """
+
+    base: Base | None = None
+    teacher: Base | None = None
+
+    @property
+    def facts(self) -> dict[str, dict[str, str]]:
+        """What a checkpoint says of them, by the names of the fields."""
+        return {name: model.facts for name, model in self._asdict().items() if model is not None}
+
+    @property
+    def params(self) -> Params:
+        """Their weights, as a run's state holds them."""
+        base = {} if self.base is None else self.base.params
+        return base if self.teacher is None else {**base, TEACHER: self.teacher.params}
+
+
 def save(
     checkpoints: Checkpoints,
     cfg: Config,
     corpus: Corpus,
-    base: Base | None,
+    fixed: Fixed,
     state: TrainState,
     val_loss: float | None,
 ) -> None:
     """Start to save a state with all that is needed to resume from it or to sample.
 
-    Of a model with adapters, these alone are written; the checkpoint says which base they belong to.
+    Of a model with adapters, these alone are written; the checkpoint says which base they belong to, and which
+    teacher the run has.
     """
     meta = {
         "config": yaml.safe_load(config_to_yaml(cfg)),
         "tokenizer": corpus.tokenizer.to_dict(),
         "corpus": corpus.fingerprint,
         "val/loss": val_loss,
+        **fixed.facts,
     }
     meta["statistics"] = [float(value) for value in jax.device_get(state.statistics)]
-    if base is not None:
-        meta["base"] = base.facts
     checkpoints.save(int(state.step), *for_disk(state), meta, val_loss)
 
 
@@ -64,19 +88,16 @@ def for_disk(state: TrainState) -> tuple[Any, Rest]:
 
     Where there are adapters, the weights are these alone.
     """
-    params = {ADAPTER: state.params[ADAPTER]} if ADAPTER in state.params else state.params
+    own = without_teacher(state.params)
+    params = {ADAPTER: own[ADAPTER]} if ADAPTER in own else own
     kept = (state.step, state.total_steps)
     if state.ema is None:
         return params, Rest(*kept, None, state.opt_state, None)
     return state.ema, Rest(*kept, params, state.opt_state, None)
 
 
-def restore(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainState | None:
-    """Return the newest undamaged state of the run, on this mesh; None if nothing is saved.
-
-    Args:
-        base: the model that the run's adapters belong to; None without adapters.
-    """
+def restore(t: Trainable, corpus: Corpus, fixed: Fixed) -> TrainState | None:
+    """Return the newest undamaged state of the run, on this mesh; None if nothing is saved."""
     checkpoints = Checkpoints(t.cfg.workdir)
 
     def read(step: int) -> TrainState:
@@ -89,13 +110,15 @@ def restore(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainStat
             raise UserError(
                 "the corpus is not the one that this run was trained on; use that corpus, or another --workdir"
             )
-        if base is not None:
-            check_base(meta["base"], base.facts, t.cfg.workdir)
+        if fixed.base is not None:
+            check_base(meta["base"], fixed.base.facts, t.cfg.workdir)
+        if fixed.teacher is not None:
+            check_teacher(meta["teacher"], fixed.teacher.facts, t.cfg.workdir)
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
         rest = rest._replace(**{"params" if t.state.ema is None else "ema": weights})
         statistics = np.array(meta.get("statistics", [0.0] * STATISTICS), np.float32)
         state = TrainState(*rest, jax.device_put(statistics, t.state.statistics.sharding))
-        return state if base is None else state._replace(params={**base.params, **state.params})
+        return state._replace(params={**fixed.params, **state.params})
 
     found = read_newest(checkpoints, read)
     if found is not None:
@@ -124,15 +147,38 @@ def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
         )
 
 
-def begin_or_resume(t: Trainable, corpus: Corpus) -> tuple[TrainState, Base | None]:
-    """Return the run's newest state, or that before the first step; and the model that its adapters belong to.
+def check_teacher(saved: dict[str, str], found: dict[str, str], workdir: str) -> None:
+    """Raise UserError where a run learnt from another teacher than the one that was found."""
+    if saved["fingerprint"] != found["fingerprint"]:
+        raise UserError(
+            f"{workdir!r} learnt from another teacher: {saved['path']!r} with fingerprint "
+            f"{saved['fingerprint'][:12]}, and {found['path']!r} has {found['fingerprint'][:12]}; give that model as "
+            "distill.teacher, or another --workdir"
+        )
+
+
+def begin_or_resume(t: Trainable, corpus: Corpus) -> tuple[TrainState, Fixed]:
+    """Return the run's newest state, or that before the first step; and the models that it does not change.
 
     Raises:
-        UserError: the data do not belong to the objective or to the checkpoint, or `init_from` cannot be used.
+        UserError: the data do not belong to the objective or to the checkpoint, or `init_from` or `distill.teacher`
+            cannot be used.
     """
     check_pairs(t, corpus)
-    base = read_base_of_run(t, corpus)
-    return restore(t, corpus, base) or first_state(t, corpus, base), base
+    fixed = read_fixed(t, corpus)
+    return restore(t, corpus, fixed) or first_state(t, corpus, fixed), fixed
+
+
+def read_fixed(t: Trainable, corpus: Corpus) -> Fixed:
+    """Return the base of a run's adapters and its teacher, where it has them.
+
+    Raises:
+        UserError: as `read_base_of_run`.
+    """
+    teacher = None
+    if t.teacher is not None:
+        teacher = read_teacher(t.cfg.distill.teacher, t.state.params[TEACHER])
+    return Fixed(read_base_of_run(t, corpus), teacher)
 
 
 def check_pairs(t: Trainable, corpus: Corpus) -> None:
@@ -167,24 +213,26 @@ def read_base_of_run(t: Trainable, corpus: Corpus) -> Base | None:
             f"lora.rank {cfg.lora.rank} needs init_from, the model that the adapters belong to; give it, or set "
             "lora.rank to 0"
         )
-    return read_base(cfg, corpus.tokenizer, without_adapter(t.state.params), t.metadata)
+    own = without_adapter(without_teacher(t.state.params))
+    return read_base(cfg, corpus.tokenizer, own, t.metadata)
 
 
-def first_state(t: Trainable, corpus: Corpus, base: Base | None = None) -> TrainState:
+def first_state(t: Trainable, corpus: Corpus, fixed: Fixed) -> TrainState:
     """Return a new state, with random weights or those of `init_from`; adapters start without effect.
 
     Args:
-        base: the model that the run's adapters belong to; None without adapters. A base that is a run with the same
-            adapters brings these along.
+        fixed: a base that is a run with the same adapters brings these along.
     """
+    base = fixed.base
+    taught = fixed.params.get(TEACHER)
     if base is not None:
-        state = init_state(t, base.params)
+        state = init_state(t, base.params, taught)
         if base.adapter is None:
             return state
         adapters = base.adapter({ADAPTER: t.state.params[ADAPTER]})
         ema = None if t.state.ema is None else jax.tree.map(jnp.copy, adapters)
         return state._replace(params={**state.params, **adapters}, ema=ema)
     if t.cfg.init_from is None:
-        return init_state(t)
+        return init_state(t, teacher=taught)
     model = initial_model(t.cfg.init_from, t.cfg.model, corpus.tokenizer)
-    return init_state(t, model.read(t.state.params))
+    return init_state(t, model.read(without_teacher(t.state.params)), taught)

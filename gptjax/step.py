@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from gptjax import cpu
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig, override
 from gptjax.errors import UserError, choose
 from gptjax.hosts import exchange
 from gptjax.loss import log_probabilities
@@ -22,7 +22,17 @@ from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
 from gptjax.nn.transformer import Params, abstract_model, flops_per_token, init_params
 from gptjax.nn.weights import held_axes, hold
-from gptjax.objectives import OBJECTIVES, Batch, Model, Objective, Terms, check_arrays
+from gptjax.objectives import (
+    OBJECTIVES,
+    TEACHER,
+    Batch,
+    Model,
+    Objective,
+    Teacher,
+    Terms,
+    check_arrays,
+    without_teacher,
+)
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
 from gptjax.sharding import check_divides, sharding
 from gptjax.spikes import STATISTICS, first_statistics, judge_step
@@ -34,7 +44,8 @@ class TrainState(NamedTuple):
     Attributes:
         step: steps taken, int32 scalar.
         total_steps: where the schedule ends, int32 scalar.
-        params: the weights, float32 but for frozen ones under adapters (`lora.base_dtype`).
+        params: the weights, float32 but for frozen ones under adapters (`lora.base_dtype`); and the teacher's, where
+            there is one.
         opt_state: the optimizer's moments, of the weights that are trained.
         ema: moving average of the weights, or of the adapters where there are any; None without one.
         statistics: of losses and gradients (`spikes.judge_step`), float32 [spikes.STATISTICS].
@@ -63,9 +74,10 @@ class Trainable(NamedTuple):
         objective: what a step minimises.
         metadata: of each weight, by path (`transformer.abstract_model`), adapters included.
         frozen: paths of the weights that have neither gradients nor moments: those of `optim.freeze`, or all but the
-            adapters where there are any.
+            adapters where there are any; and the teacher's.
         state: abstract TrainState, every leaf with its sharding.
         batch_sharding: of a batch's arrays.
+        teacher: the model that the run learns from; None without one.
     """
 
     cfg: Config
@@ -77,10 +89,14 @@ class Trainable(NamedTuple):
     frozen: frozenset[tuple[str, ...]]
     state: TrainState
     batch_sharding: jax.sharding.NamedSharding
+    teacher: Teacher | None = None
 
 
-def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
+def make_trainable(cfg: Config, mesh: Mesh, teacher: ModelConfig | None = None) -> Trainable:
     """Return the shapes and shardings of a run; nothing is allocated.
+
+    Args:
+        teacher: the model of `distill.teacher`, of an objective that learns from one.
 
     Raises:
         UserError: a dimension that the mesh cannot cut into equal parts; an unknown objective, optimizer, schedule or
@@ -103,12 +119,15 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
         check_divides(mesh, key, size, axis)
     check_model_divides(model, mesh)
 
-    cfg = replace(cfg, run=for_mesh(cfg.run, cfg.model, mesh))
+    run = for_mesh(cfg.run, cfg.model, mesh)
+    learns_from, taught, described = make_teacher(cfg, mesh, objective, teacher)
+    cfg = replace(cfg, run=run)
     graphdef, params, metadata = abstract_model(cfg.model, cfg.run)
     if cfg.lora.rank:
         adapter, declared = abstract_adapter(cfg.lora, params, metadata)
         params, metadata = {**params, **adapter}, {**metadata, **declared}
-    frozen = frozenset(path for path, weight in metadata.items() if is_fixed(cfg, weight))
+    params, metadata = {**params, **taught}, {**metadata, **described}
+    frozen = frozenset(path for path, weight in metadata.items() if path[0] == TEACHER or is_fixed(cfg, weight))
     if len(frozen) == len(metadata):
         raise UserError(f"optim.freeze {list(cfg.optim.freeze)} leaves no weight to train; take a role out of it")
     optimizer = make_optimizer(cfg.optim, {path: w for path, w in metadata.items() if path not in frozen})
@@ -118,11 +137,32 @@ def make_trainable(cfg: Config, mesh: Mesh) -> Trainable:
     trained = split_frozen(weights, frozen)[0]
     moments = abstract_opt_state(optimizer, trained, replicated)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    averaged = trained if cfg.lora.rank else weights
+    averaged = trained if cfg.lora.rank else without_teacher(weights)
     statistics = jax.ShapeDtypeStruct((STATISTICS,), jnp.float32, sharding=replicated)
     state = TrainState(scalar, scalar, weights, moments, averaged if cfg.optim.ema_decay else None, statistics)
     by_rows = sharding(mesh, ("batch", "length"))
-    return Trainable(cfg, mesh, graphdef, optimizer, objective, metadata, frozen, state, by_rows)
+    return Trainable(cfg, mesh, graphdef, optimizer, objective, metadata, frozen, state, by_rows, learns_from)
+
+
+def make_teacher(
+    cfg: Config, mesh: Mesh, objective: Objective, teacher: ModelConfig | None
+) -> tuple[Teacher | None, Params, dict[tuple[str, ...], dict[str, Any]]]:
+    """Return the teacher of a run, its abstract weights under the key TEACHER, and their metadata by path.
+
+    Raises:
+        UserError: the objective needs one, or the mesh cannot cut it into equal parts.
+    """
+    if not objective.has_teacher:
+        return None, {}, {}
+    if teacher is None:
+        raise UserError(f"train.objective {cfg.train.objective} needs distill.teacher, the model to learn from")
+    teacher = override(teacher, {"dtype": cfg.model.dtype, "dropout": 0.0})
+    try:
+        check_model_divides(teacher, mesh)
+        graphdef, params, metadata = abstract_model(teacher, for_mesh(cfg.run, teacher, mesh))
+    except UserError as error:
+        raise UserError(f"distill.teacher {cfg.distill.teacher!r}: {error}") from None
+    return Teacher(teacher, graphdef), {TEACHER: params}, {(TEACHER, *path): w for path, w in metadata.items()}
 
 
 def is_fixed(cfg: Config, weight: dict[str, Any]) -> bool:
@@ -165,16 +205,19 @@ def count_trained(cfg: Config) -> TrainedCounts:
     )
 
 
-def training_flops_per_token(cfg: Config, counts: TrainedCounts) -> float:
+def training_flops_per_token(cfg: Config, counts: TrainedCounts, teacher: ModelConfig | None = None) -> float:
     """Return the floating-point operations of a step for one token: `flops_per_token`, where all weights are trained.
 
-    A frozen weight costs four operations and not six: it has no gradient. The adapters' products are added.
+    A frozen weight costs four operations and not six: it has no gradient. The adapters' products are added, and the
+    forward pass of a teacher, a third of its training.
 
     Args:
         counts: `count_trained` of the config.
+        teacher: the model that the run learns from; None without one.
     """
     frozen = counts.products - counts.trained_products
-    return flops_per_token(cfg.model) - 2 * frozen + 6 * counts.adapters
+    own = flops_per_token(cfg.model) - 2 * frozen + 6 * counts.adapters
+    return own + (0 if teacher is None else flops_per_token(teacher) / 3)
 
 
 def base_dtype(cfg: Config) -> str:
@@ -184,9 +227,9 @@ def base_dtype(cfg: Config) -> str:
 
 def place_weights(cfg: Config, mesh: Mesh, params: Params, metadata: dict[tuple[str, ...], dict[str, Any]]) -> Params:
     """Return abstract weights with their shardings, in the form in which the run holds them (`lora.base_dtype`)."""
-    dtype = base_dtype(cfg)
 
     def place(path, leaf):
+        dtype = "float32" if path[0] == TEACHER else base_dtype(cfg)
         held = jax.eval_shape(lambda x: hold(x, metadata[path], dtype), leaf)
         axes = held_axes(metadata[path], dtype)
         return jax.tree.map(
@@ -214,18 +257,20 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_state(t: Trainable, base: Params | None = None) -> TrainState:
+def init_state(t: Trainable, base: Params | None = None, teacher: Params | None = None) -> TrainState:
     """The state before the first step, each device holding only its shards; the same bits on any mesh.
 
     Args:
         base: the weights to start from, without adapters, in the form and on the shardings of `t.state`; None draws
             them.
+        teacher: the weights of the model to learn from, on their shardings; None without one.
     """
-    cfg, given = t.cfg, base or {}
+    cfg = t.cfg
+    given = {**(base or {}), **({} if teacher is None else {TEACHER: teacher})}
 
     def init(given: Params) -> TrainState:
         key = jax.random.key(cfg.seed)
-        drawn = given or map_by_path(
+        drawn = without_teacher(given) or map_by_path(
             lambda path, weight: hold(weight, t.metadata[path], base_dtype(cfg)), init_params(cfg.model, key)
         )
         adapters = {name: t.state.params[name] for name in t.state.params if name == ADAPTER}
@@ -244,7 +289,7 @@ def init_state(t: Trainable, base: Params | None = None) -> TrainState:
 
 def make_terms(t: Trainable) -> Callable[[Params, Batch, jax.Array | None], Terms]:
     """Return (params, batch, key) -> the objective's terms, one of them named "loss"."""
-    cfg, model = t.cfg, Model(t.cfg, t.graphdef)
+    cfg, model = t.cfg, Model(t.cfg, t.graphdef, t.teacher)
 
     def terms_of(params: Params, batch: Batch, key: jax.Array | None = None) -> Terms:
         check_arrays(cfg.train.objective, t.objective, batch)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptjax.closing import LiveSampler, conclude
 from gptjax.config import Config, override
+from gptjax.convert import teacher_config
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import DONE, STOPPED, UserError
@@ -51,18 +52,19 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         check_same("the corpus (data.path and data.tokenizer)", corpus.fingerprint)
         watchdog.start_phase()
         cfg = with_vocabulary(cfg, corpus)
-        t = make_trainable(cfg, make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices))
+        mesh = make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices)
+        t = make_trainable(cfg, mesh, teacher_config(cfg, corpus.tokenizer))
         rows, batches = batches_of_this_host(t, corpus)
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
         lock.acquire()
-        state, base = begin_or_resume(t, corpus)
+        state, fixed = begin_or_resume(t, corpus)
         checkpoints = open_workdir(cfg)
         attach_reference(t, corpus, state)
         start, total, clock = int(state.step), cfg.train.total_steps, Clock()
         report = together(lambda: Report(t, corpus, start))
         sampler = LiveSampler(t, corpus)
-        saving = partial(save, checkpoints, cfg, corpus, base)
+        saving = partial(save, checkpoints, cfg, corpus, fixed)
         called = [*make_hooks(t, clock, report, evaluate, saving), Watch(watchdog), *hooks]
         if cfg.log.sample_tokens and jax.process_count() == 1:
             sample = partial(sampler.text, tokens=cfg.log.sample_tokens)
@@ -150,6 +152,7 @@ def with_vocabulary(cfg: Config, corpus: Corpus) -> Config:
 def mfu_per_token_rate(t: Trainable) -> float | None:
     """Return the model FLOPs utilisation of one token a second; None where the devices' peak is unknown."""
     peak = peak_flops(jax.devices()[0].device_kind)
-    return (
-        None if peak is None else training_flops_per_token(t.cfg, count_trained(t.cfg)) / (peak * jax.device_count())
-    )
+    if peak is None:
+        return None
+    teacher = None if t.teacher is None else t.teacher.cfg
+    return training_flops_per_token(t.cfg, count_trained(t.cfg), teacher) / (peak * jax.device_count())

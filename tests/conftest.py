@@ -167,6 +167,12 @@ def tiny_run(corpus_file, token_cache) -> list[str]:
     return ["train.py", *TINY_RUN, f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]
 
 
+@pytest.fixture
+def no_closing_sample(monkeypatch):
+    """Runs in this process that end without their sample of 700 tokens, whose program takes seconds to compile."""
+    monkeypatch.setattr("gptjax.trainer.conclude", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Chromium, driven by selenium."""

@@ -26,7 +26,7 @@ from gptjax.evaluation import make_evaluate
 from gptjax.generate import Sampling
 from gptjax.nn.transformer import init_params
 from gptjax.presets import PRESETS
-from gptjax.start import first_state
+from gptjax.start import Fixed, first_state
 from gptjax.tokenizers import ByteTokenizer, tokenizer_from_dict
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")
@@ -303,7 +303,7 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_sequences=8))
     corpus = load_corpus(cfg.data)
     t = trainable_on(cfg, devices=2, fsdp=2)
-    state = first_state(t, corpus)
+    state = first_state(t, corpus, Fixed())
     found = make_evaluate(t, corpus)(state)["val/loss"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
     batch = next(iter(validation_batches(corpus.sources[0].val, 128, 8, 8, range(8))))
@@ -321,14 +321,14 @@ def test_training_goes_on_from_a_directory_of_hugging_face(built, corpus_file, t
 
     with pytest.raises(UserError, match=r"another tokenizer.*set data\.tokenizer to "):
         other_ids = dataclasses.replace(corpus.sources[0], tokenizer=ByteTokenizer())
-        first_state(t, dataclasses.replace(corpus, sources=(other_ids,)))
+        first_state(t, dataclasses.replace(corpus, sources=(other_ids,)), Fixed())
     other = trainable_on(
         make_config({**shape, "vocab_size": VOCAB, "norm_eps": 1e-6, "d_mlp": 64}, init_from=str(source))
     )
     with pytest.raises(
         UserError, match=r"model\.mlp\.width 256 there and 64 here, model\.norm\.eps 1e-05 there and 1e-06 here"
     ):
-        first_state(other, corpus)
+        first_state(other, corpus, Fixed())
 
 
 def test_an_imported_run_is_a_run(built, tmp_path):

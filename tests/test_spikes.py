@@ -10,7 +10,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config.data import DataConfig
 from gptjax.data.corpus import load_corpus
 from gptjax.spikes import WINDOW_STEPS, first_statistics, judge_step
-from gptjax.start import restore, save
+from gptjax.start import Fixed, restore, save
 from gptjax.step import init_state, make_train_step
 
 judge = jax.jit(judge_step, static_argnums=3)
@@ -87,6 +87,6 @@ def test_a_skipped_step_changes_nothing_but_its_number_and_survives_a_restart(tm
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
 
     checkpoints = Checkpoints(cfg.workdir, cfg.checkpoint)
-    save(checkpoints, cfg, corpus, None, state, None)
+    save(checkpoints, cfg, corpus, Fixed(), state, None)
     checkpoints.close()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restore(t, corpus)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restore(t, corpus, Fixed())))

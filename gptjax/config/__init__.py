@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gptjax.checks import check
 from gptjax.config.data import DataConfig, MixtureSource
-from gptjax.config.finetuning import DpoConfig
+from gptjax.config.finetuning import DistillConfig, DpoConfig
 from gptjax.config.lora import LoraConfig
 from gptjax.config.model import (
     AttentionConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "DistributedConfig",
     "DpoConfig",
     "LogConfig",
@@ -72,6 +73,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)

@@ -79,8 +79,8 @@ class TrainConfig:
 
     Args:
         objective: what is minimised: next_token is the cross-entropy of every token, sft that of the tokens that
-            data.kind sft marks, dpo prefers one answer to another (data.kind preferences); docs/extending.md adds
-            others.
+            data.kind sft marks, dpo prefers one answer to another (data.kind preferences), distill learns the
+            distribution of another model (distill.teacher); docs/extending.md adds others.
         aux_weights: factors by which other terms of the objective are added to it, by name, such as the auxiliary
             losses of the model's blocks; a term without a factor is reported only.
         total_steps: optimizer steps of the whole run; raise it and resume to train longer.

@@ -2,7 +2,7 @@
 
 from gptjax.convert.base import Base, check_base
 from gptjax.convert.export import export_adapter, export_model, import_model
-from gptjax.convert.models import initial_model, load, open_model, read_base
+from gptjax.convert.models import initial_model, load, open_model, read_base, read_teacher, teacher_config
 
 __all__ = [
     "Base",
@@ -14,4 +14,6 @@ __all__ = [
     "load",
     "open_model",
     "read_base",
+    "read_teacher",
+    "teacher_config",
 ]

@@ -34,12 +34,13 @@ from gptjax.convert.hub import find_model
 from gptjax.convert.matching import match_tensors
 from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, TensorSource, read_params
-from gptjax.errors import UserError
+from gptjax.errors import UserError, choose
 from gptjax.generate import LanguageModel
 from gptjax.nn.adapters import Metadata
 from gptjax.nn.backends import check_model_divides
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.nn.weights import WEIGHT_DTYPES
+from gptjax.objectives import OBJECTIVES
 from gptjax.optim import map_by_path
 from gptjax.paths import user_path
 from gptjax.sharding import make_mesh, sharding
@@ -301,6 +302,40 @@ def read_base(cfg: Config, tokenizer: Tokenizer, abstract: Params, metadata: Met
     if adapter is not None:
         check_base(adapter.base, facts, owner)
     return Base(hold_all(params, metadata, cfg.lora.base_dtype), facts, None if adapter is None else adapter.read)
+
+
+def teacher_config(cfg: Config, tokenizer: Tokenizer | None = None) -> ModelConfig | None:
+    """Return the config of the model of `distill.teacher`, for an objective that learns from one; else None.
+
+    Args:
+        tokenizer: of the run; None does not compare.
+
+    Raises:
+        UserError: there is no such model, or it has another tokenizer or a shorter context.
+    """
+    path = cfg.distill.teacher
+    if path is None or not choose(OBJECTIVES, cfg.train.objective, "train.objective").has_teacher:
+        return None
+    model = open_model(path)
+    known = tokenizer is not None and model.tokenizer.kind != NoTokenizer.kind
+    if known and not same_ids(model.tokenizer, tokenizer):
+        raise UserError(
+            f"distill.teacher {path!r} has another tokenizer than data.tokenizer makes for this corpus, so its ids "
+            f"mean other text; set data.tokenizer to {_tokenizer_of(model)}"
+        )
+    theirs, T = model.config, cfg.model.context_length
+    if theirs.positions.kind == "learned" and theirs.context_length < T:
+        raise UserError(
+            f"distill.teacher {path!r} has positions for {theirs.context_length} tokens; lower model.context_length "
+            f"{T} to that"
+        )
+    return theirs if model.is_run else override(theirs, {"vocab_multiple": cfg.model.vocab_multiple})
+
+
+def read_teacher(path: str, abstract: Params) -> Base:
+    """Return the weights of a teacher on the shardings of abstract ones, and what a checkpoint says of them."""
+    params = open_model(path).read(abstract)
+    return Base(params, describe_base(path, params))
 
 
 def _resolved(cfg: ModelConfig) -> dict[str, Any]:

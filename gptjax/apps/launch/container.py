@@ -83,8 +83,12 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
     inputs = {key: path for key, path in data.items() if path not in DATA_NAMES}
     if cfg.data.tokenizer is not None and cfg.data.tokenizer not in TOKENIZER_NAMES:
         inputs["data.tokenizer"] = cfg.data.tokenizer
-    if cfg.init_from is not None and not (re.fullmatch(HUB_ID, cfg.init_from) and not Path(cfg.init_from).exists()):
-        inputs["init_from"] = cfg.init_from
+    models = {"init_from": cfg.init_from, "distill.teacher": cfg.distill.teacher}
+    inputs |= {
+        key: path
+        for key, path in models.items()
+        if path is not None and not (re.fullmatch(HUB_ID, path) and not Path(path).exists())
+    }
     home = user_path("~").rstrip("/") + "/"
     for key, path in inputs.items():
         at_home = path.startswith(home) and not _is_mounted(path, volumes)

@@ -17,11 +17,12 @@ from jax.sharding import AbstractMesh, AxisType
 from gptjax.apps.plan.chips import Topology
 from gptjax.checks import filled_axes
 from gptjax.config import Config, LoraConfig, ModelConfig, OptimConfig
+from gptjax.convert import teacher_config
 from gptjax.errors import UserError, choose
 from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.backends import BACKENDS
-from gptjax.nn.transformer import count_params
-from gptjax.objectives import OBJECTIVES
+from gptjax.nn.transformer import count_params, flops_per_token
+from gptjax.objectives import OBJECTIVES, TEACHER
 from gptjax.parametrization import ROLES
 from gptjax.step import (
     Trainable,
@@ -91,7 +92,7 @@ def resolve_mesh(cfg: Config, topology: Topology) -> dict[str, int]:
 def abstract_trainable(cfg: Config, axes: dict[str, int]) -> Trainable:
     """Return the run's shapes and shardings on a mesh without devices; raise UserError as `make_trainable` does."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    return make_trainable(cfg, mesh)
+    return make_trainable(cfg, mesh, teacher_config(cfg))
 
 
 def padded_bytes(shape: Iterable[int], itemsize: int) -> int:
@@ -157,9 +158,8 @@ def weight_counts(cfg: ModelConfig) -> dict[str, int]:
 
 
 def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]:
-    """Return the bytes that one device holds: all params, those of the blocks, those that are trained, the rest.
-
-    The rest is the optimizer's state, of the weights that are trained.
+    """Return the bytes that one device holds: all params, those of the blocks, those that are trained, a teacher's
+    (which are among the params), and the optimizer's state, of the weights that are trained.
 
     Raises:
         UserError: a dimension that the mesh cannot shard.
@@ -170,6 +170,7 @@ def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]
         "params": shard_bytes(state.params, tiled),
         "trained": shard_bytes(split_frozen(state.params, t.frozen)[0], tiled),
         "blocks": shard_bytes(state.params["blocks"], tiled),
+        "teacher": shard_bytes(state.params.get(TEACHER, {}), tiled),
         "optimizer": shard_bytes((state.step, state.total_steps, state.opt_state, state.ema), tiled),
     }
 
@@ -196,23 +197,24 @@ def estimate(
         fused_attention = (auto if cfg.run.attention == "auto" else cfg.run.attention) in FUSED
     held = held or held_bytes(cfg, axes, topology.chip.kind == "tpu")
     tokens = cfg.train.batch_sequences * cfg.model.context_length
+    teacher = teacher_config(cfg)
     collectives, dcn = _communication(cfg, axes, topology)
     return Costs(
         memory=_memory(cfg, held, axes, fused_attention),
-        model_flops=tokens * training_flops_per_token(cfg, trained_counts(cfg)),
-        executed_flops=tokens * executed_flops_per_token(cfg, fused_attention) / topology.n_chips,
+        model_flops=tokens * training_flops_per_token(cfg, trained_counts(cfg), teacher),
+        executed_flops=tokens * executed_flops_per_token(cfg, fused_attention, teacher) / topology.n_chips,
         hbm_bytes=_hbm_bytes(cfg, axes, fused_attention),
         collectives=collectives,
         dcn_bytes=dcn,
     )
 
 
-def executed_flops_per_token(cfg: Config, fused_attention: bool) -> float:
+def executed_flops_per_token(cfg: Config, fused_attention: bool, teacher: ModelConfig | None = None) -> float:
     """Return the FLOPs of forward and backward pass and of remat's recomputation, with the padded vocabulary.
 
     Attention has two matmuls forward and four backward, over the whole square of scores. A fused kernel recomputes
     the scores in its backward pass (five matmuls) and skips the masked half. A frozen weight has no gradient, which
-    saves two of its six operations.
+    saves two of its six operations. A teacher's forward pass is a third of its training.
     """
     m, blocks, counts = cfg.model, weight_counts(cfg.model)["blocks"], trained_counts(cfg)
     square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
@@ -221,7 +223,8 @@ def executed_flops_per_token(cfg: Config, fused_attention: bool) -> float:
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
     weights = 6 * (blocks + m.d_model * m.padded_vocab + counts.adapters)
     frozen = counts.products - counts.trained_products
-    return weights - 2 * frozen + again[0] + matmuls * share * square
+    taught = 0 if teacher is None else flops_per_token(teacher) / 3
+    return weights - 2 * frozen + again[0] + matmuls * share * square + taught
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
@@ -230,7 +233,7 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     arrays = 3 + len(choose(OBJECTIVES, cfg.train.objective, "train.objective").arrays)
     batch = arrays * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
     params, blocks = held["params"], held["blocks"]
-    rest = params - blocks - (held["trained"] if cfg.lora.rank else 0)
+    rest = params - blocks - held["teacher"] - (held["trained"] if cfg.lora.rank else 0)
     held_itemsize = HELD_BYTES[base_dtype(cfg)]
     block_weights = blocks / held_itemsize
     layer_full = block_weights / m.n_layers * axes["fsdp"] * s.itemsize  # one layer's weights, gathered and cast
@@ -257,7 +260,8 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     # The head's gradient and its gathered copy; with tied embeddings, also the copy for the token lookup.
     copies = 2 if m.tie_embeddings else 1
     head = D * V * (F32 * head_trained + copies * s.itemsize) + copies / 2 * rest * head_trained
-    loss = chunk * (2 * F32) + head + 2 * stream
+    # A teacher's logits lie beside the model's.
+    loss = chunk * (4 if held["teacher"] else 2) * F32 + head + 2 * stream
     # All float32 weights are cast before the loop over layers.
     casts = block_weights * s.itemsize if s.itemsize == BF16 and held_itemsize == F32 else 0
     return {

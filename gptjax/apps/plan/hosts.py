@@ -11,6 +11,7 @@ import numpy as np
 from gptjax.apps.plan.analytic import resolve_mesh
 from gptjax.apps.plan.chips import Topology
 from gptjax.config import Config
+from gptjax.convert import teacher_config
 from gptjax.display import size, table
 from gptjax.hosts import WRITER, rows_of_hosts
 from gptjax.sharding import make_mesh
@@ -65,7 +66,7 @@ def describe_hosts(cfg: Config, topology: Topology) -> dict[str, Any]:
     """
     axes, devices = resolve_mesh(cfg, topology), planned_devices(topology)
     slices = topology.num_slices if topology.chip.kind == "tpu" else cfg.mesh.slices
-    t = make_trainable(cfg, make_mesh(axes, list(devices), slices))
+    t = make_trainable(cfg, make_mesh(axes, list(devices), slices), teacher_config(cfg))
     shape = (cfg.train.batch_sequences, cfg.model.context_length)
     rows = rows_of_hosts(t.batch_sharding, shape)
     readers = np.zeros(shape[0], int)

@@ -54,12 +54,13 @@ def compile_step(config: dict[str, Any], topology_name: str, num_slices: int) ->
 
     from gptjax.apps.plan.hlo import Program
     from gptjax.configfile import config_from_dict
+    from gptjax.convert import teacher_config
     from gptjax.sharding import make_mesh
     from gptjax.step import make_train_step, make_trainable
 
     cfg = config_from_dict(config)
     devices = devices_of(topology_name, num_slices)
-    t = make_trainable(cfg, make_mesh(cfg.mesh.axes, devices, num_slices))
+    t = make_trainable(cfg, make_mesh(cfg.mesh.axes, devices, num_slices), teacher_config(cfg))
     shape = (cfg.train.batch_sequences, cfg.model.context_length)
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     kinds |= dict.fromkeys(t.objective.arrays, jnp.float32)
