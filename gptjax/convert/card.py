@@ -39,6 +39,7 @@ _TOKENIZERS = {
     "byte": "UTF-8 bytes",
     "char": "one id a character",
     "hf": "the tokenizer in this folder",
+    "marked": "the tokenizer in this folder, of text with tags or pictures",
     "tiktoken": "a byte-level BPE of OpenAI's, in this folder",
     "none": "no tokenizer",
 }

@@ -207,6 +207,15 @@ def _tiktoken_files(tokenizer: Tokenizer) -> dict[str, str]:
     return _own_files(byte_level_bpe(vocab, merges, [words, as_bytes], list(spec["special_tokens"])), eos_token=END)
 
 
+def _marked_files(tokenizer: Any) -> dict[str, str]:
+    files = tokenizer_files(tokenizer.text)
+    made = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    made.add_special_tokens(list(tokenizer.marks))
+    if any(made.token_to_id(mark) != id for mark, id in tokenizer.marks.items()):
+        raise UserError("the text's tokenizer has unused ids, so its tags and pictures cannot be exported")
+    return files | {"tokenizer.json": made.to_str()}
+
+
 def _merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """Return the two parts whose merge makes a token: those left by byte-pair encoding with only the lower ranks."""
     parts = [token[i : i + 1] for i in range(len(token))]
@@ -221,6 +230,7 @@ _TOKENIZER_FILES: dict[str, Callable[[Any], dict[str, str]]] = {
     "byte": _byte_files,
     "char": _char_files,
     "hf": _hf_files,
+    "marked": _marked_files,
     "tiktoken": _tiktoken_files,
     "none": lambda tokenizer: {},
 }

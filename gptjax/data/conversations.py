@@ -190,7 +190,10 @@ class Conversations:
 
     Attributes:
         notes: lines about conversations that are longer than the context, once `examples` has seen them.
+        unit: what its notes call them.
     """
+
+    unit = "conversations"
 
     def __init__(self, folder: ArrayFolder, half: str, train_on: str, pack: bool, name: str):
         self.folder, self.half, self.name = folder, half, name
@@ -235,9 +238,9 @@ class Conversations:
         cut = sum(lengths[number] < whole[number] for number in kept)
         beyond = f"are longer than model.context_length {context_length}"
         if not kept:
-            raise UserError(f"{self.name}: all {count} conversations {beyond}; raise it")
+            raise UserError(f"{self.name}: all {count} {self.unit} {beyond}; raise it")
         self.notes = [
-            f"{self.name}, {self.half}: {n:,} of {count:,} conversations {beyond} and are {what}"
+            f"{self.name}, {self.half}: {n:,} of {count:,} {self.unit} {beyond} and are {what}"
             for n, what in ((cut, "cut after a whole turn"), (count - len(kept), "left out"))
             if n
         ]

@@ -19,11 +19,13 @@ from etils import epath
 from gptjax.config import DataConfig
 from gptjax.data.conversations import load_conversations
 from gptjax.data.formats import SourceFile
+from gptjax.data.interleaved import load_interleaved
 from gptjax.data.preferences import load_preferences
 from gptjax.data.reading import Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.data.source import Source
 from gptjax.data.sources import list_files, pieces_of
+from gptjax.data.tagged import with_tag
 from gptjax.errors import UserError, choose
 from gptjax.faults import note_progress
 from gptjax.paths import user_path
@@ -134,11 +136,18 @@ def load_text(cfg: DataConfig, path: str, name: str) -> Source:
     return _tokenized_source(cfg, path, name)
 
 
+def load_tagged(cfg: DataConfig, path: str, name: str) -> Source:
+    """Return a source of running text after a tag, its name; raise UserError as `load_text` and `with_tag`."""
+    return with_tag(cfg, path, name, load_text(cfg, path, name))
+
+
 # data.kind -> (config, path, name) -> a source.
 KINDS: dict[str, Callable[[DataConfig, str, str], Source]] = {
     "text": load_text,
     "sft": load_conversations,
     "preferences": load_preferences,
+    "interleaved": load_interleaved,
+    "tagged": load_tagged,
 }
 
 

@@ -13,6 +13,7 @@ from gptjax.tokenizers.bpe import GPT2_SPLIT, bpe_model, byte_level_bpe, printab
 from gptjax.tokenizers.chat import ChatTemplate, chat_template
 from gptjax.tokenizers.decoding import TextDecoder, text_after
 from gptjax.tokenizers.huggingface import HuggingFaceTokenizer, read_huggingface_tokenizer
+from gptjax.tokenizers.marked import MarkedTokenizer, PictureFormat, known_tag, marked_from_dict
 from gptjax.tokenizers.openai import TIKTOKEN_FILES, TiktokenTokenizer, published_tokenizer
 from gptjax.tokenizers.plain import ByteTokenizer, CharTokenizer, NoTokenizer, Tokenizer
 
@@ -24,13 +25,16 @@ __all__ = [
     "CharTokenizer",
     "ChatTemplate",
     "HuggingFaceTokenizer",
+    "MarkedTokenizer",
     "NoTokenizer",
+    "PictureFormat",
     "TextDecoder",
     "TiktokenTokenizer",
     "Tokenizer",
     "bpe_model",
     "byte_level_bpe",
     "chat_template",
+    "known_tag",
     "make_tokenizer",
     "printable_bytes",
     "published_tokenizer",
@@ -46,6 +50,7 @@ KINDS = {
     "byte": lambda spec: ByteTokenizer(),
     "char": lambda spec: CharTokenizer(spec["alphabet"]),
     "hf": lambda spec: HuggingFaceTokenizer(spec["files"], spec.get("eos_ids", ())),
+    "marked": lambda spec: marked_from_dict(tokenizer_from_dict(spec["text"]), spec),
     "none": lambda spec: NoTokenizer(),
     "tiktoken": TiktokenTokenizer.from_dict,
 }
@@ -99,6 +104,8 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
 
 def spelling(tokenizer: Tokenizer, id: int) -> bytes | None:
     """Return the bytes of a token; None for an unused id, and for a special token that has no text."""
+    if isinstance(tokenizer, MarkedTokenizer):
+        return spelling(tokenizer.text, id) if id < tokenizer.text.vocab_size else None
     if isinstance(tokenizer, ByteTokenizer):
         return bytes([id]) if id < 256 else None
     if isinstance(tokenizer, CharTokenizer):

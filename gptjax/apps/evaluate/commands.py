@@ -126,6 +126,24 @@ def bits(model: UserPath, *, data: UserPath, out: UserPath | None = None, json: 
     _evaluate("bits", model, data, out, json, {}, run)
 
 
+def genre(model: UserPath, *, data: UserPath, out: UserPath | None = None, json: bool = False) -> None:
+    """Score texts after each of a model's tags: how often the right one gives the lowest loss.
+
+    Args:
+        model: the directory of a run with data.kind tagged.
+        data: JSON Lines with genre (a tag) and text.
+        out: a file that keeps each window's losses; with the same file, an interrupted evaluation resumes.
+        json: print one JSON object instead of a table.
+    """
+
+    def run(lm: Any, answers: Answers) -> Any:
+        from gptjax.apps.evaluate.tasks import genre
+
+        return genre(lm, data, answers)
+
+    _evaluate("genre", model, data, out, json, {}, run)
+
+
 def memorization(
     model: UserPath,
     *,
@@ -244,6 +262,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "qa": qa,
     "translation": translation,
     "bits": bits,
+    "genre": genre,
     "memorization": memorization,
     "plant-canaries": plant_canaries,
 }

@@ -15,6 +15,7 @@ from gptjax.beam import BeamSearch
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.scoring import Scorer, encode_pair, first_id, rolling_windows
+from gptjax.tokenizers import known_tag
 
 Figures = dict[str, Figure]
 
@@ -150,6 +151,47 @@ def _by_beams(search: BeamSearch, prompts: list[list[int]], max_new_tokens: int)
         found = search.complete_ids([prompts[i] for i in numbers], max_new_tokens)
         for number, beams in zip(numbers, found, strict=True):
             yield number, beams[0].completion.text.partition("\n")[0]
+
+
+def genre(lm: LanguageModel, path: str, answers: Answers) -> Figures:
+    """Score texts in windows of the context length after each of the model's tags.
+
+    Figures: `accuracy`, the share of windows whose own tag gives the lowest loss, of all and of each genre; and
+    `loss_per_token` after the own tag and after another, on average.
+
+    Raises:
+        UserError: a genre that the model has no tag for.
+    """
+    texts = items.read_items(path, {"genre": str, "text": str})
+    windows = [(item["genre"], window) for item in texts for window in _whole_windows(lm, item["text"])]
+    own = {item["genre"]: known_tag(lm.tokenizer, item["genre"]) for item in texts}
+    tags = {tag: lm.tokenizer.tag_id(tag) for tag in lm.tokenizer.tags}
+    missing = answers.missing(len(windows))
+    requests = [([id], windows[number][1]) for number in missing for id in tags.values()]
+    losses = np.zeros((len(missing), len(tags)))
+    for place, score in with_bar(Scorer(lm).score(requests), len(requests)):
+        losses[divmod(place, len(tags))] = -score.logprobs.mean()
+    for number, row in zip(missing, losses, strict=True):
+        answers.add(number, {"genre": windows[number][0], "losses": dict(zip(tags, row.tolist(), strict=True))})
+    rows = list(answers.in_order())
+    right = [float(min(row["losses"], key=row["losses"].get) == row["genre"]) for row in rows]
+    figures = {"accuracy": metrics.mean(right)}
+    for name in own:
+        figures[f"accuracy of {name}"] = metrics.mean(
+            [r for r, row in zip(right, rows, strict=True) if row["genre"] == name]
+        )
+    figures["loss_per_token"] = metrics.mean([row["losses"][row["genre"]] for row in rows])
+    others = [loss for row in rows for tag, loss in row["losses"].items() if tag != row["genre"]]
+    return figures | {"loss_per_token after another tag": metrics.mean(others)}
+
+
+def _whole_windows(lm: LanguageModel, text: str) -> list[list[int]]:
+    """Return a text's ids in windows of the context length, without the rest; raise UserError where there is none."""
+    ids, width = lm.tokenizer.encode_batch([text])[0].tolist(), lm.config.context_length
+    windows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)]
+    if not windows:
+        raise UserError(f"a text of {len(ids)} tokens is shorter than the model's context of {width}; give more")
+    return windows
 
 
 def bits_per_byte(lm: LanguageModel, path: str, answers: Answers) -> Figures:
