@@ -18,6 +18,8 @@ from gptjax.errors import UserError, nearest
 from gptjax.paths import UserPath, shell, user_path
 from gptjax.process import prepare_process
 
+TEXTS = (str, str | None, UserPath, UserPath | None, list[str] | None)  # parameters that are taken as typed
+
 
 @report_user_errors
 def train(args: list[str]) -> int:
@@ -201,12 +203,17 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
     if line is None:
         parser.print_help()
         return 0
-    words = line._replace(options=[option for option in line.options if option[0] in own]).words
+    texts = {p.name for p in parameters if p.annotation in TEXTS}
+    # The parser drops a value of two dashes: it sees an empty text in place of each.
+    options = [(key, "" if key in texts else value) for key, value in line.options if key in own]
     try:
-        values = vars(parser.instantiate(parser.parse_args(words)))
+        values = vars(parser.instantiate(parser.parse_args(line._replace(options=options).words)))
     except (ArgumentError, RecursionError) as error:
         raise UserError(f"{' '.join(str(error).split())}; {name} --help says more") from None
     for parameter in parameters:
+        given = [value for key, value in line.options if key == parameter.name]
+        if given and parameter.name in texts:
+            values[parameter.name] = given if parameter.annotation == list[str] | None else given[-1]
         value = values[parameter.name]
         if parameter.annotation == list[UserPath]:
             values[parameter.name] = [user_path(path) for path in value]
@@ -235,14 +242,14 @@ def _make_parser(
     alone = lists or [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     for parameter in parameters:
         name, kind = parameter.name, parameter.annotation
-        text = kind in (str, str | None, UserPath, UserPath | None) or name in lists
+        text = kind in TEXTS or name in lists
         options: dict[str, Any] = {"type": str if text else kind, "help": about.get(name)}
         if name in lists:
             parser.add_argument(name, nargs="+", **options)
         elif name in alone:
             parser.add_argument(name, **options)
         elif kind == list[str] | None:
-            parser.add_argument(f"--{name}", action="append", type=str, help=about.get(name))
+            parser.add_argument(f"--{name}", action="append", **options)
         elif parameter.default is parameter.empty:
             parser.add_argument(f"--{name}", required=True, **options)
         else:

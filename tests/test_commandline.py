@@ -32,7 +32,7 @@ def prompts(monkeypatch) -> list[str]:
     return given
 
 
-TEXTS = ["null", "~", "--- a", "-x", "-5", "", "true", "[1, 2]", "{a: b}", "a: b", "--seedy", "a\nb", "1e3", "é"]
+TEXTS = ["null", "~", "--- a", "-x", "-5", "", "true", "[1]", "{a: b}", "a: b", "--seedy", "--", "a\nb", "1e3", "é"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
