@@ -36,6 +36,10 @@ JSON_FILES = {"meta": "metadata", "metrics": "metrics"}
 Result = TypeVar("Result")
 
 
+class Damaged(Exception):
+    """What was read from a checkpoint is not what was written, whatever its files' checksums say."""
+
+
 class PartWritten:
     """The last future that Orbax waits for in a process: it writes the checksums of the arrays that the process has
     written.
@@ -204,6 +208,14 @@ class Checkpoints:
                 assert restored.sharding == wanted.sharding, (name, wanted, restored)
         return found
 
+    def wait(self) -> None:
+        """Wait for pending writes."""
+        self.manager.wait_until_finished()
+
+    def reload(self) -> None:
+        """Look at the disk again, where other objects may have set checkpoints aside."""
+        self.manager.reload()
+
     def close(self) -> None:
         """Wait for pending writes, then close."""
         self.manager.close()
@@ -255,7 +267,10 @@ def read_newest(
         try:
             result = read(step)
         except Exception as error:
-            if checkpoints.has_checksums(step, items) or not proves_damage(error):
+            proven = isinstance(error, Damaged) or (
+                not checkpoints.has_checksums(step, items) and proves_damage(error)
+            )
+            if not proven:
                 raise
             damage = " ".join(str(error).split())[:200]
         damages = exchange(damage)

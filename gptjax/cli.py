@@ -27,8 +27,10 @@ def train(args: list[str]) -> int:
     cfg = load_config(args)
     continue_without_output()
     prepare_process(cfg.mesh.cpu_devices, cfg.distributed)
+    from gptjax.goodput import note_process_is_run
     from gptjax.trainer import train
 
+    note_process_is_run()
     return train(cfg)
 
 

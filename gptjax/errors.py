@@ -17,13 +17,26 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A run gave up: none of its last steps could be taken."""
+    """A run gave up: its last steps could not be taken, and to roll back did not help."""
 
-    def __init__(self, first: int, last: int):
-        self.first, self.last = first, last
+    def __init__(self, step: int, rollbacks: int):
+        self.step, self.rollbacks = step, rollbacks
+        tried = f", and {rollbacks} rollbacks did not help" if rollbacks else ""
         super().__init__(
-            f"no step from {first} to {last} was taken, since loss or gradient were not finite or spiked; lower "
-            "optim.peak_lr in another --workdir"
+            f"the run gave up after step {step}: loss, gradient or update were not finite or spiked, step after step"
+            f"{tried}; lower optim.peak_lr in another --workdir"
+        )
+
+
+class CorruptDevice(Exception):
+    """Devices have computed or remembered something wrongly, without an error of their own."""
+
+    def __init__(self, devices: Iterable[object], what: str):
+        self.devices = list(devices)
+        names = ", ".join(map(str, self.devices))
+        super().__init__(
+            f"silent corruption: {names} {what}; take them out of service, delete the checkpoints of the last "
+            "run.verify_interval_steps steps, and run again to resume"
         )
 
 

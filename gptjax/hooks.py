@@ -4,45 +4,16 @@ A new hook is a subclass of `Hook`, given to `gptjax.trainer.train(cfg, hooks=[.
 `values` of a step: `Measure` and `Evaluate` add to them, `Write` sends them out, `Save` looks at the validation loss.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
 
 import jax
 
-from gptjax.errors import Diverged
 from gptjax.faults import Watchdog
+from gptjax.goodput import Attempt, Clock, share_of_steps
 from gptjax.report import Report
-from gptjax.rundir import write_outcome
+from gptjax.spikes import was_taken
 from gptjax.step import TrainState
-
-PATIENCE_STEPS = 10  # so many steps in a row without a finite gradient end a run
-
-
-class Clock:
-    """Seconds of a run by what they were spent on. What nothing else claims is spent on steps.
-
-    Attributes:
-        seconds: by name, such as "evaluate".
-    """
-
-    def __init__(self):
-        self.began_at = perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def spend_on(self, name: str) -> Iterator[None]:
-        """Count the seconds of a `with` block under a name."""
-        began = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - began
-
-    def step_seconds(self) -> float:
-        """Return the seconds since the beginning that no name has claimed."""
-        return perf_counter() - self.began_at - sum(self.seconds.values())
 
 
 @dataclass
@@ -109,20 +80,13 @@ class Profile(Hook):
 
 
 class Measure(Hook):
-    """Add a step's metrics and the speed since the last measurement, every `interval` steps and at the end.
+    """Add a step's metrics and the speed since the last measurement, every `interval` steps and at the end."""
 
-    Raises:
-        Diverged: PATIENCE_STEPS steps in a row had no finite gradient, or all the last ones of a shorter run.
-    """
-
-    def __init__(
-        self, interval: int, clock: Clock, tokens_per_step: int, mfu_per_token_rate: float | None, workdir: str
-    ):
+    def __init__(self, interval: int, clock: Clock, tokens_per_step: int, mfu_per_token_rate: float | None):
         self.interval, self.clock, self.tokens_per_step = interval, clock, tokens_per_step
-        self.mfu_per_token_rate, self.workdir = mfu_per_token_rate, workdir
+        self.mfu_per_token_rate = mfu_per_token_rate
         self.pending: list[dict[str, jax.Array]] = []
         self.measured_at_s = clock.step_seconds()
-        self.skipped_in_a_row, self.steps_seen = 0, 0
 
     def after_step(self, end: StepEnd) -> None:
         if not end.metrics:
@@ -131,25 +95,32 @@ class Measure(Hook):
         if not (end.last or end.step % self.interval == 0):
             return
         end.values |= {name: float(value) for name, value in end.metrics.items()}
-        skipped = [bool(metrics["skipped"]) for metrics in jax.device_get(self.pending)]
-        end.values["skipped"] = float(sum(skipped))
+        end.values["skipped"] = float(sum(bool(metrics["skipped"]) for metrics in jax.device_get(self.pending)))
         now_s = self.clock.step_seconds()
         end.values["step_time_s"] = (now_s - self.measured_at_s) / len(self.pending)
         end.values["tokens_per_s"] = self.tokens_per_step / end.values["step_time_s"]
         if self.mfu_per_token_rate is not None:
             end.values["mfu"] = end.values["tokens_per_s"] * self.mfu_per_token_rate
         self.measured_at_s, self.pending = now_s, []
-        self._check_divergence(end, skipped)
 
-    def _check_divergence(self, end: StepEnd, skipped: list[bool]) -> None:
-        for offset, was_skipped in enumerate(skipped, end.step - len(skipped) + 1):
-            self.steps_seen += 1
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
-            ended_so = end.complete and offset == end.step and self.skipped_in_a_row == self.steps_seen
-            if self.skipped_in_a_row >= PATIENCE_STEPS or ended_so:
-                error = Diverged(offset - self.skipped_in_a_row + 1, offset)
-                write_outcome(self.workdir, "diverged", offset, str(error))
-                raise error
+
+class Verify(Hook):
+    """Compare the devices every `interval` steps, before anything is saved; None: never.
+
+    Args:
+        verify: (state, batch) -> nothing; raises where devices differ (`verification.make_verify`).
+    """
+
+    def __init__(
+        self, interval: int | None, clock: Clock, verify: Callable[[TrainState, dict[str, jax.Array]], None]
+    ):
+        self.interval, self.clock, self.verify = interval, clock, verify
+
+    def after_step(self, end: StepEnd) -> None:
+        if self.interval is not None and end.step and end.step % self.interval == 0:
+            jax.block_until_ready(end.state)
+            with self.clock.spend_on("verify"):
+                self.verify(end.state, end.batch)
 
 
 class Evaluate(Hook):
@@ -183,6 +154,24 @@ class Sample(Hook):
                 self.report.keep_sample(end.step, text)
 
 
+class Account(Hook):
+    """Note the steps that an attempt takes, and add the goodput of all attempts at every evaluation and at the end.
+
+    The last row has the seconds by name, too.
+    """
+
+    def __init__(self, interval: int, attempt: Attempt):
+        self.interval, self.attempt = interval, attempt
+
+    def after_step(self, end: StepEnd) -> None:
+        self.attempt.row["step"] = end.step
+        if end.last or (end.step and end.step % self.interval == 0):
+            totals = self.attempt.totals()
+            end.values["goodput"] = share_of_steps(totals)
+            if end.last:
+                end.values |= {f"seconds/{name}": seconds for name, seconds in totals.items()}
+
+
 class Write(Hook):
     """Send a step's values to metrics.jsonl, the trackers and the screen."""
 
@@ -198,17 +187,21 @@ class Write(Hook):
 
 
 class Save(Hook):
-    """Begin a checkpoint every `interval` steps and at the end.
+    """Begin a checkpoint every `interval` steps and at the end; while steps are skipped, wait for the next good one.
+
+    What a run in trouble holds never replaces the checkpoint that it may have to return to.
 
     Args:
         save: (state, validation loss or None) -> nothing; the state may be consumed when it returns.
     """
 
     def __init__(self, interval: int, clock: Clock, save: Callable[[TrainState, float | None], None]):
-        self.interval, self.clock, self.save = interval, clock, save
+        self.interval, self.clock, self.save, self.due = interval, clock, save, False
 
     def after_step(self, end: StepEnd) -> None:
-        if end.step and (end.last or end.step % self.interval == 0):
+        self.due |= end.step > 0 and (end.last or end.step % self.interval == 0)
+        if self.due and (end.complete or was_taken(jax.device_get(end.state.statistics), end.step)):
+            self.due = False
             jax.block_until_ready(end.state)
             with self.clock.spend_on("save"):
                 self.save(end.state, end.values.get("val/loss"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptjax.data.reading import readable
 from gptjax.environment import describe_environment
 from gptjax.errors import UserError
 from gptjax.files import size_of, write_atomically
+from gptjax.goodput import FILE
 from gptjax.hosts import is_writer, together
 
 
@@ -105,9 +107,8 @@ class RunLock:
 
     def __exit__(self, *_) -> None:
         if self.stream is not None:
-            if self.created and os.listdir(self.path.parent) == [self.NAME]:  # refused before anything was written
-                self.path.unlink()
-                self.path.parent.rmdir()
+            if self.created and set(os.listdir(self.path.parent)) <= {self.NAME, FILE}:  # refused at once
+                shutil.rmtree(self.path.parent)
             self.stream.close()
             self.stream = None
 

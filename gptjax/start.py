@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from gptjax.checkpoint import Checkpoints, read_newest
+from gptjax.checkpoint import Checkpoints, Damaged, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
 from gptjax.convert import Base, check_base, initial_model, read_base, read_teacher
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
+from gptjax.fingerprint import hash_tree
 from gptjax.nn.adapters import ADAPTER, without_adapter
 from gptjax.nn.transformer import Params
 from gptjax.objectives import TEACHER, without_teacher
@@ -68,7 +69,9 @@ def save(
         **fixed.facts,
     }
     meta["statistics"] = [float(value) for value in jax.device_get(state.statistics)]
-    checkpoints.save(int(state.step), *for_disk(state), meta, val_loss)
+    params, rest = for_disk(state)
+    meta["weights_hash"] = int(hash_tree(params))
+    checkpoints.save(int(state.step), params, rest, meta, val_loss)
 
 
 class Rest(NamedTuple):
@@ -115,8 +118,12 @@ def restore(t: Trainable, corpus: Corpus, fixed: Fixed) -> TrainState | None:
         if fixed.teacher is not None:
             check_teacher(meta["teacher"], fixed.teacher.facts, t.cfg.workdir)
         weights, rest = checkpoints.restore(step, *for_disk(t.state))
+        if meta.get("weights_hash") not in (None, int(hash_tree(weights))):
+            raise Damaged("the weights are not those that the device held when it was written")
         rest = rest._replace(**{"params" if t.state.ema is None else "ema": weights})
-        statistics = np.array(meta.get("statistics", [0.0] * STATISTICS), np.float32)
+        statistics = np.array(meta.get("statistics", []), np.float32)
+        if len(statistics) != STATISTICS:  # of an earlier version
+            statistics = np.zeros(STATISTICS, np.float32)
         state = TrainState(*rest, jax.device_put(statistics, t.state.statistics.sharding))
         return state._replace(params={**fixed.params, **state.params})
 

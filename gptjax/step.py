@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gptjax import cpu
 from gptjax.config import Config, ModelConfig, override
 from gptjax.errors import UserError, choose
+from gptjax.goodput import spend_on
 from gptjax.hosts import exchange
 from gptjax.loss import log_probabilities
 from gptjax.nn.adapters import ADAPTER, abstract_adapter, init_adapter
@@ -35,7 +36,7 @@ from gptjax.objectives import (
 )
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
 from gptjax.sharding import check_divides, sharding
-from gptjax.spikes import STATISTICS, first_statistics, judge_step
+from gptjax.spikes import STATISTICS, first_statistics, judge_step, judge_update
 
 
 class TrainState(NamedTuple):
@@ -48,7 +49,7 @@ class TrainState(NamedTuple):
             there is one.
         opt_state: the optimizer's moments, of the weights that are trained.
         ema: moving average of the weights, or of the adapters where there are any; None without one.
-        statistics: of losses and gradients (`spikes.judge_step`), float32 [spikes.STATISTICS].
+        statistics: of losses, gradients and updates (`spikes.STATISTICS`), float32 [spikes.STATISTICS].
     """
 
     step: jax.Array
@@ -283,7 +284,7 @@ def init_state(t: Trainable, base: Params | None = None, teacher: Params | None 
         return TrainState(zero, total, new, t.optimizer.init(trained), averaged, first_statistics())
 
     wanted = t.state._replace(params={name: t.state.params[name] for name in t.state.params if name not in given})
-    state = _on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(wanted)))(given)
+    state = on_mesh(t.mesh, jax.jit(init, out_shardings=shardings_of(wanted)))(given)
     return jax.block_until_ready(state._replace(params={**given, **state.params}))
 
 
@@ -376,7 +377,8 @@ def split_rows(x: jax.Array, n_parts: int, group_rows: int) -> jax.Array:
 
 
 def make_update(t: Trainable) -> Callable[[TrainState, Params, jax.Array, jax.Array], tuple[Any, ...]]:
-    """Return (state, gradients, rate, whether to take the step) -> (norm of the update, weights, moments, average).
+    """Return (state, gradients, rate, whether to take the step) -> (norm of the update, without the rate; weights,
+    moments, average).
 
     Where the step is not taken, the norm is 0 and the rest stays as it is.
     """
@@ -389,7 +391,7 @@ def make_update(t: Trainable) -> Callable[[TrainState, Params, jax.Array, jax.Ar
                 # A young average forgets faster, so that the first weights do not linger in it.
                 decay = jnp.minimum(t.cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
                 ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trained)
-            return lr * optax.tree.norm(directions), trained, opt_state, ema
+            return optax.tree.norm(directions), trained, opt_state, ema
 
         def stay(grads, *kept):
             return jnp.zeros(()), *kept
@@ -420,8 +422,12 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         means = {f"train/{name}": total / weight for name, (total, weight) in terms.items()}
 
         lr = learning_rate(cfg.optim, state.step, state.total_steps)
-        good, statistics = judge_step(state.statistics, means["train/loss"], grad_norm, cfg.train.spike_deviations)
-        update_norm, params, opt_state, ema = update(state, grads, lr, good)
+        limits = cfg.train.spike_deviations, cfg.train.rollback_skips
+        good, statistics = judge_step(state.statistics, means["train/loss"], grad_norm, *limits)
+        norm, params, opt_state, ema = update(state, grads, lr, good)
+        update_norm = lr * norm
+        judged = jnp.where(jnp.isfinite(update_norm), norm, jnp.inf)  # the schedule is no spike
+        statistics = judge_update(statistics, good, judged, *limits)
         metrics = {**means, "grad_norm": grad_norm, "update_norm": update_norm, "lr": lr, "skipped": 1.0 - good}
         return TrainState(state.step + 1, state.total_steps, params, opt_state, ema, statistics), metrics
 
@@ -432,13 +438,13 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         out_shardings=(shardings_of(t.state), None),
         compiler_options=cpu.COMPILER_OPTIONS[cfg.model.dtype] if _is_cpu(t.mesh) else None,
     )
-    return _on_mesh(t.mesh, compiled)
+    return on_mesh(t.mesh, compiled)
 
 
 def make_eval_step(t: Trainable) -> Callable[[Params, Batch], Terms]:
     """Return (params, batch) -> the objective's terms, one named "loss": sums and weights, float32 scalars."""
     compiled = jax.jit(make_terms(t), in_shardings=(shardings_of(t.state.params), t.batch_sharding))
-    return _on_mesh(t.mesh, compiled)
+    return on_mesh(t.mesh, compiled)
 
 
 def make_row_log_probabilities(t: Trainable) -> Callable[[Params, Batch], jax.Array]:
@@ -454,16 +460,20 @@ def make_row_log_probabilities(t: Trainable) -> Callable[[Params, Batch], jax.Ar
         return (log_p * batch["weights"]).sum(axis=1)
 
     shardings = (shardings_of(t.state.params), t.batch_sharding)
-    return _on_mesh(t.mesh, jax.jit(compute, in_shardings=shardings, out_shardings=sharding(t.mesh, ())))
+    return on_mesh(t.mesh, jax.jit(compute, in_shardings=shardings, out_shardings=sharding(t.mesh, ())))
 
 
-def _on_mesh(mesh: Mesh, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function, on its mesh. What its compiler leaves behind goes back before it asks for memory."""
+def on_mesh(mesh: Mesh, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, called on its mesh.
+
+    What its compiler leaves behind goes back before it asks for memory.
+    """
 
     def run(*args):
         with jax.set_mesh(mesh):
             if not compiled._cache_size():
-                compiled.lower(*args).compile()  # the call below finds it
+                with spend_on("compile"):
+                    compiled.lower(*args).compile()  # the call below finds it
                 if _is_cpu(mesh):
                     cpu.return_freed_memory()
                 exchange(None)  # all processes have compiled: in a collective, gloo waits for a peer for 30 s only

@@ -16,13 +16,16 @@ from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import DONE, STOPPED, UserError
 from gptjax.evaluation import make_evaluate
 from gptjax.faults import StopSignal, Watchdog
-from gptjax.hooks import Clock, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Watch, Write
+from gptjax.goodput import DATA, STEPS, Attempt, spend_on, table_of
+from gptjax.hooks import Account, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Verify, Watch, Write
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
 from gptjax.presets import peak_flops
 from gptjax.reference import attach_reference
 from gptjax.report import Report
+from gptjax.rollback import Rollback
 from gptjax.rundir import RunLock, check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
+from gptjax.spikes import was_taken
 from gptjax.start import begin_or_resume, save
 from gptjax.step import (
     Trainable,
@@ -32,6 +35,7 @@ from gptjax.step import (
     make_trainable,
     training_flops_per_token,
 )
+from gptjax.verification import make_verify
 
 
 def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
@@ -45,12 +49,11 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
 
     Raises:
         UserError: the config, the corpus or the run's directory does not allow the run.
-        Diverged: the last steps had no finite gradient.
+        Diverged: steps were skipped repeatedly, and rollbacks did not help.
     """
-    with Watchdog(cfg.distributed.stall_timeout_s) as watchdog, RunLock(cfg.workdir) as lock:
+    limit_s = cfg.distributed.stall_timeout_s
+    with Watchdog(limit_s) as watchdog, RunLock(cfg.workdir) as lock, Attempt(cfg.workdir) as attempt:
         corpus = read_corpus(cfg, watchdog)
-        check_same("the corpus (data.path and data.tokenizer)", corpus.fingerprint)
-        watchdog.start_phase()
         cfg = with_vocabulary(cfg, corpus)
         mesh = make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices)
         t = make_trainable(cfg, mesh, teacher_config(cfg, corpus.tokenizer))
@@ -58,46 +61,67 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
         lock.acquire()
-        state, fixed = begin_or_resume(t, corpus)
+        attempt.begin()
+        with spend_on("restore"):
+            state, fixed = begin_or_resume(t, corpus)
         checkpoints = open_workdir(cfg)
         attach_reference(t, corpus, state)
-        start, total, clock = int(state.step), cfg.train.total_steps, Clock()
+        start, total = int(state.step), cfg.train.total_steps
+        attempt.resume(start)
         report = together(lambda: Report(t, corpus, start))
         sampler = LiveSampler(t, corpus)
         saving = partial(save, checkpoints, cfg, corpus, fixed)
-        called = [*make_hooks(t, clock, report, evaluate, saving), Watch(watchdog), *hooks]
-        if cfg.log.sample_tokens and jax.process_count() == 1:
-            sample = partial(sampler.text, tokens=cfg.log.sample_tokens)
-            called.append(Sample(cfg.train.eval_interval_steps, clock, sample, report))
+        rollback = Rollback(t, corpus, checkpoints, attempt, start)
+        called = [*make_hooks(t, attempt, report, evaluate, saving, sampler), Watch(watchdog), *hooks]
         incoming = batches.iterate(start, cfg.data.prefetch_batches, cfg.data.workers)
         watchdog.start_phase()
+        attempt.clock.turn_to(STEPS)
         with checkpoints, StopSignal() as stop, closing(incoming):
             if start == 0:
                 run_hooks(called, StepEnd(0, last=False, complete=False, state=state))
             for step in range(start + 1, total + 1):
                 for hook in called:
                     hook.before_step(step)
-                batch = global_batch(next(incoming), rows, t.batch_sharding, cfg.train.batch_sequences)
+                with spend_on(DATA):
+                    batch = global_batch(next(incoming), rows, t.batch_sharding, cfg.train.batch_sequences)
                 state, metrics = train_step(state, batch)
                 complete = step == total
                 last = complete or stop.after(step)
-                run_hooks(called, StepEnd(step, last, complete, state, batch, metrics))
+                state, noted = rollback.after(step, complete, state)
+                run_hooks(called, StepEnd(step, last, complete, state, batch, metrics, noted))
                 del batch  # it may lie in memory that the data workers share and that they free when they end
                 if last:
                     break
+            attempt.clock.turn_to("save")  # the one that is under way
+        watchdog.pause()
         for hook in called:
             hook.close()
-    if state.step < total:
-        write_outcome(cfg.workdir, "stopped", int(state.step))
-        report.say(f"stopped at step {int(state.step)} of {total}; everything is saved: run again to resume")
+        attempt.clock.turn_to("sample")
+        return finish(t, state, sampler, report, attempt)
+
+
+def finish(t: Trainable, state: TrainState, sampler: LiveSampler, report: Report, attempt: Attempt) -> int:
+    """Record how a run has ended, print its conclusion, and return its exit code."""
+    step, total = int(state.step), t.cfg.train.total_steps
+    for line in table_of(attempt.totals(), len(attempt.earlier) + 1):
+        report.say(line)
+    if step < total:
+        write_outcome(t.cfg.workdir, "stopped", step)
+        is_saved = was_taken(jax.device_get(state.statistics), step)
+        kept = "everything is saved" if is_saved else "all but the last steps, which were skipped, is saved"
+        report.say(f"stopped at step {step} of {total}; {kept}: run again to resume")
         return STOPPED
-    write_outcome(cfg.workdir, "done", total)
+    write_outcome(t.cfg.workdir, "done", total)
     conclude(t, state, sampler, report)
     return DONE
 
 
 def read_corpus(cfg: Config, watchdog: Watchdog) -> Corpus:
-    """Return the corpus, which the writer's process tokenizes first; each process is watched while it reads."""
+    """Return the corpus, which the writer's process tokenizes first; each process is watched while it reads.
+
+    Raises:
+        UserError: the corpus cannot be read, or is another one on another process.
+    """
 
     def load() -> Corpus:
         watchdog.start_phase()
@@ -106,7 +130,10 @@ def read_corpus(cfg: Config, watchdog: Watchdog) -> Corpus:
         finally:
             watchdog.pause()
 
-    return writer_first(load)
+    corpus = writer_first(load)
+    check_same("the corpus (data.path and data.tokenizer)", corpus.fingerprint)
+    watchdog.start_phase()
+    return corpus
 
 
 def batches_of_this_host(t: Trainable, corpus: Corpus) -> tuple[np.ndarray, Batches]:
@@ -118,21 +145,28 @@ def batches_of_this_host(t: Trainable, corpus: Corpus) -> tuple[np.ndarray, Batc
 
 def make_hooks(
     t: Trainable,
-    clock: Clock,
+    attempt: Attempt,
     report: Report,
     evaluate: Callable[[TrainState], dict[str, float]],
     saving: Callable[[TrainState, float | None], None],
+    sampler: LiveSampler,
 ) -> list[Hook]:
     """Return the trainer's own hooks, in the order in which a step's values pass through them."""
-    cfg = t.cfg
+    cfg, clock = t.cfg, attempt.clock
     tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
-    return [
+    called = [
         Profile(cfg.run.profile_steps, os.path.join(cfg.workdir, "profile")),
-        Measure(cfg.train.log_interval_steps, clock, tokens_per_step, mfu_per_token_rate(t), cfg.workdir),
+        Verify(cfg.run.verify_interval_steps, clock, make_verify(t)),
+        Measure(cfg.train.log_interval_steps, clock, tokens_per_step, mfu_per_token_rate(t)),
         Evaluate(cfg.train.eval_interval_steps, clock, evaluate),
+        Account(cfg.train.eval_interval_steps, attempt),
         Write(report),
         Save(cfg.checkpoint.save_interval_steps, clock, saving),
     ]
+    if cfg.log.sample_tokens and jax.process_count() == 1:
+        sample = partial(sampler.text, tokens=cfg.log.sample_tokens)
+        called.append(Sample(cfg.train.eval_interval_steps, clock, sample, report))
+    return called
 
 
 def run_hooks(hooks: Sequence[Hook], end: StepEnd) -> None:

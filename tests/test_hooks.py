@@ -1,4 +1,4 @@
-"""What happens around the steps: speed, evaluation and divergence, at every interval."""
+"""What happens around the steps: speed and evaluation, at every interval."""
 
 import json
 from types import SimpleNamespace
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-from gptjax import hooks
-from gptjax.errors import Diverged
-from gptjax.hooks import Clock, Evaluate, Measure, Profile, StepEnd
+from gptjax import goodput, hooks
+from gptjax.goodput import STEPS, Clock
+from gptjax.hooks import Evaluate, Measure, Profile, StepEnd
 
 STEP_S = 0.01
 
@@ -27,7 +27,7 @@ class FakeTime:
 @pytest.fixture
 def fake_time(monkeypatch) -> FakeTime:
     clock = FakeTime()
-    monkeypatch.setattr(hooks, "perf_counter", clock)
+    monkeypatch.setattr(goodput, "perf_counter", clock)
     return clock
 
 
@@ -45,7 +45,7 @@ def take_steps(called, total: int, fake_time: FakeTime, skipped=lambda step: Fal
 
 
 @pytest.mark.parametrize(("log", "evaluate"), [(10, 25), (1, 1), (7, 3), (25, 10), (10, 10), (1000, 4)])
-def test_step_time_leaves_evaluations_out_at_every_interval(fake_time, tmp_path, log, evaluate):
+def test_step_time_leaves_evaluations_out_at_every_interval(fake_time, log, evaluate):
     """It was 5.1 ms for steps of 10.2 with 10 and 25: the evaluation reset the clock under measured steps."""
 
     def slow_evaluation(state) -> dict[str, float]:
@@ -53,7 +53,8 @@ def test_step_time_leaves_evaluations_out_at_every_interval(fake_time, tmp_path,
         return {"val/loss": 1.0}
 
     clock = Clock()
-    called = [Measure(log, clock, 100, 1e-3, str(tmp_path)), Evaluate(evaluate, clock, slow_evaluation)]
+    clock.turn_to(STEPS)
+    called = [Measure(log, clock, 100, 1e-3), Evaluate(evaluate, clock, slow_evaluation)]
     measured = [end.values for end in take_steps(called, 100, fake_time) if "step_time_s" in end.values]
     assert len(measured) == len({*range(log, 101, log), 100})
     for values in measured:
@@ -63,23 +64,11 @@ def test_step_time_leaves_evaluations_out_at_every_interval(fake_time, tmp_path,
     assert clock.step_seconds() == pytest.approx(100 * STEP_S)
 
 
-@pytest.mark.parametrize("log", [1, 3, 10, 64, 1000])
-def test_divergence_is_found_at_every_interval(fake_time, tmp_path, log):
-    called = [Measure(log, Clock(), 100, None, str(tmp_path))]
-    with pytest.raises(Diverged, match=r"no step from 21 to 30 was taken, .*; lower optim\.peak_lr"):
-        take_steps(called, 100, fake_time, skipped=lambda step: step > 20)
-    assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "diverged"
-
-
-@pytest.mark.parametrize("log", [1, 4, 100])
-def test_a_short_run_without_any_finite_step_is_no_success(fake_time, tmp_path, log):
-    with pytest.raises(Diverged, match="no step from 1 to 4 was taken"):
-        take_steps([Measure(log, Clock(), 100, None, str(tmp_path))], 4, fake_time, skipped=lambda step: True)
-
-
 @pytest.mark.parametrize("log", [1, 10])
-def test_single_bad_steps_are_counted_and_survived(fake_time, tmp_path, log):
-    ends = take_steps([Measure(log, Clock(), 100, None, str(tmp_path))], 40, fake_time, lambda step: step % 10 != 0)
+def test_skipped_steps_are_counted_at_every_interval(fake_time, log):
+    clock = Clock()
+    clock.turn_to(STEPS)
+    ends = take_steps([Measure(log, clock, 100, None)], 40, fake_time, lambda step: step % 10 != 0)
     assert sum(end.values.get("skipped", 0) for end in ends) == 36
 
 
@@ -121,7 +110,7 @@ def test_a_run_that_diverges_ends_with_2_and_says_so(tiny_run, tmp_path, interva
     args = (f"--train.log_interval_steps={interval}", "--optim.peak_lr=1e38", "--optim.clip_norm=null")
     result = run_script(*tiny_run, f"--workdir={workdir}", *args)
     assert result.returncode == 2, result.stdout
-    assert "was taken, since loss or gradient were not finite" in result.stderr
+    assert "loss, gradient or update were not finite or spiked" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert json.loads((workdir / "outcome.json").read_text())["status"] == "diverged"
     assert not list((workdir / "checkpoints").glob("*tmp*"))  # the save in flight was finished

@@ -13,14 +13,14 @@ from gptjax.spikes import WINDOW_STEPS, first_statistics, judge_step
 from gptjax.start import Fixed, restore, save
 from gptjax.step import init_state, make_train_step
 
-judge = jax.jit(judge_step, static_argnums=3)
+judge = jax.jit(judge_step, static_argnums=(3, 4))
 
 
 def judged(values, statistics=None, deviations=10.0):
     """What is decided of steps with these losses and gradient norms, one after another, and the statistics then."""
     statistics, taken = first_statistics() if statistics is None else statistics, []
     for loss, grad_norm in values:
-        good, statistics = judge(statistics, jnp.float32(loss), jnp.float32(grad_norm), deviations)
+        good, statistics = judge(statistics, jnp.float32(loss), jnp.float32(grad_norm), deviations, 10)
         taken.append(bool(good))
     return taken, statistics
 
@@ -79,7 +79,7 @@ def test_a_skipped_step_changes_nothing_but_its_number_and_survives_a_restart(tm
     batch = {"tokens": ids, "targets": ids, "weights": jnp.ones((8, 32))}
     state, metrics = step(init_state(t), batch)
     assert metrics["skipped"] == 0
-    calm = jnp.array([WINDOW_STEPS, 0.01, 0.0001, 1.0, 1.0])  # against which this loss is a spike
+    calm = jnp.array([WINDOW_STEPS, 0.01, 0.0001, 1.0, 1.0, 1e9, 1e18, 0, 0, 0])  # against which this loss is a spike
     state = state._replace(statistics=calm)
     before = jax.device_get((state.params, state.opt_state))
     state, metrics = step(state, batch)

@@ -24,6 +24,9 @@ class RunConfig:
             attention), attention (its output), mlp (the MLP's first product).
         scan_layers: compile one block and scan over the layers, which shortens compilation; null means true except on
             CPUs, where a scan is slower.
+        verify_interval_steps: steps between checks for devices that compute or remember wrongly without an error:
+            weights are compared between the devices that hold them, and a gradient between replicas of the data; a
+            check takes as long as about two steps. null means none.
         profile: steps to profile, as START:STOP such as 10:15; the trace is written into the run's directory.
     """
 
@@ -31,7 +34,11 @@ class RunConfig:
     remat: Literal["none", "dots", "full", "named", "offload"] = "none"
     remat_names: tuple[Literal["block_input", "qkv", "attention", "mlp"], ...] = ("attention",)
     scan_layers: bool | None = None
+    verify_interval_steps: int | None = None
     profile: str | None = None
+
+    def __post_init__(self):
+        check_at_least(1, "run", self, "verify_interval_steps")
 
     @property
     def profile_steps(self) -> range:

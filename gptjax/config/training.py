@@ -94,6 +94,10 @@ class TrainConfig:
         spike_deviations: a step is skipped if its loss or gradient norm lies more than so many standard deviations
             above the mean of the last 100 steps (a deviation counts as at least 0.3 of the mean); null skips only
             steps that are not finite. Raise it if good steps are skipped.
+        rollback_skips: steps skipped in a row after which the run returns to the weights of its last checkpoint and
+            resumes after the data that hurt; no checkpoint is written while steps are skipped. Every so many steps
+            the run looks whether it has to.
+        max_rollbacks: rollbacks, each within 100 steps of the one before, after which the run gives up.
         log_interval_steps: steps between lines of metrics.jsonl.
         eval_interval_steps: steps between evaluations on the validation data.
         eval_sequences: validation sequences of an evaluation, evenly spaced; null means all of them. Lower it if
@@ -108,6 +112,8 @@ class TrainConfig:
     loss_chunks: int = 1
     z_loss: float = 0.0
     spike_deviations: float | None = field(default=10.0, metadata=FREE)
+    rollback_skips: int = field(default=10, metadata=FREE)
+    max_rollbacks: int = field(default=3, metadata=FREE)
     log_interval_steps: int = field(default=10, metadata=FREE)
     eval_interval_steps: int = field(default=250, metadata=FREE)
     eval_sequences: int | None = field(default=None, metadata=FREE)
@@ -115,7 +121,8 @@ class TrainConfig:
     def __post_init__(self):
         check_at_least(1, "train", self, "total_steps", "batch_sequences", "microbatches", "loss_chunks")
         check_at_least(1, "train", self, "log_interval_steps", "eval_interval_steps", "eval_sequences")
-        check_at_least(0, "train", self, "z_loss")
+        check_at_least(1, "train", self, "rollback_skips")
+        check_at_least(0, "train", self, "z_loss", "max_rollbacks")
         check_positive("train", self, "spike_deviations")
         rest = self.batch_sequences % self.microbatches
         wanted = f"does not divide train.batch_sequences {self.batch_sequences}"

@@ -13,17 +13,20 @@ MISSING = "pages need: pip install 'gptjax[report]'"
 def inspect(
     model: UserPath,
     *,
-    prompt: str,
+    prompt: str | None = None,
+    goodput: bool = False,
     against: str | None = None,
     top: int = 3,
     html: UserPath | None = None,
     json: bool = False,
 ) -> None:
-    """Look inside a model at a prompt: probabilities, attention, logit lens, attribution, activation patching.
+    """Look inside a model at a prompt: probabilities, attention, logit lens, attribution, activation patching. Or
+    show on what a run has spent its time.
 
     Args:
         model: the directory of a run, a Hugging Face directory or id, or a .gguf file.
         prompt: the text to look at.
+        goodput: show instead the seconds of a run by what they were spent on, over all its attempts.
         against: another text of as many tokens; each activation of the prompt is copied into its run.
         top: alternatives to show for each token.
         html: also write one self-contained page to this file.
@@ -31,7 +34,15 @@ def inspect(
     """
     if top < 1:
         raise UserError(f"top {top} must be at least 1")
+    if goodput == (prompt is not None):
+        raise UserError("inspect needs either --prompt, a text to look at, or --goodput")
     prepare_process()
+    if goodput:
+        from gptjax.goodput import read_goodput, table_of
+
+        found = read_goodput(str(model))
+        print(json_format.dumps({"seconds": found[0], "attempts": found[1]}) if json else "\n".join(table_of(*found)))
+        return
     from gptjax.apps.inspection.report import inspect_prompt, lines
     from gptjax.convert import load
 
