@@ -23,6 +23,7 @@ from gptjax.nn.weights import Int8, dense, hold
 from gptjax.step import init_state, make_train_step
 from gptjax.trainer import train
 
+SMALL = {**MODERN, "n_layers": 1}
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["matrix"]}
 NO_DECAY = {"schedule": "constant", "peak_lr": 1e-2, "weight_decay": 0.0, "clip_norm": None, "b2": 0.999}
 
@@ -42,20 +43,20 @@ def with_random_b(state):
 @pytest.mark.parametrize("base_dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_mesh_and_microbatches_give_the_losses_of_one_device(base_dtype):
     lora = {**LORA, "base_dtype": base_dtype}
-    one = trainable_on(make_config(MODERN, lora=lora, optim=NO_DECAY))
+    one = trainable_on(make_config(SMALL, lora=lora, optim=NO_DECAY))
     first = init_state(one)
     base, adapters = (jax.tree.map(np.array, part) for part in (without_adapter(first.params), first.params[ADAPTER]))
-    expected, state, _ = run_steps(one, 6, state=first)
+    expected, state, _ = run_steps(one, 4, state=first)
     jax.tree.map(np.testing.assert_array_equal, without_adapter(state.params), base)
     changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params[ADAPTER], adapters)
     assert all(jax.tree.leaves(changed))
     assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {
         leaf.shape for leaf in jax.tree.leaves(state.params[ADAPTER])
     }
-    cut = make_config(MODERN, lora=lora, optim=NO_DECAY, train={"batch_sequences": 8, "microbatches": 4})
-    np.testing.assert_allclose(run_steps(trainable_on(cut), 6)[0], expected, atol=1e-5)
-    sharded = trainable_on(make_config(MODERN, lora=lora, optim=NO_DECAY), 8, fsdp=4, tensor=2)
-    np.testing.assert_allclose(run_steps(sharded, 6)[0], expected, atol=1e-5)
+    cut = make_config(SMALL, lora=lora, optim=NO_DECAY, train={"batch_sequences": 8, "microbatches": 4})
+    np.testing.assert_allclose(run_steps(trainable_on(cut), 4)[0], expected, atol=1e-5)
+    sharded = trainable_on(make_config(SMALL, lora=lora, optim=NO_DECAY), 8, fsdp=4, tensor=2)
+    np.testing.assert_allclose(run_steps(sharded, 4)[0], expected, atol=1e-5)
 
 
 def test_no_gradient_of_a_frozen_matrix_is_kept():
@@ -92,11 +93,13 @@ def test_targets_that_match_nothing_are_refused(targets, message):
 
 
 def test_merged_weights_compute_the_same():
-    cfg = make_config(MODERN, lora={**LORA, "base_dtype": "int8", "targets": ["attention", "mlp/(up|down)"]})
-    state = with_random_b(init_state(trainable_on(cfg)))
+    cfg = make_config(SMALL, lora={**LORA, "base_dtype": "int8", "targets": ["attention", "mlp/(up|down)"]})
+    t = trainable_on(cfg)
+    state = with_random_b(init_state(t))
     graphdef, _, metadata = abstract_model(cfg.model, cfg.run)
-    tokens = some_batch(trainable_on(cfg), 0)["tokens"]
+    tokens = some_batch(t, 0)["tokens"]
 
+    @jax.jit
     def logits_of(params):
         model = bind(graphdef, params)
         return logits(model, model(tokens)[0])
@@ -168,7 +171,7 @@ def config_on(base: Path, corpus_file: Path, workdir: Path, **sections):
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_path, name):
+def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_path, name, no_closing_sample):
     """Train a few steps, export, load in peft: the same logits; import again: the same; merged: the same."""
     cfg = config_on(bases[name], corpus_file, tmp_path / "run")
     assert train(cfg) == 0
@@ -241,7 +244,7 @@ def peft_with(base: Path, adapters):
     return model
 
 
-def test_a_run_resumes_bitwise_and_needs_its_own_base(bases, corpus_file, tmp_path):
+def test_a_run_resumes_bitwise_and_needs_its_own_base(bases, corpus_file, tmp_path, no_closing_sample):
     def run(name: str, steps: int, **sections):
         cfg = config_on(bases["llama"], corpus_file, tmp_path / name, **sections)
         cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema_decay=0.9))

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 from chats import SMOLLM2, make_tokenizer_folder, published, random_conversation, write_rows
-from conftest import GPT2_LIKE, TINY_RUN, make_config, run_script, trainable_on
+from conftest import GPT2_LIKE, TINY_RUN, make_config, trainable_on
 
 from gptjax.apps.data_prep.conversations import conversations_in
 from gptjax.apps.data_prep.inspect import inspect
 from gptjax.closing import changes_by_source
 from gptjax.config import DataConfig
+from gptjax.configfile import load_config
 from gptjax.convert import export_model, open_model
 from gptjax.data.batches import as_batch, examples_of
 from gptjax.data.corpus import load_corpus
@@ -24,6 +25,7 @@ from gptjax.metrics import read_metrics
 from gptjax.step import init_state, make_train_step
 from gptjax.tokenizers import ByteTokenizer, ChatTemplate, chat_template, read_huggingface_tokenizer
 from gptjax.tokenizers.chat import chatml
+from gptjax.trainer import train
 
 pytest.importorskip("jinja2", reason="pip install -e '.[finetune]'")
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The king é."}]
@@ -227,11 +229,7 @@ def test_packing_microbatches_and_devices_change_nothing(tmp_path, tokenizer_fol
     per_row = rows[False]["weights"].sum(axis=1)
     assert per_row.max() > 5 * per_row[per_row > 0].min()  # very unequal masks
     loss, norm, params = step_on(rows[False])
-    for batch, M, devices, axes in (
-        (rows[True], 1, 1, {}),
-        (rows[False], 4, 1, {}),
-        (rows[True], 1, 8, {"fsdp": 4, "tensor": 2}),
-    ):
+    for batch, M, devices, axes in ((rows[False], 4, 1, {}), (rows[True], 1, 8, {"fsdp": 4, "tensor": 2})):
         other, other_norm, other_params = step_on(batch, M, devices, **axes)
         assert other == pytest.approx(loss, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
@@ -267,15 +265,17 @@ def test_loss_and_gradient_norm_are_those_of_transformers(chats, tokenizer_folde
     assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_a_run_resumes_bitwise_and_exports_its_template(chats, tokenizer_folder, token_cache, tmp_path):
+def test_a_run_resumes_bitwise_and_exports_its_template(
+    chats, tokenizer_folder, token_cache, tmp_path, no_closing_sample
+):
     flags = [*TINY_RUN, "--data.kind=sft", f"--data.path={chats}", f"--data.tokenizer={tokenizer_folder}"]
     flags += [f"--data.cache_dir={token_cache}", "--train.objective=sft", "--model.context_length=256"]
-    flags += ["--train.total_steps=10", "--checkpoint.keep_last=5"]
+    flags += ["--train.total_steps=4", "--checkpoint.keep_last=5", "--checkpoint.save_interval_steps=2"]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    assert run_script("train.py", *flags, f"--workdir={whole}").returncode == 0
+    train(load_config([*flags, f"--workdir={whole}"]))
     shutil.copytree(whole, part)
-    shutil.rmtree(part / "checkpoints" / "10")
-    assert run_script("train.py", *flags, f"--workdir={part}").returncode == 0
+    shutil.rmtree(part / "checkpoints" / "4")
+    train(load_config([*flags, f"--workdir={part}"]))
     names = ("step", "train/loss", "val/loss", "grad_norm")
     first, second = ([{n: row.get(n) for n in names} for row in read_metrics(folder)] for folder in (whole, part))
     assert first == second
