@@ -28,6 +28,7 @@ from gptjax.nn.layers import Cache
 from gptjax.nn.transformer import Inputs, logits
 
 CHUNK_TOKENS = 128  # the most tokens that one call reads
+CPU_CHUNK_TOKENS = 64  # on a CPU, which reads as many tokens a second in shorter chunks, and others wait half as long
 LEAST_WIDTH = 16  # of a chunk; shorter ones are padded to it
 N_ALTERNATIVES = 20  # the likeliest tokens that are reported beside a token
 
@@ -97,7 +98,8 @@ class PromptReader:
 
     def __init__(self, engine: Engine, slots: int, kept_tokens: int = 0):
         self._engine = engine
-        self.chunk = min(CHUNK_TOKENS, max(LEAST_WIDTH, power_of_two(slots)))
+        most = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS
+        self.chunk = min(most, max(LEAST_WIDTH, power_of_two(slots)))
         self._slots = -(-slots // self.chunk) * self.chunk
         self._kept: OrderedDict[bytes, list[Cache]] = OrderedDict()
         self._most_kept = kept_tokens // self.chunk

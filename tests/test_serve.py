@@ -36,7 +36,7 @@ def lm(hf_directory):
 @pytest.fixture(scope="module")
 def server(lm):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptjax.prompts.CHUNK_TOKENS", 16)  # so that most prompts have several
+        patch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)  # so that most prompts have several
         with serving(lm, slots=4) as client:
             yield client
 
@@ -208,7 +208,7 @@ def test_a_long_prompt_does_not_hold_up_a_short_one(server):
 
 def test_short_prompts_are_read_first_and_long_ones_in_their_turn(lm, monkeypatch):
     """Turns of a scheduler without its thread: what each reads, in order, and what it delivers."""
-    monkeypatch.setattr("gptjax.prompts.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)
     draws, events, parts = Request(Sampling(0.0), np.zeros(2, np.uint32), 1), [], []
     scheduler = Scheduler(lm, 8, CONTEXT, events.extend, Meters())
     advance = scheduler._reader.advance
