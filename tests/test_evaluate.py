@@ -13,9 +13,8 @@ from gptjax.apps.evaluate import commands, metrics
 from gptjax.apps.evaluate.generation import answer_prompts
 from gptjax.beam import BeamSearch
 from gptjax.generate import LanguageModel
-from gptjax.nn.transformer import abstract_model, init_params
+from gptjax.nn.transformer import init_params
 from gptjax.scoring import Passage, Scorer, encode_pair, pack, rolling_windows
-from gptjax.sharding import make_mesh, sharding
 from gptjax.tokenizers import CharTokenizer
 
 ALPHABET = "\n " + "".join(chr(c) for c in range(48, 48 + 59))
@@ -210,40 +209,3 @@ def test_translation_by_beams_ends_at_a_line_break(loaded, tmp_path, capsys):
     best = [beams[0].completion.text for beams in BeamSearch(loaded, 3).complete(["ABC>", "DE>"], 12)]
     assert {row["item"]: row["text"] for row in rows} == {i: t.partition("\n")[0].strip() for i, t in enumerate(best)}
     assert "chrf" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_model_of_lm_eval_scores_and_writes_the_same_on_a_mesh(lm, monkeypatch):
-    pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
-    from lm_eval.api.instance import Instance
-
-    from gptjax.apps.evaluate import harness
-
-    def on_mesh(path, dtype, axes):
-        if axes is None:
-            return lm
-        mesh = make_mesh({"data": 1, "tensor": 1, "context": 1, **axes})
-        params = init_params(lm.config, jax.random.key(0))
-        params = jax.tree.map(lambda x: 5 * x, without_zeros(params))
-        axes_of = abstract_model(lm.config)[2]
-        spread = jax.tree.map_with_path(
-            lambda path, x: jax.device_put(x, sharding(mesh, axes_of[tuple(k.key for k in path)]["axes"])), params
-        )
-        return LanguageModel(lm.config, spread, lm.tokenizer, mesh)
-
-    monkeypatch.setattr(harness, "load", on_mesh)
-    asked = {
-        "loglikelihood": [("Q1:", " A"), ("Q2 and more:", " BBB"), ("Q1:", " B")],
-        "loglikelihood_rolling": [(ALPHABET[2:],)],
-        "generate_until": [("ABC", {"until": ["\n"], "max_gen_toks": 6})],
-    }
-    found = []
-    for mesh in (None, "fsdp:4;tensor:2"):
-        model = harness.GptjaxLM("RUN", mesh=mesh, batch_tokens=64)
-        requests = {
-            kind: [Instance(kind, {}, args, n) for n, args in enumerate(each)] for kind, each in asked.items()
-        }
-        found.append({kind: getattr(model, kind)(each, disable_tqdm=True) for kind, each in requests.items()})
-    for kind in ("loglikelihood", "loglikelihood_rolling"):
-        np.testing.assert_allclose(np.array(found[1][kind]), np.array(found[0][kind]), atol=1e-4)
-    assert found[1]["generate_until"] == found[0]["generate_until"]
