@@ -44,7 +44,10 @@ class Training:
         """Run a process to its end; return its exit code (negative: the signal) and what it printed to stderr."""
         began = time.monotonic()
         process = self.start(*more, kill=kill, **options)
-        _, errors = process.communicate(timeout=300)
+        try:
+            _, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
         self.running_s += time.monotonic() - began
         return process.returncode, errors
 
