@@ -2,18 +2,17 @@
 
 import importlib
 import inspect
-import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gptjax.commandline import mesh_axes, read_standard_input, split_words
+from gptjax.apps.sample.commands import sample_from
+from gptjax.commandline import split_words
 from gptjax.configfile import CONFIG_OPTIONS, load_config
-from gptjax.console import continue_without_output, report_user_errors, writes_unicode
+from gptjax.console import continue_without_output, report_user_errors
 from gptjax.errors import UserError, nearest
 from gptjax.paths import UserPath, shell, user_path
 from gptjax.process import prepare_process
@@ -32,155 +31,6 @@ def train(args: list[str]) -> int:
 
     note_process_is_run()
     return train(cfg)
-
-
-def sample_from(
-    model: UserPath,
-    prompt: str | None = None,
-    prompt_file: UserPath | None = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 500,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    beams: int | None = None,
-    length_penalty: float = 1.0,
-    genre: str | None = None,
-    image: UserPath | None = None,
-    seed: int = 1337,
-    format: Literal["text", "jsonl"] = "text",
-    logprobs: bool = False,
-    dtype: Literal["float32", "bfloat16", "int8"] | None = None,
-    mesh: str | None = None,
-    cpu_devices: int | None = None,
-) -> None:
-    """Generate text from a trained model.
-
-    Args:
-        model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
-        prompt: the text to continue; - reads it from standard input. The default is an empty prompt.
-        prompt_file: a file with one prompt per line, or a picture (.png) to caption, in place of --prompt.
-        num_samples: number of samples for each prompt.
-        max_new_tokens: number of tokens to generate; beyond the model's context, a sliding window is used.
-        temperature: 0 always takes the most probable token; 1 samples from the model's probabilities; lower is safer.
-        top_k: sample from the k most probable tokens only.
-        top_p: sample from the smallest set of tokens whose total probability is at least p.
-        min_p: sample from the tokens that are at least p times as probable as the most probable one.
-        beams: search for the most probable text with so many beams, instead of sampling.
-        length_penalty: with --beams, a text's score is divided by its length to this power; more favours long texts.
-        genre: write in the manner of this tag, for a model that was trained with tags (data.kind tagged).
-        image: draw a picture after each prompt, and write them to this .png file (data.kind interleaved).
-        seed: seed of the random numbers; the same seed gives the same text.
-        format: text, or jsonl: one JSON object per line with prompt, text and tokens, for programs.
-        logprobs: also report the natural log of each token's probability.
-        dtype: data type of the weights; bfloat16 takes half the memory, int8 a quarter. By default as in training.
-        mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
-        cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
-    """
-    _check_counts(num_samples, seed)
-    prompts = _prompts(prompt, prompt_file)
-    prepare_process(cpu_devices)
-    from gptjax.convert import load
-    from gptjax.generate import Sampling
-    from gptjax.marks import mark_prompts
-
-    lm = load(model, dtype, None if mesh is None else mesh_axes(mesh))
-    how = Sampling(temperature, top_k, top_p, min_p).check()
-    prompts = mark_prompts(lm.tokenizer, prompts, genre, image is not None)
-    if beams is not None:
-        completions = _by_beams(lm, prompts, num_samples, max_new_tokens, beams, length_penalty)
-    else:
-        streams = format == "text" and not logprobs and image is None and sys.stdout.isatty()
-        completions = _by_sampling(lm, prompts, num_samples, max_new_tokens, how, seed, streams)
-    _print_completions(lm, completions, format, logprobs, image)
-
-
-def _check_counts(num_samples: int, seed: int) -> None:
-    if num_samples < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} must be in [0, 2^32)")
-
-
-def _by_sampling(
-    lm: Any, prompts: list[str], n: int, new_tokens: int, how: Any, seed: int, streams: bool
-) -> list[Any]:
-    """Return n samples of each prompt; one alone is printed as it is drawn where `streams`, and not returned."""
-    from gptjax.marks import plain_prompt
-
-    _note_a_sliding_window(lm, prompts, new_tokens)
-    repeated = [p for p in prompts for _ in range(n)]
-    if streams and len(repeated) == 1:
-        _stream(plain_prompt(lm.tokenizer, repeated[0]), lm.stream_text(repeated[0], new_tokens, how, seed))
-        return []
-    return lm.complete(repeated, new_tokens, how, seed)
-
-
-def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, length_penalty: float) -> list[Any]:
-    """Return each prompt's n best continuations by beam search."""
-    from gptjax.beam import BeamSearch
-
-    if n > beams:
-        raise UserError(f"num_samples {n} exceeds beams {beams}; beam search finds at most as many texts as beams")
-    found = BeamSearch(lm, beams, length_penalty).complete(prompts, new_tokens)
-    return [beam.completion for row in found for beam in row[:n]]
-
-
-def _print_completions(lm: Any, completions: list[Any], format: str, logprobs: bool, image: str | None) -> None:
-    """Print completions: texts with a line between them, or a JSON object each; write their pictures to a file."""
-    from gptjax.marks import plain_prompt, write_pictures
-
-    if image is not None:
-        write_pictures(image, completions, lm)
-    for number, done in enumerate(completions):
-        if format == "jsonl":
-            row = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens}
-            row |= {"logprobs": done.logprobs} if logprobs else {}
-            print(json.dumps(row, ensure_ascii=not writes_unicode()))
-            continue
-        print(("" if number == 0 else "-" * 16 + "\n") + plain_prompt(lm.tokenizer, done.prompt) + done.text)
-        if logprobs:
-            _print_logprobs([lm.tokenizer.decode([token]) for token in done.tokens], done.logprobs)
-
-
-def _note_a_sliding_window(lm: Any, prompts: list[str], new_tokens: int) -> None:
-    """Print a note if the longest sample exceeds the model's context."""
-    longest = max(len(lm.tokenizer.encode_prompt(p)) for p in prompts)
-    if longest + new_tokens > lm.config.context_length:
-        note = f"note: {longest} + {new_tokens} tokens exceed the context of {lm.config.context_length}"
-        print(f"{note}; a sliding window is used beyond it", file=sys.stderr)
-
-
-def _stream(prompt: str, pieces: Iterable[str]) -> None:
-    """Print a prompt and its continuation, piece by piece as it is generated."""
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-
-
-def _print_logprobs(tokens: list[str], logprobs: list[float]) -> None:
-    """Print each token with the natural log of its probability, one per line."""
-    for token, value in zip(tokens, logprobs, strict=True):
-        print(f"{token!r}\t{value:.4f}")
-
-
-def _prompts(prompt: str | None, prompt_file: str | None) -> list[str | Path]:
-    """Return the prompts that were given: texts, or the path of a picture."""
-    if prompt is not None and prompt_file is not None:
-        raise UserError("give --prompt or --prompt_file, not both")
-    if prompt_file is not None and prompt_file.lower().endswith(".png"):
-        return [Path(prompt_file)]
-    if prompt_file is not None:
-        try:
-            lines = Path(prompt_file).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-        except OSError as error:
-            raise UserError(f"cannot read --prompt_file {prompt_file!r}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--prompt_file {prompt_file!r} is not UTF-8") from None
-        if lines == [""]:
-            raise UserError(f"--prompt_file {prompt_file!r} is empty; write one prompt a line")
-        return lines
-    return [read_standard_input()] if prompt == "-" else [prompt or ""]
 
 
 @report_user_errors

@@ -58,7 +58,7 @@ def test_cached_decoding_equals_the_full_forward_with_prompts_of_any_length(lm):
     for completion in found:
         tokens, logprobs = greedy_by_full_forward(lm, completion.prompt, 15)
         assert completion.tokens == tokens
-        np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-5)
+        np.testing.assert_allclose(completion.logprobs, logprobs, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

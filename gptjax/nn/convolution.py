@@ -20,17 +20,18 @@ def causal_convolution(
             Negative positions, at the end of a row, are padding.
         x: [B, T, D], in the order of the text.
         taps: [W, D]; 0 leaves x as it is.
-        recent: [B, W - 1, D], what came before x; a single token is then no padding. None: nothing.
+        recent: [B, R, D] with R >= W - 1, what came before x; a single token is then no padding. None: nothing.
 
     Returns:
-        x's shape, and [B, W - 1, D], what the next call takes as `recent`.
+        x's shape, and [B, R, D] (W - 1 without `recent`), what the next call takes as `recent`.
     """
     W, (B, T) = len(taps), x.shape[:2]
-    known = jnp.pad(x, ((0, 0), (W - 1, 0), (0, 0))) if recent is None else jnp.concatenate([recent, x], axis=1)
+    R = W - 1 if recent is None else recent.shape[1]
+    known = jnp.pad(x, ((0, 0), (R, 0), (0, 0))) if recent is None else jnp.concatenate([recent, x], axis=1)
     y = x + x * taps[0]
     for i in range(1, W):
-        y += jnp.where(positions[..., None] >= i, known[:, W - 1 - i :][:, :T], 0) * taps[i]
+        y += jnp.where(positions[..., None] >= i, known[:, R - i :][:, :T], 0) * taps[i]
     if recent is not None and T == 1:
         return y, known[:, T:]
     lengths = jnp.broadcast_to((positions >= 0).sum(axis=1), (B,))
-    return y, jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, W - 1))(known, lengths)
+    return y, jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, R))(known, lengths)

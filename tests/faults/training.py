@@ -44,10 +44,7 @@ class Training:
         """Run a process to its end; return its exit code (negative: the signal) and what it printed to stderr."""
         began = time.monotonic()
         process = self.start(*more, kill=kill, **options)
-        try:
-            _, errors = process.communicate(timeout=300)
-        finally:
-            process.kill()
+        _, errors = process.communicate(timeout=300)
         self.running_s += time.monotonic() - began
         return process.returncode, errors
 

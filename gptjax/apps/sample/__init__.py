@@ -1,0 +1,1 @@
+"""`sample.py`: generate text from a trained model."""
