@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints, Damaged, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
-from gptjax.convert import Base, check_base, initial_model, read_base, read_teacher
+from gptjax.convert import Base, check_base, initial_model, read_base, read_teacher, teacher_config
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
 from gptjax.fingerprint import hash_tree
@@ -21,7 +22,7 @@ from gptjax.nn.transformer import Params
 from gptjax.objectives import TEACHER, without_teacher
 from gptjax.optim import learning_rate
 from gptjax.spikes import STATISTICS
-from gptjax.step import Trainable, TrainState, init_state
+from gptjax.step import Trainable, TrainState, init_state, make_trainable
 from gptjax.tokenizers import same_ids, tokenizer_from_dict
 
 
@@ -46,6 +47,15 @@ class Fixed(NamedTuple):
         """Their weights, as a run's state holds them."""
         base = {} if self.base is None else self.base.params
         return base if self.teacher is None else {**base, TEACHER: self.teacher.params}
+
+
+def make_run(cfg: Config, mesh: Mesh, corpus: Corpus) -> Trainable:
+    """Return the shapes and shardings of a run, with the model that it learns from where its config names one.
+
+    Raises:
+        UserError: as `step.make_trainable` and `convert.teacher_config`.
+    """
+    return make_trainable(cfg, mesh, teacher_config(cfg, corpus.tokenizer))
 
 
 def save(

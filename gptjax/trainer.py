@@ -10,7 +10,6 @@ import numpy as np
 
 from gptjax.closing import LiveSampler, conclude
 from gptjax.config import Config, override
-from gptjax.convert import teacher_config
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import DONE, STOPPED, UserError
@@ -26,13 +25,12 @@ from gptjax.rollback import Rollback
 from gptjax.rundir import RunLock, check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
 from gptjax.spikes import was_taken
-from gptjax.start import begin_or_resume, save
+from gptjax.start import begin_or_resume, make_run, save
 from gptjax.step import (
     Trainable,
     TrainState,
     count_trained,
     make_train_step,
-    make_trainable,
     training_flops_per_token,
 )
 from gptjax.verification import make_verify
@@ -56,7 +54,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         corpus = read_corpus(cfg, watchdog)
         cfg = with_vocabulary(cfg, corpus)
         mesh = make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices)
-        t = make_trainable(cfg, mesh, teacher_config(cfg, corpus.tokenizer))
+        t = make_run(cfg, mesh, corpus)
         rows, batches = batches_of_this_host(t, corpus)
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
