@@ -1,5 +1,6 @@
 """A study from its file to its table: strict keys, exact rungs, killed runs, and results that are refused."""
 
+import csv
 import json
 import os
 import signal
@@ -388,3 +389,11 @@ def test_a_branch_ends_in_the_bits_of_a_whole_run(make_study):
     assert "resuming after step 75" in (rung_dir(branched, rungs[1].id) / "log.txt").read_text()
     losses = [[read_result(d, rung.id)["loss"] for rung in rungs] for d in (whole, branched)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["isoflop", "branches", "batch"])
+def test_a_study_of_an_earlier_version_keeps_its_rungs(name):
+    """Their results were written at format 1 of the config and before CACHE_FORMAT 3 of the corpus."""
+    with (ROOT / "studies" / name / "table.csv").open() as table:
+        finished = {row["id"] for row in csv.DictReader(table)}
+    assert finished and finished <= {rung.id for rung in make_rungs(load_study(ROOT / "studies" / name))}

@@ -58,10 +58,14 @@ class Corpus:
         """Return the hash of all sources' documents and of the tokenizer."""
         return _joined([source.fingerprint for source in self.sources])
 
+    @property
+    def older_fingerprint(self) -> str:
+        """Return the hash that versions before CACHE_FORMAT 3 had; that of today where they read something else."""
+        return _joined([source.older_fingerprint or source.fingerprint for source in self.sources])
+
     def is_that_of(self, fingerprint: str) -> bool:
         """Return whether a checkpoint with this fingerprint was trained on the same tokens."""
-        older = _joined([source.older_fingerprint or source.fingerprint for source in self.sources])
-        return fingerprint in (self.fingerprint, older)
+        return fingerprint in (self.fingerprint, self.older_fingerprint)
 
     @property
     def notes(self) -> list[str]:

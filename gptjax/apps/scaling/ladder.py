@@ -31,7 +31,7 @@ class Rung:
     Attributes:
         id: hash of the resolved config and of the data.
         config: the resolved config, without the run's directory.
-        fingerprint: of the corpus.
+        fingerprint: of the corpus, the older of its two, so that a study that an earlier version began keeps its ids.
         params: weights by convention: `total`; `matmul`, those that multiply (blocks and head); `blocks`.
         flops: of training: steps times FLOPs a token (forward and backward, with attention).
         budget_flops: the budget; `flops` differs a little, since steps are whole.
@@ -172,9 +172,9 @@ def _make_rung(study: Study, base: Config, corpus: Corpus, point: tuple, varied:
         kept = dataclasses.replace(config.checkpoint, save_interval_steps=cooldown, keep_last=2)
         config = dataclasses.replace(config, checkpoint=kept)
     return Rung(
-        id=_rung_id(config, corpus.fingerprint),
+        id=_rung_id(config, corpus.older_fingerprint),
         config=config,
-        fingerprint=corpus.fingerprint,
+        fingerprint=corpus.older_fingerprint,
         params=conventions(config.model),
         flops=steps * per_step,
         budget_flops=flops,
