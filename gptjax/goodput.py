@@ -130,9 +130,9 @@ class Attempt:
 
     def begin(self) -> None:
         """Start to write; the run's directory exists. One process writes for all."""
+        self.row["began"] = time.time() - sum(self.clock.read().values())
         if is_writer():
             self.earlier = read_attempts(self.path)
-            self.row["began"] = time.time() - sum(self.clock.read().values())
             self._write()
             self.thread.start()
 

@@ -116,7 +116,7 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
     changed |= {f"delta {delta:g}": (table, delta) for delta in (1e-4, 1e-2)}
     worst = np.argsort(table.loss)
     changed |= {f"without the highest {k} of the losses": (table.take(np.sort(worst[:-k])), DELTA) for k in (1, 3)}
-    changed |= {f"without {power(c)} FLOPs": (table.take(budgets != c), DELTA) for c in np.unique(budgets)}
+    changed |= {f"without {c:.3g} FLOPs": (table.take(budgets != c), DELTA) for c in np.unique(budgets)}
     names = [name for name in read_rows(path)[0] if name.startswith("params_")]
     changed |= {f"N is {name}": (read_table(path, name, loss), DELTA) for name in names}
     values: dict[str, Any] = {}
