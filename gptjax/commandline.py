@@ -114,8 +114,10 @@ def read_standard_input() -> str:
         ) from None
 
 
-def mesh_axes(mesh: str) -> dict[str, int]:
-    """Return the axes and sizes that --mesh names, such as fsdp=4,tensor=2."""
+def mesh_axes(mesh: str | None) -> dict[str, int] | None:
+    """Return the axes and sizes that --mesh names, such as fsdp=4,tensor=2; None where it is not given."""
+    if mesh is None:
+        return None
     pairs = [part.partition("=") for part in mesh.split(",")]
     if not all(name and size.lstrip("-").isdecimal() for name, _, size in pairs):
         raise UserError(f"--mesh {mesh!r} is not a list of axes and sizes; write it as fsdp=4,tensor=2")

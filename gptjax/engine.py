@@ -288,7 +288,7 @@ class Engine:
 
         def one(i, carry):
             s, tokens, logprobs = carry
-            token, logprob = self._draw(s)
+            token, logprob = self.draw_rows(s.logits, s.key, s.drawn, s.sampling)
             going = s.left > 0
             slots = s.slots._replace(
                 positions=s.slots.positions.at[:, s.slots.next].set(jnp.where(going, s.position, UNUSED))
@@ -310,13 +310,19 @@ class Engine:
         state, tokens, logprobs = jax.lax.fori_loop(0, n, one, (state, *buffers))
         return state._replace(cache=_each_kv(partial(split_heads, rows=B), state.cache)), tokens, logprobs
 
-    def _draw(self, state: State) -> tuple[jax.Array, jax.Array]:
-        """Draw each row's next token: ids [B] int32, and their log-probabilities [B] float32."""
-        raw = state.logits
+    def draw_rows(
+        self, logits: jax.Array, key: jax.Array, drawn: jax.Array, sampling: RowSampling
+    ) -> tuple[jax.Array, jax.Array]:
+        """Draw the next token of each row of logits [B, V]: ids [B] int32, and their log-probabilities [B] float32.
+
+        Args:
+            key, drawn, sampling: as `sampling.draw` takes them.
+        """
+        raw = logits
         if self.n_ids < raw.shape[1]:
             raw = jnp.where(jnp.arange(raw.shape[1]) < self.n_ids, raw, -jnp.inf)
-        token = draw(raw, state.key, state.drawn, state.sampling)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
+        token = draw(raw, key, drawn, sampling)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
         return token, logprob
 
 

@@ -105,19 +105,17 @@ class Measure(Hook):
 
 
 class Verify(Hook):
-    """Compare the devices every `interval` steps, before anything is saved; None: never.
+    """Compare the devices every `interval` steps, before anything is saved.
 
     Args:
         verify: (state, batch) -> nothing; raises where devices differ (`verification.make_verify`).
     """
 
-    def __init__(
-        self, interval: int | None, clock: Clock, verify: Callable[[TrainState, dict[str, jax.Array]], None]
-    ):
+    def __init__(self, interval: int, clock: Clock, verify: Callable[[TrainState, dict[str, jax.Array]], None]):
         self.interval, self.clock, self.verify = interval, clock, verify
 
     def after_step(self, end: StepEnd) -> None:
-        if self.interval is not None and end.step and end.step % self.interval == 0:
+        if end.step and end.step % self.interval == 0:
             jax.block_until_ready(end.state)
             with self.clock.spend_on("verify"):
                 self.verify(end.state, end.batch)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -108,7 +107,9 @@ class RunLock:
     def __exit__(self, *_) -> None:
         if self.stream is not None:
             if self.created and set(os.listdir(self.path.parent)) <= {self.NAME, FILE}:  # refused at once
-                shutil.rmtree(self.path.parent)
+                for name in (self.NAME, FILE):
+                    (self.path.parent / name).unlink(missing_ok=True)
+                self.path.parent.rmdir()
             self.stream.close()
             self.stream = None
 

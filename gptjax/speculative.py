@@ -25,7 +25,7 @@ from gptjax.nn.attention import CacheSlots
 from gptjax.nn.layers import Cache
 from gptjax.nn.transformer import Inputs, logits
 from gptjax.prompts import PromptReader
-from gptjax.sampling import RowSampling, Sampling, as_rows, draw
+from gptjax.sampling import RowSampling, Sampling, as_rows
 from gptjax.tokenizers import same_ids, text_after
 
 N_PROPOSED = 4  # tokens that a draft proposes at a time
@@ -127,7 +127,7 @@ class ModelDraft:
 
         def draw_one(i, carry):
             raw, cache, drawn_ids = carry
-            token = draw(_drawable(engine, raw), key[None], (drawn + i)[None], sampling)
+            token, _ = engine.draw_rows(raw, key[None], (drawn + i)[None], sampling)
             model, x, cache = _run_from(engine, params, cache, token[:, None], start + length + i, 1)
             return engine.next_logits(model, x), cache, drawn_ids.at[i].set(token[0])
 
@@ -234,8 +234,7 @@ class SpeculativeDecoder:
         """Draw a token of each row of logits [N, V]: ids [N] int32, and their log-probabilities."""
         N = len(raw)
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape[1:])), how)
-        ids = draw(_drawable(self._lm.engine, raw), jnp.broadcast_to(key, (N, 2)), counts, rows)
-        return ids, jnp.take_along_axis(jax.nn.log_softmax(raw), ids[:, None], axis=1)[:, 0]
+        return self._lm.engine.draw_rows(raw, jnp.broadcast_to(key, (N, 2)), counts, rows)
 
 
 def _run_from(engine: Engine, params, cache: list[Cache], tokens: jax.Array, start, length):
@@ -271,8 +270,3 @@ def _padded(ids: Sequence[int]) -> np.ndarray:
     tokens = np.zeros((1, N_PROPOSED + 1), np.int32)
     tokens[0, : len(ids)] = ids
     return tokens
-
-
-def _drawable(engine: Engine, raw: jax.Array) -> jax.Array:
-    """Return logits [N, V] with -inf for the ids that are never drawn."""
-    return jnp.where(jnp.arange(raw.shape[1]) < engine.n_ids, raw, -jnp.inf)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax.checkpoint import Checkpoints, Damaged, read_newest
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml
-from gptjax.convert import Base, check_base, initial_model, read_base, read_teacher, teacher_config
+from gptjax.convert import Base, check_base, check_teacher, initial_model, read_base, read_teacher, teacher_config
 from gptjax.data.corpus import Corpus
 from gptjax.errors import UserError
 from gptjax.fingerprint import hash_tree
@@ -161,16 +161,6 @@ def warn_of_another_rate(cfg: Config, step: int, earlier_total: int) -> None:
             f"from {before:.3g} to {after:.3g}; to keep it, leave train.total_steps as it was, or resume from a "
             "checkpoint before the decay (optim.schedule wsd)",
             file=sys.stderr,
-        )
-
-
-def check_teacher(saved: dict[str, str], found: dict[str, str], workdir: str) -> None:
-    """Raise UserError where a run learnt from another teacher than the one that was found."""
-    if saved["fingerprint"] != found["fingerprint"]:
-        raise UserError(
-            f"{workdir!r} learnt from another teacher: {saved['path']!r} with fingerprint "
-            f"{saved['fingerprint'][:12]}, and {found['path']!r} has {found['fingerprint'][:12]}; give that model as "
-            "distill.teacher, or another --workdir"
         )
 
 

@@ -152,9 +152,10 @@ def make_hooks(
     """Return the trainer's own hooks, in the order in which a step's values pass through them."""
     cfg, clock = t.cfg, attempt.clock
     tokens_per_step = cfg.train.batch_sequences * cfg.model.context_length
-    called = [
-        Profile(cfg.run.profile_steps, os.path.join(cfg.workdir, "profile")),
-        Verify(cfg.run.verify_interval_steps, clock, make_verify(t)),
+    called: list[Hook] = [Profile(cfg.run.profile_steps, os.path.join(cfg.workdir, "profile"))]
+    if cfg.run.verify_interval_steps is not None:
+        called.append(Verify(cfg.run.verify_interval_steps, clock, make_verify(t)))
+    called += [
         Measure(cfg.train.log_interval_steps, clock, tokens_per_step, mfu_per_token_rate(t)),
         Evaluate(cfg.train.eval_interval_steps, clock, evaluate),
         Account(cfg.train.eval_interval_steps, attempt),

@@ -115,9 +115,9 @@ def test_a_step_without_a_finite_gradient_leaves_the_state_alone():
     after, metrics = step(state, bad)
     assert metrics["skipped"] == 1
     assert after.step == 1
-    assert after.statistics[SKIPS] == 1
-    alone = {"step": 0, "statistics": 0}
-    jax.tree.map(np.testing.assert_array_equal, before._replace(**alone), after._replace(**alone))
+    counted = before.statistics.copy()
+    counted[SKIPS] = 1
+    jax.tree.map(np.testing.assert_array_equal, before._replace(step=0, statistics=counted), after._replace(step=0))
     after, metrics = step(after, some_batch(t, 1))
     assert metrics["skipped"] == 0
     assert np.abs(after.params["embed"] - before.params["embed"]).max() > 0

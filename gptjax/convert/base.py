@@ -80,11 +80,19 @@ def describe_base(path: str, params: Params) -> dict[str, str]:
 
 def check_base(saved: Mapping[str, str], found: Mapping[str, str], workdir: str) -> None:
     """Raise UserError where adapters were trained on another base than the one that was found."""
+    _check_model(saved, found, f"{workdir!r} holds adapters for another base", "init_from")
+
+
+def check_teacher(saved: Mapping[str, str], found: Mapping[str, str], workdir: str) -> None:
+    """Raise UserError where a run learnt from another teacher than the one that was found."""
+    _check_model(saved, found, f"{workdir!r} learnt from another teacher", "distill.teacher, or another --workdir")
+
+
+def _check_model(saved: Mapping[str, str], found: Mapping[str, str], complaint: str, remedy: str) -> None:
     if saved["fingerprint"] != found["fingerprint"]:
         raise UserError(
-            f"{workdir!r} holds adapters for another base: {saved['path']!r} with fingerprint "
-            f"{saved['fingerprint'][:12]}, and {found['path']!r} has {found['fingerprint'][:12]}; give that model as "
-            "init_from"
+            f"{complaint}: {saved['path']!r} with fingerprint {saved['fingerprint'][:12]}, and {found['path']!r} has "
+            f"{found['fingerprint'][:12]}; give that model as {remedy}"
         )
 
 

@@ -45,7 +45,7 @@ def chat(
     """
     if max_new_tokens < 1 or not 0 <= seed < 2**32:
         raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1, and seed {seed} must be in [0, 2^32)")
-    axes = None if mesh is None else mesh_axes(mesh)
+    axes = mesh_axes(mesh)
     prepare_process(cpu_devices)
     from gptjax.convert import load, open_model
     from gptjax.sampling import Sampling

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.apps.plan.chips import Topology
 from gptjax.checks import filled_axes
-from gptjax.config import Config, LoraConfig, ModelConfig, OptimConfig
+from gptjax.config import Config, DistillConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from gptjax.convert import teacher_config
 from gptjax.errors import UserError, choose
 from gptjax.nn.adapters import ADAPTER
@@ -92,7 +92,7 @@ def resolve_mesh(cfg: Config, topology: Topology) -> dict[str, int]:
 def abstract_trainable(cfg: Config, axes: dict[str, int]) -> Trainable:
     """Return the run's shapes and shardings on a mesh without devices; raise UserError as `make_trainable` does."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    return make_trainable(cfg, mesh, teacher_config(cfg))
+    return make_trainable(cfg, mesh, planned_teacher(cfg))
 
 
 def padded_bytes(shape: Iterable[int], itemsize: int) -> int:
@@ -151,6 +151,19 @@ def _trained_counts(model: ModelConfig, lora: LoraConfig, freeze: tuple[str, ...
     return count_trained(Config(model=model, lora=lora, optim=OptimConfig(freeze=freeze)))
 
 
+def planned_teacher(cfg: Config) -> ModelConfig | None:
+    """Return `teacher_config`, cached by what it reads: it opens the model, and a search plans many candidates."""
+    m = cfg.model
+    return _planned_teacher(cfg.distill.teacher, cfg.train.objective, m.context_length, m.vocab_multiple)
+
+
+@lru_cache(maxsize=8)
+def _planned_teacher(path: str | None, objective: str, T: int, vocab_multiple: int) -> ModelConfig | None:
+    model = ModelConfig(context_length=T, vocab_multiple=vocab_multiple)
+    train, distill = TrainConfig(objective=objective), DistillConfig(teacher=path)
+    return teacher_config(Config(model=model, train=train, distill=distill))
+
+
 @lru_cache(maxsize=32)
 def weight_counts(cfg: ModelConfig) -> dict[str, int]:
     """Return `count_params`, cached: it builds the model's shapes at every call."""
@@ -197,7 +210,7 @@ def estimate(
         fused_attention = (auto if cfg.run.attention == "auto" else cfg.run.attention) in FUSED
     held = held or held_bytes(cfg, axes, topology.chip.kind == "tpu")
     tokens = cfg.train.batch_sequences * cfg.model.context_length
-    teacher = teacher_config(cfg)
+    teacher = planned_teacher(cfg)
     collectives, dcn = _communication(cfg, axes, topology)
     return Costs(
         memory=_memory(cfg, held, axes, fused_attention),

@@ -80,7 +80,7 @@ def sample_from(
 def _load(model: str, dtype: Any, mesh: str | None) -> Any:
     from gptjax.convert import load
 
-    return load(model, dtype, None if mesh is None else mesh_axes(mesh))
+    return load(model, dtype, mesh_axes(mesh))
 
 
 def _load_draft(draft: str | None, dtype: Any, mesh: str | None) -> Any:

@@ -46,7 +46,7 @@ def serve(
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
-    axes = None if mesh is None else mesh_axes(mesh)
+    axes = mesh_axes(mesh)
     _check_ranges(
         port=(port, 0, 65535), slots=(slots, 1, 4096), queue=(queue, 1, 10**6), timeout_s=(timeout_s, 0.1, 1e6)
     )
