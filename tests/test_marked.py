@@ -193,6 +193,8 @@ def test_every_window_follows_its_tag_and_every_token_is_a_target(tmp_path):
 def test_windows_of_an_epoch_move_and_cover_the_text():
     ids = np.arange(100)
     windows = TaggedTokens(ids, 500).examples(16)
+    for example in (windows.example(1, epoch) for epoch in range(3)):
+        assert example["tokens"].tolist() == [500, *example["targets"][:-1]], "a token sees none that follows it"
     first = [windows.example(i, 0)["targets"] for i in range(len(windows))]
     np.testing.assert_array_equal(np.concatenate(first), ids[: 16 * len(windows)])
     starts = {int(windows.example(0, epoch)["targets"][0]) for epoch in range(20)}
