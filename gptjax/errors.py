@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A run gave up: its last steps could not be taken, and to roll back did not help."""
+    """A run gave up: it skipped its last steps, and rolling back did not help."""
 
     def __init__(self, step: int, rollbacks: int):
         self.step, self.rollbacks = step, rollbacks
@@ -29,7 +29,7 @@ class Diverged(UserError):
 
 
 class CorruptDevice(Exception):
-    """Devices have computed or remembered something wrongly, without an error of their own."""
+    """Devices have computed or stored wrong values without reporting an error."""
 
     def __init__(self, devices: Iterable[object], what: str):
         self.devices = list(devices)

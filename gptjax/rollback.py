@@ -1,9 +1,9 @@
 """Return a run to its last good checkpoint where steps are skipped repeatedly, and give up where that does not help.
 
-The number of a step, and with it its batch and its learning rate, goes on after a rollback; only weights, moments and
-statistics return. So the data that hurt are passed, a run ends after as many steps as planned, and metrics.jsonl has
-each step once. No checkpoint is written while steps are skipped (`hooks.Save`): a resume starts before them and takes
-the same decisions again.
+A rollback restores weights, moments and statistics. The step number continues, and with it the batches and the
+learning rate: the run passes the data that caused the trouble, ends after as many steps as planned, and writes each
+step once. No checkpoint is written while steps are skipped (`hooks.Save`): a resume starts before them and takes the
+same decisions again.
 """
 
 from datetime import UTC, datetime

@@ -82,7 +82,7 @@ def judge_update(
 
 
 def was_taken(statistics: np.ndarray, step: int) -> bool:
-    """Return whether the state after a step is that of a step: not where it was skipped, or rolled back."""
+    """Return whether the step was taken, and neither skipped nor followed by a rollback."""
     return bool(statistics[SKIPS] == 0 and statistics[LAST_ROLLBACK] < step)
 
 

@@ -1,4 +1,4 @@
-"""Look for devices that compute or remember wrongly: what should be equal on several of them is compared bitwise."""
+"""Find devices that compute or store wrong values: compare bitwise what should be equal on several of them."""
 
 import itertools
 from collections import Counter

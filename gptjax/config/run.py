@@ -24,7 +24,7 @@ class RunConfig:
             attention), attention (its output), mlp (the MLP's first product).
         scan_layers: compile one block and scan over the layers, which shortens compilation; null means true except on
             CPUs, where a scan is slower.
-        verify_interval_steps: steps between checks for devices that compute or remember wrongly without an error:
+        verify_interval_steps: steps between checks for devices that compute or store wrong values without an error:
             weights are compared between the devices that hold them, and a gradient between replicas of the data; a
             check takes as long as about two steps. null means none.
         profile: steps to profile, as START:STOP such as 10:15; the trace is written into the run's directory.

@@ -95,8 +95,8 @@ class TrainConfig:
             above the mean of the last 100 steps (a deviation counts as at least 0.3 of the mean); null skips only
             steps that are not finite. Raise it if good steps are skipped.
         rollback_skips: steps skipped in a row after which the run returns to the weights of its last checkpoint and
-            resumes after the data that hurt; no checkpoint is written while steps are skipped. Every so many steps
-            the run looks whether it has to.
+            continues with the data that follow; no checkpoint is written while steps are skipped. The run checks
+            this every so many steps.
         max_rollbacks: rollbacks, each within 100 steps of the one before, after which the run gives up.
         log_interval_steps: steps between lines of metrics.jsonl.
         eval_interval_steps: steps between evaluations on the validation data.

@@ -20,13 +20,13 @@ def inspect(
     html: UserPath | None = None,
     json: bool = False,
 ) -> None:
-    """Look inside a model at a prompt: probabilities, attention, logit lens, attribution, activation patching. Or
-    show on what a run has spent its time.
+    """Look inside a model at a prompt: probabilities, attention, logit lens, attribution, activation patching.
+    With --goodput, show what a run spent its time on.
 
     Args:
         model: the directory of a run, a Hugging Face directory or id, or a .gguf file.
         prompt: the text to look at.
-        goodput: show instead the seconds of a run by what they were spent on, over all its attempts.
+        goodput: show instead what a run spent its time on, in seconds, over all its attempts.
         against: another text of as many tokens; each activation of the prompt is copied into its run.
         top: alternatives to show for each token.
         html: also write one self-contained page to this file.
