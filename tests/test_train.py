@@ -86,7 +86,7 @@ def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(strai
 def test_a_signal_saves_and_leaves_with_75(straight, tiny_run, tmp_path, number):
     workdir = tmp_path / "stopped"
     process = start(*tiny_run, f"--workdir={workdir}", "--checkpoint.save_interval_steps=1000")
-    wait_for_step(workdir, 7, process)
+    wait_for_step(workdir, 1, process)  # the first of 30: the signal comes before the last on a quick machine too
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75, output
