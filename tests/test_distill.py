@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GPT2_LIKE, TINY_RUN, make_config
+from flax.traverse_util import flatten_dict
 from test_step import some_batch
 
 import gptjax
@@ -18,6 +19,7 @@ from gptjax.convert import open_model
 from gptjax.errors import UserError
 from gptjax.loss import Distillation, LossSpec, distillation_loss
 from gptjax.metrics import read_metrics
+from gptjax.nn.adapters import ADAPTER, without_adapter
 from gptjax.nn.transformer import init_params
 from gptjax.objectives import TEACHER
 from gptjax.sharding import make_mesh
@@ -59,35 +61,52 @@ def test_loss_and_gradient_are_those_of_torch(n_chunks, teacher_rows):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-def distilled_on(devices=1, microbatches=1, chunks=1, **axes):
-    """One step of a small model with a teacher: the metrics, and the state after it."""
+def distilled_on(devices=1, microbatches=1, chunks=1, lora=None, **axes):
+    """One step of a small model with a teacher, which keeps what is frozen: the metrics, and the state after it."""
     train = {"objective": "distill", "batch_sequences": 8, "microbatches": microbatches, "loss_chunks": chunks}
     how = {"distill": {"temperature": 2.0, "weight": 0.5}, "optim": {"clip_norm": None, "ema_decay": 0.9}}
-    cfg = make_config({**GPT2_LIKE, "n_layers": 1}, train=train, **how)
+    cfg = make_config({**GPT2_LIKE, "n_layers": 1}, train=train, lora=lora or {}, **how)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes, jax.devices()[:devices])
     shape = config_from_dict({"model": TEACHER_SHAPE, "workdir": "-"}).model
     t = make_trainable(cfg, mesh, shape)
     drawn = jax.tree.map(np.array, jax.jit(lambda key: init_params(shape, key))(jax.random.key(7)))
     teacher = jax.device_put(drawn, jax.tree.map(lambda x: x.sharding, t.state.params[TEACHER]))
-    state, metrics = make_train_step(t)(init_state(t, teacher=teacher), some_batch(t, 0))
-    jax.tree.map(np.testing.assert_array_equal, state.params[TEACHER], drawn)
+    state = init_state(t, teacher=teacher)
+    frozen = {TEACHER: drawn} if lora is None else jax.tree.map(np.array, without_adapter(state.params))
+    state, metrics = make_train_step(t)(state, some_batch(t, 0))
+    for name, part in frozen.items():
+        jax.tree.map(np.testing.assert_array_equal, state.params[name], part)
     names = ("train/loss", "train/objective", "train/kl", "grad_norm")
     return {name: float(metrics[name]) for name in names}, state
 
 
-def test_microbatches_chunks_and_a_mesh_change_nothing_and_the_teacher_is_not_trained():
-    expected, state = distilled_on()
+@pytest.fixture(scope="module")
+def one_device():
+    return distilled_on()
+
+
+def test_microbatches_chunks_and_a_mesh_change_nothing_and_the_teacher_is_not_trained(one_device):
+    expected, state = one_device
     mean = 0.5 * expected["train/loss"] + 0.5 * 4 * expected["train/kl"]
     assert expected["train/objective"] == pytest.approx(mean, rel=1e-5)
     assert TEACHER not in state.ema
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for name, part in state.params.items() if name != TEACHER
                               for leaf in jax.tree.leaves(part))  # fmt: skip
-    assert distilled_on(microbatches=4, chunks=2)[0] == pytest.approx(expected, rel=1e-5)
-    sharded, state = distilled_on(8, fsdp=4, tensor=2)
+    sharded, state = distilled_on(8, microbatches=2, chunks=2, fsdp=4, tensor=2)
     assert sharded == pytest.approx(expected, rel=1e-5)
     table = state.params[TEACHER]["embed"]
     assert table.addressable_shards[0].data.size == table.size // 8
+
+
+def test_adapters_learn_from_a_teacher_over_a_frozen_base(one_device):
+    metrics, state = distilled_on(lora={"rank": 2})
+    names = ("train/loss", "train/objective", "train/kl")  # of the first step, whose adapters have no effect yet
+    assert {n: metrics[n] for n in names} == pytest.approx({n: one_device[0][n] for n in names}, rel=1e-5)
+    adapter = state.params[ADAPTER]
+    assert all(np.any(leaf) for path, leaf in flatten_dict(adapter).items() if path[-1] == "b")
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapter))
 
 
 def test_an_objective_without_its_teacher_and_a_teacher_that_the_mesh_cannot_cut_are_refused():

@@ -19,6 +19,7 @@ from gptjax.data.batches import as_batch, examples_of, training_examples, valida
 from gptjax.data.corpus import load_corpus
 from gptjax.errors import UserError
 from gptjax.metrics import read_metrics
+from gptjax.nn.adapters import without_adapter
 from gptjax.step import init_state, make_eval_step, make_row_log_probabilities, make_terms, make_train_step
 
 pytest.importorskip("jinja2", reason="pip install -e '.[finetune]'")
@@ -192,6 +193,26 @@ def test_a_pair_without_rows_counts_for_nothing(pairs, tokenizer_folder, token_c
     part = {**batch, "weights": batch["weights"] * (np.arange(8) < 6)[:, None].astype(np.float32)}
     assert float(evaluate(params, part)["loss"][1]) == 3
     assert float(evaluate(params, batch)["loss"][1]) == 4
+
+
+def test_adapters_learn_preferences_over_the_frozen_reference(pairs, tokenizer_folder, token_cache):
+    corpus = load_corpus(data_of(pairs, tokenizer_folder, token_cache))
+    batch = first_rows(corpus, 8)
+    optim = {"peak_lr": 0.01, "schedule": "constant", "weight_decay": 0.0}
+    t = trainable_on(
+        make_config(MODEL, train={"objective": "dpo", "batch_sequences": 8}, lora={"rank": 2}, optim=optim)
+    )
+    state, step = init_state(t), make_train_step(t)
+    base = jax.tree.map(np.array, without_adapter(state.params))
+    batch["reference"] = np.zeros_like(batch["weights"])
+    batch["reference"][:, 0] = make_row_log_probabilities(t)(state.params, batch)
+    margins = []
+    for _ in range(6):
+        state, metrics = step(state, batch)
+        margins.append(float(metrics["train/reward_margin"]))
+    assert margins[0] == pytest.approx(0, abs=1e-5)  # adapters have no effect before the first step
+    assert margins[-1] > 0.1
+    jax.tree.map(np.testing.assert_array_equal, without_adapter(state.params), base)
 
 
 @pytest.mark.parametrize(
