@@ -124,6 +124,7 @@ class Engine:
         self._insert = jax.jit(self._insert_rows, donate_argnums=0)
         self._start = jax.jit(self._start_rows, static_argnames=("rows", "slots"))
         self._step = jax.jit(self._draw_tokens, donate_argnums=1)
+        self._restrict = jax.jit(lambda logits, allowed: jnp.where(allowed, logits, -jnp.inf), donate_argnums=0)
 
     def load(self, params: Params, delete: bool = False) -> None:
         """Take other weights of the same model; the programs stay compiled."""
@@ -175,6 +176,11 @@ class Engine:
         with self.on_mesh():
             state, tokens, logprobs = self._step(self.params, state, np.int32(n))
         return state, np.asarray(tokens)[:, :n], np.asarray(logprobs)[:, :n]
+
+    def restrict(self, state: State, allowed: np.ndarray) -> State:
+        """Let each row's next token be one of those allowed, [B, vocab_size] bool; it takes the state over."""
+        with self.on_mesh():
+            return state._replace(logits=self._restrict(state.logits, allowed))
 
     def release(self, state: State, row: int) -> State:
         """End a row's request."""

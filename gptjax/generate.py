@@ -6,7 +6,7 @@ reads the newer half again and inserts it, while the other rows stay as they are
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -36,6 +36,16 @@ class Completion(NamedTuple):
     tokens: list[int]
     text: str
     logprobs: list[float]
+
+
+class Control(Protocol):
+    """What decides, beside the model, which tokens are drawn and where a text ends."""
+
+    def allowed(self) -> np.ndarray | None:
+        """Return which ids each row may draw next, [B, vocab_size] bool; None for all."""
+
+    def take(self, tokens: np.ndarray, logprobs: np.ndarray) -> Sequence[int]:
+        """Take what was drawn, [B, n] each; return the rows whose text is complete."""
 
 
 class LanguageModel:
@@ -128,6 +138,7 @@ class LanguageModel:
         sampling: Sampling,
         seed: int = 0,
         chunk: int = CHUNK,
+        control: Control | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ids and log-probabilities as they are drawn, [B, n] each; after its end token a row repeats it.
 
@@ -140,6 +151,7 @@ class LanguageModel:
             sampling: how they are drawn.
             seed: of the draws.
             chunk: the most tokens to draw before they are yielded.
+            control: decides what may be drawn, once for each chunk; None for nothing of the kind.
         """
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
@@ -155,6 +167,8 @@ class LanguageModel:
         while drawn < max_new_tokens and running:
             room = T + 1 - max(len(windows[row]) for row in running)
             n = min(chunk, max_new_tokens - drawn, room)
+            if control is not None and (allowed := control.allowed()) is not None:
+                state = self.engine.restrict(state, allowed)
             state, tokens, logprobs = self.engine.step(state, n)
             counts = (tokens >= 0).sum(axis=1)  # what a row does not draw comes after what it does
             last = np.where(counts > 0, tokens[np.arange(len(tokens)), counts - 1], last)
@@ -162,6 +176,8 @@ class LanguageModel:
             yield tokens, logprobs
             drawn += n
             ended = np.isin(last, self.tokenizer.eos_ids)
+            for row in () if control is None else control.take(tokens, logprobs):
+                ended[row], state = True, self.engine.release(state, row)
             running = [row for row in running if not ended[row]]
             for row in running:
                 windows[row] = windows[row] + tokens[row].tolist()

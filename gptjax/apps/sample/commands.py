@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gptjax.commandline import mesh_axes, read_standard_input
 from gptjax.console import writes_unicode
@@ -13,6 +13,45 @@ from gptjax.paths import UserPath, user_path
 from gptjax.process import prepare_process
 
 NGRAM = "ngram"  # the draft that repeats what the text itself has
+
+
+class How(NamedTuple):
+    """How texts are generated; the names are those of the command's flags.
+
+    Attributes:
+        sampling: temperature, top_k, top_p, min_p.
+        form: stop, max_lines, regex.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    sampling: tuple[Any, ...]
+    seed: int
+    beams: int | None
+    length_penalty: float
+    form: tuple[Any, ...]
+    draft: str | None
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the text's form is given."""
+        return any(value is not None for value in self.form)
+
+    def check(self) -> "How":
+        """Return it; raises UserError for what is out of range or excludes one another."""
+        n, beams = self.num_samples, self.beams
+        if n < 1 or not 0 <= self.seed < 2**32:
+            raise UserError(f"num_samples {n} must be at least 1, and seed {self.seed} must be in [0, 2^32)")
+        if beams is not None and self.draft is not None:
+            raise UserError("--beams and --draft exclude each other; leave one out")
+        if self.has_form and (beams is not None or self.draft is not None):
+            other = "--beams" if beams is not None else "--draft"
+            raise UserError(f"--stop, --max_lines and --regex do not go with {other}; leave it out")
+        if beams is not None and n > beams:
+            raise UserError(
+                f"num_samples {n} exceeds beams {beams}; beam search finds at most as many texts as beams"
+            )
+        return self
 
 
 def sample_from(
@@ -27,6 +66,9 @@ def sample_from(
     min_p: float | None = None,
     beams: int | None = None,
     length_penalty: float = 1.0,
+    stop: str | None = None,
+    max_lines: int | None = None,
+    regex: str | None = None,
     genre: str | None = None,
     image: UserPath | None = None,
     draft: str | None = None,
@@ -51,6 +93,9 @@ def sample_from(
         min_p: sample from the tokens that are at least p times as probable as the most probable one.
         beams: search for the most probable text with so many beams, instead of sampling.
         length_penalty: with --beams, a text's score is divided by its length to this power; more favours long texts.
+        stop: end the text before this string.
+        max_lines: end the text after so many lines.
+        regex: write a text that matches this regular expression as a whole, such as "(yes|no)".
         genre: write in the manner of this tag, for a model that was trained with tags (data.kind tagged).
         image: draw a picture after each prompt, and write them to this .png file (data.kind interleaved).
         draft: a smaller model that proposes tokens, or ngram for repetitions; the text stays the same.
@@ -61,19 +106,13 @@ def sample_from(
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
-    _check_options(num_samples, seed, beams, draft)
+    sampling, form = (temperature, top_k, top_p, min_p), (stop, max_lines, regex)
+    how = How(num_samples, max_new_tokens, sampling, seed, beams, length_penalty, form, draft).check()
     texts = _prompts(prompt, prompt_file)
     prepare_process(cpu_devices)
-    from gptjax.marks import mark_prompts
-
     lm = _load(model, dtype, mesh)
-    prompts = mark_prompts(lm.tokenizer, texts, genre, image is not None)
-    if beams is not None:
-        found = _by_beams(lm, prompts, num_samples, max_new_tokens, beams, length_penalty)
-    else:
-        how, proposer = (temperature, top_k, top_p, min_p), _load_draft(draft, dtype, mesh)
-        streams = format == "text" and not logprobs and image is None and sys.stdout.isatty()
-        found = _by_sampling(lm, prompts, num_samples, max_new_tokens, how, seed, proposer, streams)
+    streams = format == "text" and not logprobs and image is None and sys.stdout.isatty()
+    found = _generate(lm, _mark(lm, texts, genre, image), how, _load_draft(draft, dtype, mesh), streams)
     _print_completions(lm, found, format, logprobs, image)
 
 
@@ -83,44 +122,44 @@ def _load(model: str, dtype: Any, mesh: str | None) -> Any:
     return load(model, dtype, mesh_axes(mesh))
 
 
+def _mark(lm: Any, texts: list[str | Path], genre: str | None, image: str | None) -> list[str]:
+    """Return prompts with the marks that the model was trained with."""
+    from gptjax.marks import mark_prompts
+
+    return mark_prompts(lm.tokenizer, texts, genre, image is not None)
+
+
 def _load_draft(draft: str | None, dtype: Any, mesh: str | None) -> Any:
     """Return the model that proposes tokens; NGRAM and None stay what they are."""
     return draft if draft in (None, NGRAM) else _load(user_path(draft), dtype, mesh)
 
 
-def _check_options(num_samples: int, seed: int, beams: int | None, draft: str | None) -> None:
-    if num_samples < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"num_samples {num_samples} must be at least 1, and seed {seed} must be in [0, 2^32)")
-    if beams is not None and draft is not None:
-        raise UserError("--beams and --draft exclude each other; leave one out")
-
-
-def _by_sampling(
-    lm: Any, prompts: list[str], n: int, new_tokens: int, how: tuple[Any, ...], seed: int, draft: Any, streams: bool
-) -> list[Any]:
-    """Return n samples of each prompt; one alone is printed as it is drawn where `streams`, and not returned."""
+def _generate(lm: Any, prompts: list[str], how: How, draft: Any, streams: bool) -> list[Any]:
+    """Return the texts of each prompt; one alone is printed as it is drawn where `streams`, and not returned."""
     from gptjax.generate import Sampling
     from gptjax.marks import plain_prompt
 
-    sampling = Sampling(*how).check()
-    _note_a_sliding_window(lm, prompts, new_tokens)
-    repeated = [p for p in prompts for _ in range(n)]
+    if how.beams is not None:
+        return _by_beams(lm, prompts, how)
+    sampling = Sampling(*how.sampling).check()
+    _note_a_sliding_window(lm, prompts, how.max_new_tokens)
+    asked = [p for p in prompts for _ in range(how.num_samples)], how.max_new_tokens, sampling, how.seed
     if draft is not None:
-        return _by_draft(lm, draft, repeated, new_tokens, sampling, seed)
-    if streams and len(repeated) == 1:
-        _stream(plain_prompt(lm.tokenizer, repeated[0]), lm.stream_text(repeated[0], new_tokens, sampling, seed))
+        return _by_draft(lm, draft, *asked)
+    if how.has_form:
+        return _in_form(lm, how.form, *asked)
+    if streams and len(asked[0]) == 1:
+        _stream(plain_prompt(lm.tokenizer, prompts[0]), lm.stream_text(prompts[0], *asked[1:]))
         return []
-    return lm.complete(repeated, new_tokens, sampling, seed)
+    return lm.complete(*asked)
 
 
-def _by_beams(lm: Any, prompts: list[str], n: int, new_tokens: int, beams: int, length_penalty: float) -> list[Any]:
-    """Return each prompt's n best continuations by beam search."""
+def _by_beams(lm: Any, prompts: list[str], how: How) -> list[Any]:
+    """Return each prompt's best continuations by beam search."""
     from gptjax.beam import BeamSearch
 
-    if n > beams:
-        raise UserError(f"num_samples {n} exceeds beams {beams}; beam search finds at most as many texts as beams")
-    found = BeamSearch(lm, beams, length_penalty).complete(prompts, new_tokens)
-    return [beam.completion for row in found for beam in row[:n]]
+    found = BeamSearch(lm, how.beams, how.length_penalty).complete(prompts, how.max_new_tokens)
+    return [beam.completion for row in found for beam in row[: how.num_samples]]
 
 
 def _by_draft(lm: Any, draft: Any, prompts: list[str], new_tokens: int, sampling: Any, seed: int) -> list[Any]:
@@ -132,6 +171,18 @@ def _by_draft(lm: Any, draft: Any, prompts: list[str], new_tokens: int, sampling
     if decoder.steps:
         rate = decoder.drawn / decoder.steps
         print(f"note: {rate:.2f} tokens for each step of the model, with the draft's help", file=sys.stderr)
+    return completions
+
+
+def _in_form(lm: Any, form: tuple[Any, ...], prompts: list[str], new_tokens: int, sampling: Any, seed: int) -> list:
+    """Return each prompt's continuation in the form that was asked for (see `forms.Form`)."""
+    from gptjax.forms import Form, FormDecoder
+
+    decoder = FormDecoder(lm, Form(*form))
+    completions = decoder.complete(prompts, new_tokens, sampling, seed)
+    if decoder.incomplete:
+        said = f"{decoder.incomplete} of {len(prompts)} texts do not match --regex yet; raise --max_new_tokens"
+        print(f"note: {said}", file=sys.stderr)
     return completions
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax.apps.serve.answer import AnswerText
+from gptjax.answers import AnswerText
 from gptjax.apps.serve.metrics import Meters
 from gptjax.engine import Request
 from gptjax.generate import LanguageModel
@@ -132,7 +131,6 @@ class Scheduler:
         self._changed = threading.Condition()
         self._stopping = False
         self._likeliest = jax.jit(_likeliest)
-        self._restrict = jax.jit(_restrict, donate_argnums=0)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.ready, self.error = threading.Event(), None
         meters.slots.set(rows)
@@ -271,7 +269,7 @@ class Scheduler:
             for job in restricted:
                 assert job.grammar is not None
                 allowed[job.row] = job.grammar.allowed()
-            self._state = self._state._replace(logits=self._restrict(self._state.logits, allowed))
+            self._state = self.lm.engine.restrict(self._state, allowed)
         self._state, tokens, logprobs = self.lm.engine.step(self._state, 1)
         now = time.monotonic()
         for job in drawing:
@@ -338,7 +336,3 @@ def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ids and log-probabilities of each row's likeliest tokens, [B, N_ALTERNATIVES] each."""
     values, ids = jax.lax.top_k(jax.nn.log_softmax(logits), min(N_ALTERNATIVES, logits.shape[-1]))
     return ids, values
-
-
-def _restrict(logits: jax.Array, allowed: jax.Array) -> jax.Array:
-    return jnp.where(allowed, logits, -jnp.inf)

@@ -1,4 +1,4 @@
-"""The text of an answer as its tokens arrive, up to the first of its stop strings."""
+"""The text of an answer as its tokens arrive, up to a stop string or the last of its lines."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,16 @@ class AnswerText:
         tokenizer: of the model.
         before: the ids of the prompt.
         stops: texts that end the answer and are no part of it.
+        max_lines: the answer ends before so many line ends; None for no limit.
 
     Attributes:
-        stopped: whether a stop string was found.
+        stopped: whether the answer has ended, at a stop string or at its last line.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stops: Sequence[str] = ()):
-        self._decoder, self._stops = TextDecoder(tokenizer, before), tuple(stops)
+    def __init__(
+        self, tokenizer: Tokenizer, before: Sequence[int], stops: Sequence[str] = (), max_lines: int | None = None
+    ):
+        self._decoder, self._stops, self._lines_left = TextDecoder(tokenizer, before), tuple(stops), max_lines
         self._held, self.stopped = "", False
 
     def add(self, token: int) -> str:
@@ -33,12 +36,19 @@ class AnswerText:
 
     def _release(self, new: str) -> str:
         text, self._held = self._held + new, ""
-        if found := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if self._lines_left is not None:
+            ends = [place for place, character in enumerate(text) if character == "\n"]
+            found += ends[self._lines_left - 1 :][:1]
+        if found:
             self.stopped = True
             return text[: min(found)]
         longest = max(map(len, self._stops), default=1) - 1
         for n in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-n:]) for stop in self._stops):
                 self._held = text[-n:]
-                return text[:-n]
-        return text
+                break
+        certain = text[: len(text) - len(self._held)]
+        if self._lines_left is not None:
+            self._lines_left -= certain.count("\n")
+        return certain
