@@ -144,6 +144,8 @@ BAD = {
     '{"prompt": "x", "response": " "}': "response without tokens",
     '{"messages": [{"role": "user", "content": "x"}]}': "no message of role assistant",
     '{"messages": [{"role": "user", "content": 3}]}': "content is no text",
+    '{"messages": ["Who?"]}': "a message without a role: 'Who\\?'",
+    '{"messages": [{"content": "Who?"}]}': "a message without a role",
     '{"prompt": "x"}': "has the fields 'prompt'",
     '["x"]': "is no JSON object",
     "{": "is not JSON",
@@ -172,7 +174,8 @@ def test_a_bad_row_is_one_line_with_its_place(line, tmp_path, token_cache):
         ("{{ 'a' * 10**9 }}", "characters"),
         ("{{ '%999999999d' % 3 }}", "formats to a width"),
         ("{% for m in messages %}{{ loop.index }}{% endfor %}{% if", "damaged"),
-        ("{{ messages | length }}", "differently|response without tokens|does not show"),
+        ("{{ messages | length }}", "differently|does not show"),
+        ("Hello", "the chat template writes nothing of what the assistant says"),
     ],
 )
 def test_a_template_that_misbehaves_is_one_line(template, why, tmp_path, token_cache):
@@ -181,6 +184,16 @@ def test_a_template_that_misbehaves_is_one_line(template, why, tmp_path, token_c
     with pytest.raises(UserError, match=why) as refused:
         load_corpus(data_of(path, "byte", token_cache, chat_template=str(tmp_path / "t.jinja")))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [("sft", {"prompt": "a", "response": "b"}), ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c"})],
+)
+def test_too_few_rows_are_counted_as_the_file_has_them(kind, row, tmp_path, token_cache):
+    path = write_rows(tmp_path / "few.jsonl", [row] * 2)
+    with pytest.raises(UserError, match=r"has too few rows, 2, to leave any for validation \(data.val_frac\)"):
+        load_corpus(data_of(path, "byte", token_cache, kind=kind))
 
 
 def test_a_table_and_messages_give_the_same_tokens(tmp_path, token_cache):

@@ -129,10 +129,11 @@ def lay_out_files(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays of both halves of a source, and the plain values beside them."""
     template = chat_template(tokenizer, DATE)
-    halves: dict[str, list[Laid]] = {"train": [], "val": []}
+    rows: dict[str, list[list[Laid]]] = {"train": [], "val": []}
     for half, where, values in rows_with_halves(files, cfg.val_frac):
-        halves[half] += lay_out_row(template, tokenizer, values, where)
-    check_halves(halves, path)
+        rows[half].append(lay_out_row(template, tokenizer, values, where))
+    check_halves(rows, path)
+    halves = {half: [laid for row in laid_rows for laid in row] for half, laid_rows in rows.items()}
     arrays = {f"{half}-{name}": a for half, laid in halves.items() for name, a in as_arrays(laid, tokenizer).items()}
     everything = [laid for half in halves.values() for laid in half]
     meta = {
@@ -154,7 +155,7 @@ def check_halves(halves: dict[str, list[Any]], path: str) -> None:
     for half, rows in halves.items():
         if not rows:
             what = "to train on" if half == "train" else "for validation (data.val_frac)"
-            raise UserError(f"data.path {path!r} has {count} rows, and none {what}; give more")
+            raise UserError(f"data.path {path!r} has too few rows, {count}, to leave any {what}; give more")
 
 
 def with_turn_end(tokenizer: Tokenizer, laid: list[Laid]) -> Tokenizer:

@@ -67,7 +67,9 @@ def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
         raise UserError(f"{where} has no messages; write a list of objects with role and content")
     found = []
     for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(message, dict) or "role" not in message:
+            raise UserError(f"{where} has a message without a role: {message!r}"[:300])
+        role = message["role"]
         if role not in ROLES:
             raise UserError(
                 f"{where} has the role {role!r}, not one of {', '.join(ROLES)}{nearest(str(role), ROLES)}"
@@ -103,7 +105,9 @@ def lay_out(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Map
             turns.append(int(inside[-1]) + 1)
             straddles |= bool(places[inside[0], 0] < start or places[inside[-1], 1] > end)
     if not turns:
-        raise UserError(f"{where} has a response without tokens; write one, or remove the conversation")
+        raise UserError(
+            f"{where}: the chat template writes nothing of what the assistant says; give data.chat_template another"
+        )
     return Laid(ids, learnt, np.array(turns, np.int64), straddles)
 
 
