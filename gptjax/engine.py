@@ -29,7 +29,7 @@ from gptjax.config import ModelConfig, RunConfig
 from gptjax.nn.attention import CACHE_AXES, CacheSlots, merge_heads, split_heads
 from gptjax.nn.backends import for_mesh, for_platform
 from gptjax.nn.layers import Cache
-from gptjax.nn.transformer import Inputs, Params, abstract_model, bind, logits, split_layers
+from gptjax.nn.transformer import Inputs, Params, abstract_model, bind_split, logits, split_layers
 from gptjax.sampling import RowSampling, Sampling, as_rows, draw
 from gptjax.sharding import constrain
 
@@ -203,7 +203,7 @@ class Engine:
     def run(self, params, inputs: Inputs, cache: list[Cache] | None = None):
         """Return the bound model, its hidden states before the readout, and the cache."""
         rest, layers = params
-        model = bind(self.graphdef, {**rest, "blocks": layers[0]})
+        model = bind_split(self.graphdef, rest, layers)
         x, cache, _ = model.apply_blocks(model.embed_inputs(inputs), inputs, cache, layers)
         return model, x, cache
 

@@ -60,10 +60,12 @@ class Rule(NamedTuple):
         make: (config, factor on eps, metadata) -> the transformation, which sees the weights of one group.
         entrywise: whether rate and decay follow the model's size by the roles' exponents, as Adam's do. A rule whose
             updates have one spectral norm in every size keeps its own.
+        absolute: whether the factor on the rate is the step at the rate's peak, whatever that peak is.
     """
 
     make: Callable[[OptimConfig, float, Metadata], optax.GradientTransformation]
     entrywise: bool = True
+    absolute: bool = False
 
 
 def make_adam(cfg: OptimConfig, eps_factor: float, metadata: Metadata) -> optax.GradientTransformation:
@@ -76,7 +78,16 @@ def make_muon(cfg: OptimConfig, eps_factor: float, metadata: Metadata) -> optax.
     return scale_by_muon(cfg.momentum, metadata)
 
 
-RULES: dict[str, Rule] = {"adam": Rule(make_adam), "muon": Rule(make_muon, entrywise=False)}
+def make_sign(cfg: OptimConfig, eps_factor: float, metadata: Metadata) -> optax.GradientTransformation:
+    """Return the sign of the gradient, by which biases of routers move (Wang et al. 2024, arXiv 2408.15664)."""
+    return optax.scale_by_sign()
+
+
+RULES: dict[str, Rule] = {
+    "adam": Rule(make_adam),
+    "muon": Rule(make_muon, entrywise=False),
+    "sign": Rule(make_sign, absolute=True),
+}
 # optim.name -> the rule, of RULES, for the weights of a role.
 OPTIMIZERS: dict[str, Callable[[Role], str]] = {
     "adamw": lambda role: "adam",
@@ -116,8 +127,9 @@ def treat(cfg: OptimConfig, path: Path, weight: dict[str, Any]) -> Treatment:
         UserError: `optim.name` is unknown.
     """
     role, factors = role_named(weight["role"]), weight["factors"]
-    rule = choose(OPTIMIZERS, cfg.name, "optim.name")(role)
+    rule = role.rule or choose(OPTIMIZERS, cfg.name, "optim.name")(role)
     lr, decay, eps = (factors["lr"], factors["decay"], factors["eps"]) if RULES[rule].entrywise else (1.0, 1.0, 1.0)
+    lr /= cfg.peak_lr if RULES[rule].absolute else 1.0
     lr *= first_match(cfg.lr_scales, "/".join(path), 1.0)
     return Treatment(Group(rule, eps), lr, cfg.weight_decay * decay if role.decays else 0.0)
 

@@ -24,6 +24,7 @@ class Role(NamedTuple):
 
     Attributes:
         decays: whether weight decay applies.
+        rule: the rule that updates them whatever the optimizer (`optim.RULES`); None: the optimizer's own.
         hidden: whether it is a matrix inside the network, whose update Muon orthogonalizes.
         lr: exponent of m in the learning rate of an entrywise optimizer (Adam).
         decay: exponent of m in the weight decay, which is multiplied by the rate.
@@ -31,6 +32,7 @@ class Role(NamedTuple):
     """
 
     decays: bool
+    rule: str | None = None
     hidden: bool = False
     lr: float = 0
     decay: float = 0
@@ -46,9 +48,18 @@ ROLES: dict[str, Role] = {
     "bias": Role(decays=False),
     "conv": Role(decays=False),
     "adapter": Role(decays=True, hidden=True),
+    "router": Role(decays=True, lr=-1, decay=1),  # as an output: the experts are as many at every width
+    "balance": Role(decays=False, rule="sign"),  # biases of the router, against an uneven load
 }
 # Kind of weight -> exponents of the factor of its initial standard deviation.
-INIT_STDS = {"embed": (0, 0), "position": (0, 0), "matrix": (-0.5, 0), "residual": (-0.5, 0), "head": (0, 0)}
+INIT_STDS = {
+    "embed": (0, 0),
+    "position": (0, 0),
+    "matrix": (-0.5, 0),
+    "residual": (-0.5, 0),
+    "router": (-1, 0),
+    "head": (0, 0),
+}
 # Exponents of the factors of the last hidden state, and of the output of a residual branch.
 MULTIPLIERS = {"output": (-1, 0), "residual": (0, -1)}
 
@@ -84,6 +95,8 @@ def size_factors(cfg: ModelConfig, weight: dict[str, Any]) -> dict[str, float]:
         weight: its `role` and `axes`, of its metadata (`transformer.abstract_model`).
     """
     role = role_named(weight["role"])
+    if role.rule == "sign":  # an absolute step
+        return {"lr": cfg.mlp.moe.balance_rate, "decay": 0.0, "eps": 1.0}
     depth = -1 if "layers" in weight["axes"] else 0
     exponents = {"lr": (role.lr, 0), "decay": (role.decay, 0), "eps": (role.eps, depth)}
     return {name: factor(cfg, powers) for name, powers in exponents.items()}

@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.engine import power_of_two
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.nn.transformer import Inputs, bind, logits
+from gptjax.nn.transformer import Inputs, bind_split, logits
 from gptjax.sharding import constrain
 from gptjax.tokenizers import Tokenizer
 
@@ -125,7 +125,7 @@ class Scorer:
     def _score_positions(self, params, x, places):
         row, position, target = places.T
         rest, layers = params
-        model = bind(self.engine.graphdef, {**rest, "blocks": layers[0]})
+        model = bind_split(self.engine.graphdef, rest, layers)
         raw = logits(model, model.readout(x[row, position][None]))[0]
         chosen = jnp.take_along_axis(raw, target[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(raw, axis=-1), jnp.argmax(raw, axis=-1) == target

@@ -24,8 +24,10 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "norm": None,
     "rank": None,  # of adapters
+    "expert": "expert",
+    "choice": None,  # of an expert, by a router
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "context",
     "stream_length": ("context", "tensor"),  # between a block's matmuls, where each position is independent
     "residual": None,
@@ -71,14 +73,22 @@ def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices:
     return Mesh(np.concatenate(parts), names, axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Return the PartitionSpec of an array with these logical axes (None: not named, so not sharded)."""
-    return PartitionSpec(*(None if axis is None else AXIS_RULES[axis] for axis in axes))
+def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Return the PartitionSpec of an array with these logical axes (None: not named, so not sharded).
+
+    A mesh axis that the mesh lacks shards nothing.
+    """
+    return PartitionSpec(*(_entry(mesh, axis) for axis in axes))
+
+
+def _entry(mesh: Mesh | AbstractMesh, axis: str | None) -> str | tuple[str, ...] | None:
+    names = () if axis is None else tuple(name for name in _mesh_axes(axis) if name in mesh.shape)
+    return names[0] if len(names) == 1 else names or None
 
 
 def sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     """Return `spec` on a mesh."""
-    return NamedSharding(mesh, spec(axes))
+    return NamedSharding(mesh, spec(mesh, axes))
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:
@@ -88,7 +98,17 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
 
 def parts_of(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Return how many parts the mesh cuts a dimension of this logical axis into."""
-    return int(np.prod([mesh.shape[name] for name in _mesh_axes(axis)]))
+    return int(np.prod([mesh.shape.get(name, 1) for name in _mesh_axes(axis)]))
+
+
+def mesh_size(name: str) -> int:
+    """Return the size of an axis of the mesh that is set; 1 without a mesh, or without the axis."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
+
+
+def divides_into(size: int, axis: str) -> bool:
+    """Return whether the mesh that is set cuts a dimension of this size and logical axis into equal parts."""
+    return size % parts_of(jax.sharding.get_abstract_mesh(), axis) == 0
 
 
 def check_divides(mesh: Mesh, what: str, size: int, axis: str) -> None:
@@ -110,7 +130,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     divided = (axis if _divides(mesh, size, axis) else None for size, axis in zip(x.shape, axes, strict=True))
-    return jax.lax.with_sharding_constraint(x, spec(tuple(divided)))
+    return jax.lax.with_sharding_constraint(x, spec(mesh, tuple(divided)))
 
 
 def _divides(mesh: Mesh | AbstractMesh, size: int, axis: str | None) -> bool:
@@ -139,7 +159,7 @@ def by_shard(f: Callable[..., Any], inputs: tuple[tuple[str | None, ...], ...], 
             for size, axis in zip(() if array is None else array.shape, axes, strict=array is not None)
             if not _divides(mesh, size, axis)
         }
-        specs = [spec(tuple(None if axis in whole else axis for axis in axes)) for axes in (*inputs, output)]
+        specs = [spec(mesh, tuple(None if axis in whole else axis for axis in axes)) for axes in (*inputs, output)]
         return jax.shard_map(f, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)(*arrays)
 
     return run

@@ -190,20 +190,20 @@ def test_an_auxiliary_weight_without_a_term_and_a_missing_array_are_refused():
 
 
 def test_a_role_from_outside_decides_the_treatment():
-    router = part("A role")["make_router"](nnx.Rngs(0), 32, 4)
-    metadata = {("router",): router.get_metadata()}
+    probe = part("A role")["make_probe"](nnx.Rngs(0), 32, 4)
+    metadata = {("probe",): probe.get_metadata()}
     cfg = make_config({**GPT2_LIKE, "parametrization": "mup", "base_width": 8}, optim={"name": "muon"})
     for weight in metadata.values():
         weight["factors"] = size_factors(cfg.model, weight)
-    assert metadata[("router",)]["factors"] == {"lr": 1 / 4, "decay": 4, "eps": 1 / 4}
+    assert metadata[("probe",)]["factors"] == {"lr": 1 / 4, "decay": 4, "eps": 1 / 4}
     optimizer = make_optimizer(cfg.optim, metadata)
-    params = {"router": router[...]}
+    params = {"probe": probe[...]}
     zero = jax.tree.map(jnp.zeros_like, params)
     update, state = optimizer.update(zero, optimizer.init(params), params)
-    np.testing.assert_array_equal(update["router"], 0)  # no decay
+    np.testing.assert_array_equal(update["probe"], 0)  # no decay
     assert any("momentum" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state))  # Muon's
-    with pytest.raises(ValueError, match=r"role 'ruoter' is not in parametrization.ROLES; did you mean 'router'"):
-        param(nnx.Rngs(0), (4,), ("norm",), "ruoter")
+    with pytest.raises(ValueError, match=r"role 'porbe' is not in parametrization.ROLES; did you mean 'probe'"):
+        param(nnx.Rngs(0), (4,), ("norm",), "porbe")
 
 
 def test_an_attention_kernel_from_outside_is_trained_with():

@@ -33,12 +33,23 @@ FLOORS = [
         "process",
         "faults",
     ],
-    ["nn.attention", "nn.convolution", "nn.products", "loss", "spikes", "sampling", "grammars", "answers", "optim"],
+    [
+        "nn.attention",
+        "nn.convolution",
+        "nn.products",
+        "nn.grouped",
+        "loss",
+        "spikes",
+        "sampling",
+        "grammars",
+        "answers",
+        "optim",
+    ],
     ["checkpoint", "metrics"],
     ["goodput"],
     ["nn.weights"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
-    ["nn.backends"],
+    ["nn.backends", "nn.moe"],
     ["nn.transformer"],
     ["nn.adapters"],
     ["objectives"],
@@ -124,8 +135,8 @@ def test_imports_point_downwards(module):
 
 
 # Modules that run inside compiled programs: whether they may convert floats, and to what (docs/design.md, rule 5).
-CASTS = dict.fromkeys(["nn.layers", "nn.weights", "nn.adapters", "nn.transformer", "loss", "optim"], "any")
-CASTS |= dict.fromkeys(["nn.attention", "nn.blocked", "nn.ring"], "to the dtype of an argument")
+CASTS = dict.fromkeys(["nn.layers", "nn.weights", "nn.adapters", "nn.moe", "nn.transformer", "loss", "optim"], "any")
+CASTS |= dict.fromkeys(["nn.attention", "nn.blocked", "nn.grouped", "nn.ring"], "to the dtype of an argument")
 INTEGERS = ("jnp.int32", "np.int32")
 
 

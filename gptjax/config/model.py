@@ -1,6 +1,6 @@
 """The config section `model`: the architecture of the transformer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gptjax.checks import check, check_at_least, check_positive, divisors
@@ -72,17 +72,60 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """The experts of `model.mlp.kind: moe`. No token is dropped, whatever the load of an expert.
+
+    A loss that balances the load is added by `train.aux_weights: {load_balance: 0.01}`, and one that keeps the
+    router's logits small by `{router_z: 0.001}`; both are reported either way.
+
+    Args:
+        experts: number of experts (E) in a layer.
+        top_k: number of experts that a token is sent to.
+        width: width of an expert's hidden layer; null means as model.mlp.width.
+        activation: of the experts, the shared ones and the dense layers: gelu, swiglu or relu2.
+        shared_experts: number of further experts that every token is sent to, computed as one MLP.
+        first_dense_layers: number of layers, the first ones, with an MLP of model.mlp.width in place of experts.
+        scores: how the router's logits become scores: softmax over the experts, or sigmoid of each.
+        normalize: whether a token's chosen scores are divided by their sum.
+        scale: factor on the chosen scores.
+        balance_rate: how far, at the peak of the learning rate, a step moves the bias by which an overloaded expert
+            is chosen less often, which balances the load without a loss; null means no biases. 1e-3 is usual.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    width: int | None = None
+    activation: Literal["gelu", "swiglu", "relu2"] = "swiglu"
+    shared_experts: int = 0
+    first_dense_layers: int = 0
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    balance_rate: float | None = None
+
+    def __post_init__(self):
+        check_at_least(1, "model.mlp.moe", self, "experts", "top_k", "width")
+        check_at_least(0, "model.mlp.moe", self, "shared_experts", "first_dense_layers")
+        check_positive("model.mlp.moe", self, "scale", "balance_rate")
+        more = f"is more than model.mlp.moe.experts {self.experts}; make it at most that"
+        check(self.top_k <= self.experts, "model.mlp.moe.top_k", self.top_k, more)
+
+
+@dataclass(frozen=True)
 class MlpConfig:
     """The MLP of a block.
 
     Args:
-        kind: gelu (GPT-2, the tanh approximation), swiglu (Llama, with a third matrix) or relu2 (ReLU squared).
+        kind: gelu (GPT-2, the tanh approximation), swiglu (Llama, with a third matrix), relu2 (ReLU squared) or moe,
+            a mixture of experts, each an MLP, of which a token passes a few.
         width: width of the hidden layer (F); null means 4 * model.d_model. With swiglu, two thirds of that gives as
             many parameters.
+        moe: the experts; read where kind is moe.
     """
 
-    kind: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    kind: Literal["gelu", "swiglu", "relu2", "moe"] = "gelu"
     width: int | None = None
+    moe: MoeConfig = field(default_factory=MoeConfig)
 
 
 @dataclass(frozen=True)
@@ -165,6 +208,9 @@ class ModelConfig:
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
         self._check_heads()
         self._check_parametrization()
+        if self.mlp.kind == "moe":
+            dense, fewer = self.mlp.moe.first_dense_layers, f"must be less than model.n_layers {self.n_layers}"
+            check(dense < self.n_layers, "model.mlp.moe.first_dense_layers", dense, f"{fewer}; lower it")
 
     def _check_heads(self) -> None:
         check(
@@ -205,6 +251,20 @@ class ModelConfig:
     def mlp_width(self) -> int:
         """Return the width of the MLP (F)."""
         return 4 * self.d_model if self.mlp.width is None else self.mlp.width
+
+    @property
+    def expert_width(self) -> int:
+        """Return the width of an expert (F)."""
+        return self.mlp_width if self.mlp.moe.width is None else self.mlp.moe.width
+
+    @property
+    def n_dense_layers(self) -> int:
+        """Return the number of layers, the first ones, without experts in a model that has experts."""
+        return self.mlp.moe.first_dense_layers if self.mlp.kind == "moe" else 0
+
+    def with_dense_mlp(self, width: int) -> "ModelConfig":
+        """Return the config with one MLP of this width in place of experts."""
+        return replace(self, mlp=MlpConfig(self.mlp.moe.activation, width))
 
     @property
     def padded_vocab(self) -> int:

@@ -88,6 +88,8 @@ class MeshConfig:
         tensor: shards of heads, MLP and vocabulary. Use it within a fast interconnect, where fsdp alone leaves less
             than one sequence a device.
         context: shards of each sequence (ring attention). Use it for contexts that do not fit on one device.
+        expert: shards of the experts of model.mlp.kind moe; elsewhere in the model, each device has its share of the
+            batch, as with data. Use it where experts are too many for one device.
         slices: groups of devices joined only by a data-centre network (TPU slices, GPU nodes); mesh.data spans them
             and must be a multiple of it.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware; null means one.
@@ -97,6 +99,7 @@ class MeshConfig:
     fsdp: int = field(default=1, metadata=AXIS)
     tensor: int = field(default=1, metadata=AXIS)
     context: int = field(default=1, metadata=AXIS)
+    expert: int = field(default=1, metadata=AXIS)
     slices: int = 1
     cpu_devices: int | None = None
 

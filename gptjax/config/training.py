@@ -20,7 +20,7 @@ class OptimConfig:
         schedule: learning rate after the warm-up: cosine or linear decay over the whole run; wsd (constant, then a
             linear decay over decay_frac of the steps), which lets a run be extended before the decay; or constant.
         freeze: roles whose weights are not trained (`parametrization.ROLES`: matrix, embed, head, position, norm,
-            bias, conv); they have neither gradients nor moments.
+            bias, conv, router, balance); they have neither gradients nor moments.
         warmup_steps: steps over which the learning rate rises linearly from 0 to peak_lr.
         decay_frac: with wsd, the fraction of the steps, at the end, over which the learning rate decays.
         final_lr_frac: learning rate at the end, as a fraction of peak_lr.

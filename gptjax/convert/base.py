@@ -17,7 +17,7 @@ from gptjax.nn.adapters import Metadata, abstract_adapter, merge_adapter
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.nn.weights import Int8, hold
 from gptjax.optim import map_by_path
-from gptjax.sharding import spec
+from gptjax.sharding import sharding
 
 
 class Base(NamedTuple):
@@ -152,7 +152,7 @@ def merged(base: Params, adapter: SavedAdapter, cfg: ModelConfig, check: Callabl
 
     def placed(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = declared[path]["axes"]
-        where = NamedSharding(first.mesh, spec(axes)) if isinstance(first, NamedSharding) else first
+        where = sharding(first.mesh, axes) if isinstance(first, NamedSharding) else first
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     adapters = adapter.read(map_by_path(placed, shapes))

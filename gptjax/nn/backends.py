@@ -100,10 +100,20 @@ def _check_ring(cfg: ModelConfig, parts: int) -> None:
 
 def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     """Raise UserError where the mesh cannot cut the model's dimensions into equal parts."""
+    moe = cfg.mlp.kind == "moe"
+    if not moe and mesh.shape.get("expert", 1) > 1:
+        raise UserError(
+            f"mesh.expert {mesh.shape['expert']} needs model.mlp.kind moe, and it is {cfg.mlp.kind}; set "
+            "mesh.expert 1, and raise mesh.data or mesh.fsdp in its place"
+        )
+    mlp = [("model.mlp.width", cfg.mlp_width, "mlp")] if not moe or cfg.n_dense_layers else []
+    if moe:
+        width = "model.mlp.width" if cfg.mlp.moe.width is None else "model.mlp.moe.width"
+        mlp += [("model.mlp.moe.experts", cfg.mlp.moe.experts, "expert"), (width, cfg.expert_width, "mlp")]
     for key, size, axis in (
         ("model.n_heads", cfg.n_heads, "heads"),
         ("model.n_kv_heads", cfg.kv_heads, "kv_heads"),
-        ("model.mlp.width", cfg.mlp_width, "mlp"),
+        *mlp,
         ("model.d_model", cfg.d_model, "embed"),
         ("model.vocab_multiple", cfg.padded_vocab, "vocab"),
     ):

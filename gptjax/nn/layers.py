@@ -136,7 +136,7 @@ def _normal_quantiles() -> np.ndarray:
 
 
 def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
-    """Standard deviation of a weight's first value, by its kind: embed, position, matrix, residual or head.
+    """Standard deviation of a weight's first value, by its kind: embed, position, matrix, residual, router or head.
 
     `gpt2`: Radford et al. 2019, section 2.3 (residual projections scaled by one over the root of their number).
     `zero`: residual branches and the head start at zero (Fixup and its kin: Zhang et al. 2019, arXiv 1901.09321).
@@ -145,7 +145,9 @@ def init_std(cfg: ModelConfig, kind: str, fan_in: int = 1) -> float:
     m, l = growth(cfg)
     gpt2 = {"embed": 0.02, "position": 0.02, "matrix": 0.02, "residual": 0.02 * (2 * cfg.n_layers / l) ** -0.5}
     zero = {"embed": 1.0, "position": 0.02, "matrix": (fan_in / m) ** -0.5, "residual": 0.0}
-    stds = {"gpt2": {**gpt2, "head": 0.02}, "zero": {**zero, "head": 0.02 if cfg.tie_embeddings else 0.0}}
+    gpt2 |= {"router": 0.02, "head": 0.02}
+    zero |= {"router": (fan_in / m) ** -0.5, "head": 0.02 if cfg.tie_embeddings else 0.0}
+    stds = {"gpt2": gpt2, "zero": zero}
     return stds[cfg.init][kind] * factor(cfg, INIT_STDS[kind])
 
 
@@ -285,8 +287,9 @@ class MLP(nnx.Module):
         self.gate_bias = param_if(cfg.bias and cfg.mlp.kind == "swiglu", rngs, (F,), ("mlp",), "bias")
         self.down_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         """Map [B, T, D] to the same shape, and return auxiliary values: none."""
+        del ctx  # each position alone
         h = linear("BTD,DF->BTF", x, self.up, self.up_bias, self.dtype)
         inputs = [checkpoint_name(constrain(h, *HIDDEN), "mlp")]
         if self.gate is not None:
@@ -301,14 +304,17 @@ class Block(nnx.Module):
 
     The parametrization may scale what is added. With a `conv_width`, each norm's output passes through a causal
     convolution.
+
+    Args:
+        make_mlp: makes the MLP, of `transformer.MLPS`.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, make_mlp: Callable[[ModelConfig, nnx.Rngs], nnx.Module]):
         self.rate, self.multiplier = cfg.dropout, factor(cfg, MULTIPLIERS["residual"])
         self.attention_norm = Norm(cfg, cfg.d_model, rngs)
         self.attention = Attention(cfg, rngs)
         self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
-        self.mlp = MLP(cfg, rngs)
+        self.mlp = make_mlp(cfg, rngs)
         W = cfg.conv_width or 0
         self.attention_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
         self.mlp_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
@@ -329,7 +335,7 @@ class Block(nnx.Module):
         y, kv = self.attention(h, ctx, kv)
         x = constrain(x + self.multiplier * dropout(y, self.rate, keys[0]), *STREAM)
         h, mlp_recent = self.convolve(self.mlp_norm(x), self.mlp_conv, ctx, recent[1])
-        y, aux = self.mlp(h)
+        y, aux = self.mlp(h, ctx)
         x = x + self.multiplier * dropout(y, self.rate, keys[1])
         return x, Cache(kv, (attention_recent, mlp_recent)), aux
 

@@ -19,6 +19,7 @@ from gptjax.config import ModelConfig, RunConfig
 from gptjax.nn.attention import CacheSlots
 from gptjax.nn.backends import ATTENTIONS, make_convolution, scans_layers
 from gptjax.nn.layers import (
+    MLP,
     STREAM,
     WHOLE_STREAM,
     Aux,
@@ -32,12 +33,23 @@ from gptjax.nn.layers import (
     rotary_angles,
     stack_layers,
 )
+from gptjax.nn.moe import MoE
 from gptjax.nn.products import add_bias
 from gptjax.nn.weights import Weight, dense, look_up, multiply_head, transpose
 from gptjax.parametrization import MULTIPLIERS, factor, size_factors
 from gptjax.sharding import constrain
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
+
+# model.mlp.kind -> what makes a block's MLP.
+MLPS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
+    "gelu": MLP,
+    "swiglu": MLP,
+    "relu2": MLP,
+    "moe": MoE,
+}
+
+STACKS = ("dense_blocks", "blocks")  # the modules that hold blocks, in the order of the layers
 
 # run.remat -> (run.remat_names -> what of a block is kept for the backward pass).
 REMAT_POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
@@ -87,7 +99,10 @@ class Transformer(nnx.Module):
         learned, T = cfg.positions.kind == "learned", cfg.context_length
         std = init_std(cfg, "position")
         self.positions = param(rngs, (T, D), ("position", "embed"), "position", std) if learned else None
-        self.blocks = stack_layers(lambda rngs: Block(cfg, rngs), cfg.n_layers, rngs)
+        n_dense, dense = cfg.n_dense_layers, cfg.with_dense_mlp(cfg.mlp_width)
+        self.dense_blocks = stack_layers(lambda rngs: Block(dense, rngs, MLP), n_dense, rngs) if n_dense else None
+        make_mlp = MLPS[cfg.mlp.kind]
+        self.blocks = stack_layers(lambda rngs: Block(cfg, rngs, make_mlp), cfg.n_layers - n_dense, rngs)
         self.final_norm = Norm(cfg, D, rngs)
         untied = not cfg.tie_embeddings
         self.head = param(rngs, (D, V), ("embed", "vocab"), "head", init_std(cfg, "head", D)) if untied else None
@@ -141,8 +156,42 @@ class Transformer(nnx.Module):
             x; the cache of these positions, or the given one with them in it; and the blocks' auxiliary values,
             summed over the layers.
         """
-        run, ctx = self.run, self._context(inputs, cached=cache is not None)
-        structure, state = nnx.split(self.blocks)
+        ctx = self._context(inputs, cached=cache is not None)
+        x = constrain(x, *STREAM)
+        if layers is not None:
+            return self._apply_layers(x, ctx, layers, cache)
+        caches, aux_of_stacks, first = [], [], 0
+        for stack in self._stacks():
+            structure, state = nnx.split(stack)
+            weights = nnx.to_pure_dict(state)
+            n_layers = len(jax.tree.leaves(weights)[0])
+            of_stack = cache if n_layers == self.cfg.n_layers else _layers_of(cache, first, n_layers)
+            unroll = 1 if scans_layers(self.run) else n_layers
+            stacked = (weights, jnp.arange(first, first + n_layers), of_stack)
+            x, (of_stack, aux) = jax.lax.scan(self._make_apply(structure, ctx), x, stacked, unroll=unroll)
+            caches.append(of_stack)
+            aux_of_stacks.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
+            first += n_layers
+        joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        return x, joined, _sum_aux(aux_of_stacks)
+
+    def _apply_layers(self, x: jax.Array, ctx: Context, layers: list[Params], cache: list[Cache] | None) -> tuple:
+        """Apply blocks whose weights are apart; as `apply_blocks`."""
+        applied = [self._make_apply(nnx.split(stack)[0], ctx) for stack in self._stacks()]
+        caches, aux_of_layers = [], []
+        for i, weights in enumerate(layers):
+            apply_block = applied[0 if _is_dense(weights) else -1]
+            x, (layer_cache, aux) = apply_block(x, (weights, i, None if cache is None else cache[i]))
+            caches.append(layer_cache)
+            aux_of_layers.append(aux)
+        return x, caches, _sum_aux(aux_of_layers)
+
+    def _stacks(self) -> list[nnx.Module]:
+        """Return the stacks of blocks of one form, in the order of the layers."""
+        return [self.blocks] if self.dense_blocks is None else [self.dense_blocks, self.blocks]
+
+    def _make_apply(self, structure: nnx.GraphDef, ctx: Context) -> Callable[..., tuple[jax.Array, Any]]:
+        """Return (x, (a block's weights, its number, its cache)) -> (x, (cache, auxiliary values))."""
 
         def apply_block(x, layer):
             weights, index, cache = layer
@@ -151,22 +200,11 @@ class Transformer(nnx.Module):
             x, cache, aux = block(x, ctx._replace(dropout_key=key), cache)
             return x, (cache, aux)
 
-        if run.remat != "none":
-            # Without a loop between them, the compiler would merge the second computation into the first.
-            policy = REMAT_POLICIES[run.remat](run.remat_names)
-            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=not scans_layers(run))
-        x = constrain(x, *STREAM)
-        if layers is None:
-            unroll = 1 if scans_layers(run) else self.cfg.n_layers
-            stacked = (nnx.to_pure_dict(state), jnp.arange(self.cfg.n_layers), cache)
-            x, (cache, aux) = jax.lax.scan(apply_block, x, stacked, unroll=unroll)
-            return x, cache, jax.tree.map(lambda values: values.sum(axis=0), aux)
-        caches, aux_of_layers = [], []
-        for i, weights in enumerate(layers):
-            x, (layer_cache, layer_aux) = apply_block(x, (weights, i, None if cache is None else cache[i]))
-            caches.append(layer_cache)
-            aux_of_layers.append(layer_aux)
-        return x, caches, jax.tree.map(lambda *values: sum(values), *aux_of_layers)
+        if self.run.remat == "none":
+            return apply_block
+        # Without a loop between them, the compiler would merge the second computation into the first.
+        policy = REMAT_POLICIES[self.run.remat](self.run.remat_names)
+        return jax.checkpoint(apply_block, policy=policy, prevent_cse=not scans_layers(self.run))
 
     def readout(self, x: jax.Array) -> jax.Array:
         """Apply the last norm, and the parametrization's multiplier: [B, T, D] to the same shape."""
@@ -223,6 +261,28 @@ def bind(graphdef: nnx.GraphDef, params: Params) -> Transformer:
     return nnx.merge(graphdef, nnx.State(params))
 
 
+def bind_split(graphdef: nnx.GraphDef, rest: Params, layers: list[Params]) -> Transformer:
+    """Return the module with the weights that `split_layers` split; `apply_blocks` is given the layers."""
+    first = {"dense_blocks": layers[0]} if _is_dense(layers[0]) != _is_dense(layers[-1]) else {}
+    return bind(graphdef, {**rest, **first, "blocks": layers[-1]})
+
+
+def _is_dense(layer: Params) -> bool:
+    """Return whether a block has no experts."""
+    return "router" not in layer["mlp"]
+
+
+def _layers_of(cache: Cache | None, first: int, n_layers: int) -> Cache | None:
+    """Return a stacked cache's part for so many layers."""
+    return jax.tree.map(lambda array: array[first : first + n_layers], cache)
+
+
+def _sum_aux(parts: list[Aux]) -> Aux:
+    """Return the sums of auxiliary values, of which a block may lack some."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: jax.tree.map(lambda *values: sum(values), *(p[name] for p in parts if name in p)) for name in names}
+
+
 def split_layers(params: Params, delete: bool = False) -> tuple[Params, list[Params]]:
     """Split the stacked weights of the blocks into those of each layer.
 
@@ -237,15 +297,18 @@ def split_layers(params: Params, delete: bool = False) -> tuple[Params, list[Par
     Returns:
         the weights outside the blocks, and L nested dicts, the blocks' weights.
     """
-    rest = {name: weight for name, weight in params.items() if name != "blocks"}
-    leaves, structure = jax.tree.flatten(params["blocks"])
-    split = []
-    for leaf in leaves:
-        split.append(_split(leaf))
-        if delete:
-            jax.block_until_ready(split[-1])
-            leaf.delete()
-    return rest, [jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True)]
+    rest = {name: weight for name, weight in params.items() if name not in STACKS}
+    layers = []
+    for stack in (params[name] for name in STACKS if name in params):
+        leaves, structure = jax.tree.flatten(stack)
+        split = []
+        for leaf in leaves:
+            split.append(_split(leaf))
+            if delete:
+                jax.block_until_ready(split[-1])
+                leaf.delete()
+        layers += [jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True)]
+    return rest, layers
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.attention import AttentionInput, KeysValues, causal_mask, float32_product
 from gptjax.nn.backends import ATTENTIONS
-from gptjax.nn.transformer import Inputs, Transformer, abstract_model, bind, logits
+from gptjax.nn.transformer import Inputs, Transformer, abstract_model, bind_split, logits
 
 KERNEL = "inspected"
 
@@ -90,7 +90,7 @@ class Inspector:
 
     def _model(self, params) -> Transformer:
         rest, layers = params
-        return bind(self.graphdef, {**rest, "blocks": layers[0]})
+        return bind_split(self.graphdef, rest, layers)
 
     def _trace(self, params, ids: jax.Array) -> Trace:
         model, inputs = self._model(params), Inputs(ids[None])

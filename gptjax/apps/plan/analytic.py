@@ -135,7 +135,7 @@ class DeviceSizes(NamedTuple):
 
 
 def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
-    sequences = cfg.train.batch_sequences / cfg.train.microbatches / (axes["data"] * axes["fsdp"])
+    sequences = cfg.train.batch_sequences / cfg.train.microbatches / (axes["data"] * axes["fsdp"] * axes["expert"])
     tokens = sequences * cfg.model.context_length / axes["context"]
     itemsize = BF16 if cfg.model.dtype == "bfloat16" else F32
     return DeviceSizes(sequences, tokens, axes["tensor"], axes["fsdp"] * axes["tensor"], itemsize)
@@ -242,7 +242,7 @@ def executed_flops_per_token(cfg: Config, fused_attention: bool, teacher: ModelC
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
     m, s = cfg.model, _device_sizes(cfg, axes)
-    cut_batch = axes["data"] * axes["fsdp"] * axes["context"]
+    cut_batch = axes["data"] * axes["fsdp"] * axes["expert"] * axes["context"]
     arrays = 3 + len(choose(OBJECTIVES, cfg.train.objective, "train.objective").arrays)
     batch = arrays * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
     params, blocks = held["params"], held["blocks"]
