@@ -163,8 +163,14 @@ TINY_RUN = [
 
 @pytest.fixture(scope="session")
 def tiny_run(corpus_file, token_cache) -> list[str]:
-    """Arguments of train.py for a run of seconds; the test adds --workdir."""
-    return ["train.py", *TINY_RUN, f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]
+    """A script and arguments of a run of seconds, without picture and closing sample; the test adds --workdir."""
+    return ["tests/train_briefly.py", *TINY_RUN, f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}"]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_run) -> list[str]:
+    """The same run as users have it, with its picture and its closing sample."""
+    return ["train.py", *tiny_run[1:]]
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def test_a_run_and_its_steps_alone_take_turns_on_the_configs_devices(tmp_path):
     assert found["ratio"] == found["run_step_s"] / found["step_s"] > 0
 
 
+@pytest.mark.slow
 def test_every_run_of_the_peer_begins_anew(corpus_file, monkeypatch):
     torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")
     monkeypatch.setitem(worker.NANOGPT, "steps", 20)
@@ -71,6 +72,7 @@ def test_bad_input_is_refused_in_one_line(words, error):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_two_checkouts_are_compared():
     done = bench("train", "--pairs", "1", "--peer", str(ROOT), "--json")
     assert done.returncode == 0, done.stderr

@@ -237,13 +237,13 @@ def test_the_loss_is_drawn_whatever_the_run_is_called(tmp_path, name):
     assert (workdir / "loss.png").stat().st_size > 1000
 
 
-def test_a_run_ends_with_0_in_a_strange_directory_on_an_ascii_terminal(tiny_run, tmp_path):
+def test_a_run_ends_with_0_in_a_strange_directory_on_an_ascii_terminal(whole_run, tmp_path):
     text = tmp_path / "café.txt"
     text.write_text("é è ê ü ß 日本 " * 2000, encoding="utf-8")
     workdir = tmp_path / "it's $x_$ é"
     (workdir / "loss.png").mkdir(parents=True)
     args = [
-        *tiny_run,
+        *whole_run,
         f"--workdir={workdir}",
         "--train.total_steps=4",
         f"--data.path={text}",

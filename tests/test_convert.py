@@ -236,7 +236,7 @@ def test_a_model_trained_here_has_the_same_loss_in_transformers(corpus_file, tok
     modern = {**RMS, "norm_weights": False, "qk_norm": True, "mlp": "swiglu", "tie_embeddings": False, "init": "zero"}
     form = [f"--model.{key}={str(value).lower()}" for key, value in modern.items()]
     data = (f"--data.path={corpus_file}", f"--data.cache_dir={token_cache}", f"--workdir={run}")
-    result = run_script("train.py", *TINY_RUN, *form, *data, "--train.total_steps=20")
+    result = run_script("tests/train_briefly.py", *TINY_RUN, *form, *data, "--train.total_steps=20")
     assert result.returncode == 0, result.stderr
     equal_in_transformers(run, tmp_path / "out", "qwen3", corpus_file.read_text()[:2000])
     card = (tmp_path / "out" / "README.md").read_text()

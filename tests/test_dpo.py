@@ -250,7 +250,7 @@ def test_a_run_computes_its_reference_once_and_resumes_bitwise(pairs, tokenizer_
     )
 
     def start(workdir, *flags):
-        return run_script("train.py", *shape, *flags, f"--workdir={tmp_path / workdir}")
+        return run_script("tests/train_briefly.py", *shape, *flags, f"--workdir={tmp_path / workdir}")
 
     assert start("base", *of_chats, "--train.objective=sft").returncode == 0
     dpo = ["--train.objective=dpo", f"--init_from={tmp_path / 'base'}"]

@@ -45,10 +45,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [name if number == 0 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(LAYOUTS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_pods_of_a_jobset_train_together(tmp_path, corpus_file, layout):
     """The command lines and environments of the manifest, on the CPU: nothing but the devices is another."""
     pytest.importorskip("requests", reason="JAX asks Google's metadata server by it: pip install requests")

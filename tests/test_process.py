@@ -135,6 +135,7 @@ print(int(open("/proc/self/statm").read().split()[1]) * 4 // 1024)
 
 
 @needs_glibc
+@pytest.mark.slow
 def test_what_the_compiler_leaves_behind_is_given_back(tmp_path):
     resident = {}
     for give_back in (False, True):

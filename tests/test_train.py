@@ -105,12 +105,12 @@ def test_done_is_done(straight, tiny_run):
 
 
 @pytest.fixture(scope="module")
-def resumed(tiny_run, tmp_path_factory) -> Path:
+def resumed(whole_run, tmp_path_factory) -> Path:
     """A run of 10 steps and, resumed, of 5 more; with averaged weights and samples."""
     workdir = tmp_path_factory.mktemp("resumed") / "run"
     for steps in (10, 15):
         options = ("--log.sample_tokens=8", "--optim.schedule=constant", "--optim.ema_decay=0.9")
-        result = run_script(*tiny_run, f"--workdir={workdir}", f"--train.total_steps={steps}", *options)
+        result = run_script(*whole_run, f"--workdir={workdir}", f"--train.total_steps={steps}", *options)
         assert result.returncode == 0, result.stderr
     return workdir
 
@@ -130,11 +130,11 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def test_without_matplotlib_no_picture_is_promised(straight, tiny_run, tmp_path):
+def test_without_matplotlib_no_picture_is_promised(straight, whole_run, tmp_path):
     workdir = copy_of(straight, tmp_path)
-    shown = run_script(*tiny_run, f"--workdir={workdir}").stdout
+    shown = run_script(*whole_run, f"--workdir={workdir}").stdout
     (workdir / "loss.png").unlink()
-    hidden = run_script("-c", WITHOUT_MATPLOTLIB, *tiny_run[1:], f"--workdir={workdir}")
+    hidden = run_script("-c", WITHOUT_MATPLOTLIB, *whole_run[1:], f"--workdir={workdir}")
     assert hidden.returncode == 0, hidden.stderr
     assert "loss.png" in shown
     assert "loss.png" not in hidden.stdout

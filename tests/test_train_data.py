@@ -70,7 +70,9 @@ def test_another_mixture_is_refused_unless_asked_for(mixed, prepared, tmp_path):
 
 
 def test_a_run_learns_from_packed_rows(prepared, tmp_path):
-    result = run_script("train.py", *TINY_RUN, f"--data.path={prepared['packed']}", f"--workdir={tmp_path / 'run'}")
+    result = run_script(
+        "tests/train_briefly.py", *TINY_RUN, f"--data.path={prepared['packed']}", f"--workdir={tmp_path / 'run'}"
+    )
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run")[-1]["val/loss"] < losses(tmp_path / "run")[0]["val/loss"]
 
