@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import pickle
 import random
 from collections.abc import Iterable
 from contextlib import closing
@@ -360,3 +361,21 @@ def test_processes_of_their_own_read_the_same_global_batches(prepared, tmp_path,
         found[hosts] = [" ".join(step) for step in steps]
     assert len(set(found[1])) == 201
     assert found[1] == found[2] == found[4]
+
+
+def test_a_file_that_becomes_shorter_is_an_error_that_names_it(tmp_path):
+    """A memory map would end the process by SIGBUS."""
+    path = tmp_path / "train.bin"
+    np.arange(50_000, dtype=np.uint16).tofile(path)
+    tokens = Tokens([(str(path), 50_000)], "uint16", 2**16)
+    again = pickle.loads(pickle.dumps(tokens))  # as a data worker receives it
+    for one in (tokens, again):
+        np.testing.assert_array_equal(one[49_000:49_003], [49_000, 49_001, 49_002])
+    with path.open("r+b") as stream:
+        stream.truncate(20_000)
+    for one in (tokens, again):
+        np.testing.assert_array_equal(one[9_990:10_000], np.arange(9_990, 10_000))
+        with pytest.raises(
+            UserError, match=r"train.bin has become shorter .* ends before byte 20,000; copy it again"
+        ):
+            one[9_990:10_001]

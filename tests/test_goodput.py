@@ -69,9 +69,9 @@ def check_sum(training: Training, expected_s: float, tolerance: float) -> None:
 def test_the_table_of_a_killed_run_adds_up(corpus_file, token_cache, tmp_path):
     training = Training(tmp_path / "run", corpus_file, token_cache, "--train.total_steps=14")
     recorded_s = 0.0  # from each beginning to the last record: the interpreter's own end is in no record
-    for kill, code in (("steps:18:0", -9), ("", 0)):
+    for kill, code in ((["steps", 18, 0], -9), (["", 1, 0], 0)):
         began = time.time()
-        assert training.run(kill=kill)[0] == code
+        assert training.run(fault={"kill": kill})[0] == code
         recorded_s += (training.workdir / goodput.FILE).stat().st_mtime - began
     check_sum(training, recorded_s, 0.1)
     last = json.loads((training.workdir / "metrics.jsonl").read_text().splitlines()[-1])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.data.filearray import FileArray
 from gptjax.errors import UserError
 from gptjax.paths import user_path
 
@@ -16,7 +17,7 @@ META = "meta.json"  # written last
 
 
 class ArrayFolder:
-    """Arrays by name, mapped from disk; a process that receives a copy of this object maps them again.
+    """Arrays [n] by name.
 
     Attributes:
         meta: plain values.
@@ -25,15 +26,12 @@ class ArrayFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / META).read_text())
-        self._maps: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, FileArray] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._maps:
-            self._maps[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-        return self._maps[name]
+    def __getitem__(self, name: str) -> FileArray:
+        if name not in self._arrays:
+            self._arrays[name] = FileArray.of_npy(self.folder / f"{name}.npy")
+        return self._arrays[name]
 
 
 def cached_arrays(

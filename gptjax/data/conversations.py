@@ -12,6 +12,7 @@ from etils import epath
 
 from gptjax.config import DataConfig
 from gptjax.data.arrays import ArrayFolder, cached_arrays
+from gptjax.data.filearray import FileArray
 from gptjax.data.formats import SourceFile
 from gptjax.data.layout import Laid, lay_out, messages_of
 from gptjax.data.packing import best_fit
@@ -204,7 +205,7 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.array("ids"))
 
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name: str) -> FileArray:
         """Return one of the arrays of `as_arrays`."""
         return self.folder[f"{self.half}-{name}"]
 
@@ -214,7 +215,7 @@ class Conversations:
         start = 0 if number == 0 else int(ends[number - 1])
         stop = int(ends[number]) if length is None else start + length
         ids = self.array("ids")[start:stop].astype(np.int32)
-        learnt = np.ones(len(ids), bool) if self.learns_all else np.array(self.array("learnt")[start:stop])
+        learnt = np.ones(len(ids), bool) if self.learns_all else self.array("learnt")[start:stop]
         return ids, learnt
 
     def fitting_length(self, number: int, context_length: int) -> int:
@@ -235,7 +236,7 @@ class Conversations:
         count = len(self.array("ends"))
         lengths = [self.fitting_length(number, context_length) for number in range(count)]
         kept = [number for number in range(count) if lengths[number] > 1]
-        whole = np.diff(self.array("ends"), prepend=0)
+        whole = np.diff(self.array("ends")[:], prepend=0)
         cut = sum(lengths[number] < whole[number] for number in kept)
         beyond = f"are longer than model.context_length {context_length}"
         if not kept:

@@ -101,7 +101,7 @@ class Preferences(Conversations):
         Raises:
             UserError: none fits the context.
         """
-        lengths = np.diff(self.array("ends"), prepend=0).reshape(-1, self.group_rows)
+        lengths = np.diff(self.array("ends")[:], prepend=0).reshape(-1, self.group_rows)
         kept = np.flatnonzero((lengths - 1 <= context_length).all(axis=1))
         beyond = f"have a side longer than model.context_length {context_length}"
         if not len(kept):

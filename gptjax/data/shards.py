@@ -1,4 +1,4 @@
-"""The files that `gptjax data prepare` writes and a run reads: token ids without separators, mapped into memory.
+"""The files that `gptjax data prepare` writes and a run reads: token ids without separators.
 
 A prepared folder has `manifest.json`, written last; `tokenizer.spec.json`, which is the tokenizer as plain data; and
 for each shard of a split three files of little-endian integers without header:
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.data.filearray import FileArray
 from gptjax.errors import UserError
 from gptjax.paths import user_path
 from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
@@ -28,8 +29,7 @@ CHECKED_BYTES = 2**30  # data of at most this size is hashed before use; of larg
 
 
 class Tokens:
-    """Token ids of several files, as one sequence. Slices are read from a memory map; a process that receives a copy
-    of this object maps the files again.
+    """Token ids of several files, as one sequence.
 
     Args:
         files: pairs of a path and its number of tokens.
@@ -39,13 +39,11 @@ class Tokens:
     def __init__(self, files: list[tuple[str, int]], dtype: str, vocab_size: int):
         self.files, self.dtype, self.vocab_size = files, np.dtype(dtype), vocab_size
         self.ends = np.cumsum([count for _, count in files], dtype=np.int64)
-        self._maps: dict[int, np.ndarray] = {}
+        stored = self.dtype.newbyteorder("<")
+        self.parts = [FileArray(path, stored, length=count) for path, count in files]
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Return the ids of a slice, [n]; raise UserError where one is beyond the vocabulary."""
@@ -55,7 +53,7 @@ class Tokens:
         while at < stop:
             number = int(np.searchsorted(self.ends, at, side="right"))
             first = int(self.ends[number]) - self.files[number][1]
-            piece = self._map(number)[at - first : stop - first]
+            piece = self.parts[number][at - first : stop - first]
             if piece.max() >= self.vocab_size:
                 raise UserError(
                     f"{self.files[number][0]} has id {piece.max()} between tokens {at - first} and "
@@ -64,11 +62,6 @@ class Tokens:
             pieces.append(piece)
             at += len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
-
-    def _map(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            self._maps[number] = np.memmap(self.files[number][0], dtype=self.dtype.newbyteorder("<"), mode="r")
-        return self._maps[number]
 
 
 class Split:
@@ -89,33 +82,31 @@ class Split:
         self.documents, self.rows = facts["documents"], facts["rows"]
         self.text_bytes = facts["text_bytes"]
         self._row_ends = np.cumsum([shard["rows"] for shard in self.shards], dtype=np.int64)
-        self._maps: dict[str, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        self._ends: dict[str, FileArray] = {}
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a packed row, and the number of ids of each of its documents."""
         number = int(np.searchsorted(self._row_ends, index, side="right"))
         local = index - int(self._row_ends[number]) + self.shards[number]["rows"]
-        first, last = _between(self._map(number, "rows"), local)
-        ends = np.array(self._map(number, "documents")[first:last])
-        begin = 0 if first == 0 else int(self._map(number, "documents")[first - 1])
+        documents = self.document_ends(number)
+        first, last = _between(self._ends_of(number, "rows"), local)
+        ends = documents[first:last]
+        begin = 0 if first == 0 else int(documents[first - 1])
         base = int(self.tokens.ends[number]) - self.shards[number]["tokens"]
         return self.tokens[base + begin : base + int(ends[-1])], np.diff(ends, prepend=begin)
 
-    def document_ends(self, number: int) -> np.ndarray:
+    def document_ends(self, number: int) -> FileArray:
         """Return where the documents of a shard end, in tokens of that shard."""
-        return self._map(number, "documents")
+        return self._ends_of(number, "documents")
 
-    def _map(self, number: int, kind: str) -> np.ndarray:
+    def _ends_of(self, number: int, kind: str) -> FileArray:
         path = f"{self.paths[number]}.{kind}"
-        if path not in self._maps:
-            self._maps[path] = np.memmap(path, dtype="<i8", mode="r")
-        return self._maps[path]
+        if path not in self._ends:
+            self._ends[path] = FileArray(path, "<i8")
+        return self._ends[path]
 
 
-def _between(ends: np.ndarray, index: int) -> tuple[int, int]:
+def _between(ends: FileArray, index: int) -> tuple[int, int]:
     return (0 if index == 0 else int(ends[index - 1])), int(ends[index])
 
 

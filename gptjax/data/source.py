@@ -15,9 +15,9 @@ class Source:
 
     Attributes:
         name: its name in the metrics of a mixture.
-        train, val: concatenated ids, mapped from disk; a Split where documents are packed into rows; or any object
-            with `examples(context_length)`, the rows to train on (batches.py), and the number of tokens as its
-            length.
+        train, val: concatenated ids, read from disk where needed; a Split where documents are packed into rows; or
+            any object with `examples(context_length)`, the rows to train on (batches.py), and the number of tokens as
+            its length.
         val_predictions: number of validation tokens that are targets.
         val_bytes: length of the validation text in UTF-8, for bits per byte.
         tokenizer: the tokenizer that made the ids.

@@ -1,69 +1,89 @@
-"""Inject faults into training for so many hours and print a table: python -m tests.faults --hours 2
+"""Inject faults into training and print a table: python -m tests.faults
 
 Each trial is a run of its own of a tiny model on the CPU, in processes of its own; it is resumed after the fault, and
-its metrics.jsonl and final weights are compared bitwise with those of a run without faults.
+its metrics.jsonl and final weights are compared bitwise with those of a run that nothing interrupts.
 """
 
 import argparse
-import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import display
 
-from .injections import INJECTIONS, TOTAL_STEPS, Trial, Wrong, can_mount, fill_disk
-from .training import Training
+from .disks import files_of_checkpoint
+from .injections import FAULTS
+from .trials import Ground, Wrong
 
-WORDS = ("the", "king", "and", "queen", "of", "night", "do", "speak", "in", "thee", "my", "lord", "what", "love")
+
+@dataclass
+class Row:
+    """Of one kind of fault: how often it was injected, hit, and was survived; the most steps taken again."""
+
+    injected: int = 0
+    hit: int = 0
+    survived: int = 0
+    taken_again: int = 0
+
+    def texts(self) -> tuple[str, ...]:
+        return tuple(map(str, (self.injected, self.hit, self.survived, self.taken_again)))
+
+
+HEADER = ("injected", "ended or damaged the run", "survived, bitwise equal", "most steps taken again")
 
 
 def main() -> int:
     """Return the exit code: 1 where a run has not survived."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("--hours", type=float, default=2.0)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--hours", type=float, default=0.0, help="repeat all faults until so much time has passed")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="inject only these")
+    parser.add_argument("--trials", type=int, help="of each fault, in place of the usual number")
     parser.add_argument("--seed", type=int, default=0)
     wish = parser.parse_args()
-    ends_at, chance = time.monotonic() + 3600 * wish.hours, random.Random(wish.seed)
+    ends_at = time.monotonic() + 3600 * wish.hours
     folder = Path(tempfile.mkdtemp(prefix="gptjax-faults-"))
+    rows: dict[str, Row] = {}
+    problems: list[str] = []
     try:
-        counts, problems = inject(folder, ends_at, chance)
+        ground = Ground(folder, wish.seed)
+        while True:
+            for name in wish.only:
+                inject(ground, name, wish.trials, rows, problems)
+            if time.monotonic() > ends_at:
+                break
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    rows = [(name, *map(str, numbers)) for name, numbers in counts.items()]
-    rows.append(("together", *(str(sum(numbers)) for numbers in zip(*counts.values(), strict=True))))
-    print("\n".join(display.table(rows, ("fault", "trials", "ended or damaged the run", "survived, bitwise equal"))))
+    together = Row(*(sum(getattr(row, name) for row in rows.values()) for name in ("injected", "hit", "survived")))
+    together.taken_again = max(row.taken_again for row in rows.values())
+    lines = [(name, *row.texts()) for name, row in [*rows.items(), ("together", together)]]
+    print("\n".join(display.table(lines, ("fault", *HEADER))))
     print("\n".join(problems))
     return 1 if problems else 0
 
 
-def inject(folder: Path, ends_at: float, chance: random.Random) -> tuple[dict[str, list[int]], list[str]]:
-    """Return for each fault the numbers of trials, of those that hit, and of those survived; and the problems."""
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(" ".join(chance.choices(WORDS, k=6)) for _ in range(1200)))
-    more = (f"--train.total_steps={TOTAL_STEPS}",)
-    whole = Training(folder / "whole", corpus, folder / "cache", *more)
-    code, errors = whole.run()
-    if code != 0:
-        sys.exit(f"the run without faults ended with {code}: {errors}")
-    wanted, whole_s = whole.outcome(), whole.running_s
-    faults = {name: fault for name, fault in INJECTIONS.items() if fault is not fill_disk or can_mount()}
-    counts, problems, number = {name: [0, 0, 0] for name in faults}, [], 0
-    while time.monotonic() < ends_at:
-        name, fault = list(faults.items())[number % len(faults)]
-        number += 1
-        training = Training(folder / f"run-{number}", corpus, folder / "cache", *more)
-        counts[name][0] += 1
+def inject(ground: Ground, name: str, trials: int | None, rows: dict[str, Row], problems: list[str]) -> None:
+    """Inject a fault so often, and note what came of it."""
+    fault = FAULTS[name]
+    trials = trials or fault.trials or len(files_of_checkpoint(ground.whole().training.workdir))
+    for number in range(trials):
+        ground.notes, ground.taken_again, survived = [], 0, True
         try:
-            counts[name][1] += fault(Trial(training, whole.workdir, wanted, whole_s, chance))
-            counts[name][2] += 1
-        except Wrong as problem:
+            fault.inject(ground, number)
+        except (Wrong, subprocess.TimeoutExpired) as problem:
+            survived = False
             problems.append(f"{name} (trial {number}): {problem}")
-        print(f"{number} trials, {len(problems)} problems, last: {name}", file=sys.stderr, flush=True)
-        shutil.rmtree(training.workdir, ignore_errors=True)
-    return counts, problems
+        for row_name, hit in ground.notes or [(name, False)]:
+            row = rows.setdefault(row_name, Row())
+            row.injected, row.hit, row.survived = row.injected + 1, row.hit + hit, row.survived + survived
+            row.taken_again = max(row.taken_again, ground.taken_again)
+        ground.clear()
+        print(
+            f"{name} {number + 1}/{trials}: {'survived' if survived else problems[-1]}", file=sys.stderr, flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,208 +1,210 @@
-"""Faults that a run must survive: each is injected once, the run is started again, and its result is compared."""
+"""Faults of processes: they are killed, stopped by a signal, or stuck. Each function injects one fault, or a row of
+them, into a new run of a `Ground`, finishes the run and compares it.
+"""
 
 import os
-import random
-import resource
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gptjax.goodput import FILE, read_attempts
 
-from .training import Training
+from .bad_numbers import disturb_batches
+from .disks import damage_file, fill_disk, limit_files, truncate_shard
+from .training import Training, wait_all
+from .trials import Ground, Wrong, timed_out
 
-TOTAL_STEPS = 20  # with a checkpoint every 5
-STALL_S = 4
+STALL_S, GRACE_S = 4, 30
 
-
-class Wrong(Exception):
-    """A run did not survive, or ended with other numbers."""
-
-
-@dataclass
-class Trial:
-    """One fault in one run.
-
-    Attributes:
-        training: a run that has not begun.
-        whole: the directory of a run without faults.
-        wanted: what that run has left (`Training.outcome`).
-        whole_s: how long it took.
-    """
-
-    training: Training
-    whole: Path
-    wanted: tuple
-    whole_s: float
-    random: random.Random
-
-    def finish(self) -> None:
-        """Run to the end and compare; raises Wrong."""
-        code, errors = self.training.run()
-        if code != 0:
-            raise Wrong(f"the resume ended with {code}: {errors.strip()[-300:]}")
-        if self.training.outcome() != self.wanted:
-            raise Wrong("metrics or weights differ from those of the run without faults")
+# Kills of one run, in this order: in which phase, within the first how many times that it begins, within how many
+# seconds.
+KILLS = (
+    ("preparing the token cache", "prepare", 1, 0.05),
+    ("starting", "start", 1, 4.0),
+    ("initialising or restoring", "restore", 1, 0.3),
+    ("compiling", "compile", 3, 1.0),
+    ("the first step", "steps", 1, 0.1),
+    ("a save", "save", 3, 0.3),
+    ("an evaluation", "evaluate", 3, 0.02),
+    ("waiting for data", "data", 14, 0.005),
+    ("steps", "steps", 20, 0.02),
+    ("the closing sample", "sample", 1, 0.5),
+)
 
 
-def kill_in(phase: str, number: int, most_s: float) -> Callable[[Trial], bool]:
-    """Return a trial that sends SIGKILL within `most_s` seconds of one of the first `number` starts of a phase."""
-
-    def inject(trial: Trial) -> bool:
-        n, after_s = trial.random.randint(1, number), trial.random.uniform(0, most_s)
-        code, errors = trial.training.run(kill=f"{phase}:{n}:{after_s:.4f}")
+def kill_ten_times(ground: Ground, number: int) -> None:
+    """Kill a run ten times, each time in another phase. Its token cache and its compiled programs are its own."""
+    own = ground.folder / f"own-{number}"
+    wanted = ground.whole().wanted
+    training = ground.new(cache=own / "tokens", environment={"JAX_COMPILATION_CACHE_DIR": str(own / "xla")})
+    for name, phase, times, most_s in KILLS:
+        kill = [phase, ground.chance.randint(1, times), ground.chance.uniform(0, most_s)]
+        code, errors = ground.run(training, fault={"kill": kill})
+        ground.notes.append((f"SIGKILL: {name}", code != 0))
         if code not in (0, -signal.SIGKILL):
-            raise Wrong(f"it ended with {code}: {errors.strip()[-300:]}")
-        trial.finish()
-        return code != 0
-
-    return inject
+            raise Wrong(f"{name}: ended with {code}: {errors.strip()[-300:]}")
+    ground.finish(training, wanted)
 
 
-def stop_by(number: signal.Signals) -> Callable[[Trial], bool]:
-    """Return a trial that sends a signal at a random moment. Before the loop it ends the process at once."""
+def stop_by(number: signal.Signals) -> Callable[[Ground, int], None]:
+    """Return an injection that sends a signal at a random moment. Before the loop it ends the process at once."""
 
-    def inject(trial: Trial) -> bool:
-        process = trial.training.start()
-        time.sleep(trial.random.uniform(0.3, 1) * trial.whole_s)
+    def inject(ground: Ground, _: int) -> None:
+        whole, training = ground.whole(), ground.new()
+        process = training.start()
+        time.sleep(ground.chance.uniform(0.3, 1) * whole.seconds)
         process.send_signal(number)
         sent = time.monotonic()
         _, errors = process.communicate(timeout=120)
         code = process.returncode
+        ground.notes.append((f"{number.name}, one process", code != 0))
         if code not in (0, 75, -number, 128 + number):
             raise Wrong(f"it ended with {code}: {errors.strip()[-300:]}")
-        if code == 75 and time.monotonic() - sent > 30:
-            raise Wrong("it took more than 30 s to stop")
-        trial.finish()
-        before, after = read_attempts(trial.training.workdir / FILE)[-2:] if code == 75 else ({"step": 0},) * 2
-        if code == 75 and after["from_step"] != before["step"]:
-            raise Wrong(f"stopped after step {before['step']}, resumed after {after['from_step']}")
-        return code != 0
+        timed_out(sent, GRACE_S, "the end")
+        finish_stopped(ground, training, whole.wanted, code == 75)
 
     return inject
 
 
-def damage_file(change: Callable[[Path, random.Random], None]) -> Callable[[Trial], bool]:
-    """Return a trial that changes one file of the newest checkpoint."""
-
-    def inject(trial: Trial) -> bool:
-        shutil.copytree(trial.whole, trial.training.workdir)
-        newest = trial.training.workdir / "checkpoints" / str(TOTAL_STEPS)
-        files = sorted(path for path in newest.rglob("*") if path.is_file())
-        chosen = trial.random.choice(files)
-        change(chosen, trial.random)
-        try:
-            trial.finish()
-        except Wrong as error:
-            raise Wrong(f"{chosen.relative_to(newest)}: {error}") from None
-        return (trial.training.workdir / f"damaged-{TOTAL_STEPS}").exists()
-
-    return inject
-
-
-def truncate(path: Path, chance: random.Random) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: chance.randrange(max(1, len(data)))])
-
-
-def flip_bit(path: Path, chance: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    if data:
-        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    path.write_bytes(data)
-
-
-def limit_files(trial: Trial) -> bool:
-    """No file can be longer than a checkpoint's: a write fails in the middle."""
-    longest = trial.random.randrange(2_000, 150_000)
-    code, errors = trial.training.run(
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
-    )
-    check_message(code, errors)
-    trial.finish()
-    return code != 0
-
-
-def fill_disk(trial: Trial) -> bool:
-    """The run's directory is a small file system of its own, which is full until it is made larger."""
-    folder, kib = trial.training.workdir, trial.random.randrange(100, 700)
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=True)
+def stop_one_of_two(ground: Ground, number: int) -> None:
+    """Send SIGTERM or SIGINT to one of two processes while they take steps."""
+    sign, target = (signal.SIGTERM, signal.SIGINT)[number % 2], ground.chance.randint(0, 1)
+    whole, training = ground.whole(hosts=2), ground.new(hosts=2)
+    processes = training.start_hosts()
     try:
-        code, errors = trial.training.run()
-        check_message(code, errors)
-        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-        trial.finish()
+        training.wait_for_step(ground.chance.randint(1, 50), processes[0])
+        time.sleep(ground.chance.uniform(0, 0.1))
+        processes[target].send_signal(sign)
+        sent = time.monotonic()
+        codes = wait_all(processes, 120)
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-    return code != 0
+        for process in processes:
+            process.kill()
+    ground.notes.append((f"{sign.name} to one of two processes", any(codes)))
+    if codes not in ([75, 75], [0, 0]):
+        said = "\n".join(training.errors_of(host).strip()[-300:] for host in (0, 1))
+        raise Wrong(f"they ended with {codes}: {said}")
+    timed_out(sent, GRACE_S, "the end")
+    finish_stopped(ground, training, whole.wanted, any(codes))
 
 
-def check_message(code: int, errors: str) -> None:
-    """Raise Wrong where a process that could not write ends with anything but one or two clear lines."""
-    lines = [line for line in errors.splitlines() if not line.startswith(("note:", "warning:"))]
-    if code not in (0, 2) or (code == 2 and (len(lines) > 2 or "error: cannot write" not in errors)):
-        raise Wrong(f"it ended with {code} and {len(lines)} lines: {errors.strip()[-300:]}")
+def finish_stopped(ground: Ground, training: Training, wanted: tuple, saved: bool) -> None:
+    """Finish a run that a signal has stopped; raise Wrong where it takes steps again although all was saved."""
+    before = read_attempts(training.workdir / FILE)
+    ground.finish(training, wanted)
+    if saved:
+        resumed = read_attempts(training.workdir / FILE)[len(before)]
+        if resumed["from_step"] != before[-1]["step"]:
+            raise Wrong(f"stopped after step {before[-1]['step']}, resumed after {resumed['from_step']}")
 
 
-def stop_worker(trial: Trial) -> bool:
+def stop_worker(ground: Ground, _: int) -> None:
     """A data worker hangs: the watchdog ends the run."""
-    more = ("--data.workers=1", f"--distributed.stall_timeout_s={STALL_S}")
-    process = trial.training.start(*more)
-    stopped: list[int] = []
-    while not stopped and process.poll() is None:
-        time.sleep(0.05)
-        stopped = workers_of(process.pid)
+    wanted, training = ground.whole().wanted, ground.new()
+    with training.log_of(0).open("w") as log:  # a stopped worker would keep a pipe open
+        process = training.start("--data.workers=1", f"--distributed.stall_timeout_s={STALL_S}", stderr=log)
+    training.wait_for_step(ground.chance.randint(1, 30), process)
+    stopped = workers_of(process.pid)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
     try:
-        _, errors = process.communicate(timeout=6 * STALL_S + 60)
+        process.wait(6 * STALL_S + 60)
     finally:
+        process.kill()
         for pid in stopped:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
+    errors = training.errors_of(0)
+    ground.notes.append(("a data worker stopped (SIGSTOP)", process.returncode != 0))
     if process.returncode not in (0, 1) or (process.returncode == 1 and "no progress for" not in errors):
         raise Wrong(f"it ended with {process.returncode}: {errors.strip()[-300:]}")
-    trial.finish()
-    return process.returncode != 0
+    timed_out(began, STALL_S + 30, "the end")
+    ground.finish(training, wanted)
+
+
+def kill_worker(ground: Ground, _: int) -> None:
+    """A data worker dies: the run ends and names it."""
+    wanted, training = ground.whole().wanted, ground.new()
+    process = training.start("--data.workers=1", f"--distributed.stall_timeout_s={STALL_S}")
+    training.wait_for_step(ground.chance.randint(1, 30), process)
+    for pid in workers_of(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=6 * STALL_S + 60)
+    ground.notes.append(("a data worker killed", process.returncode != 0))
+    if process.returncode and "Worker process was terminated" not in errors:
+        raise Wrong(f"it ended with {process.returncode}: {errors.strip()[-300:]}")
+    ground.finish(training, wanted)
 
 
 def workers_of(pid: int) -> list[int]:
-    """Return the children of a process that prepare data."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    """Return the children of a process that prepare data; none where it has ended."""
+    try:
+        children = [
+            child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+        ]
+        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []
 
 
-def can_mount() -> bool:
-    """Return whether this process may mount a file system."""
-    folder = Path("/tmp/gptjax-mount-trial")
-    folder.mkdir(exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode == 0:
-        subprocess.run(["umount", folder], check=True)
-    folder.rmdir()
-    return mounted.returncode == 0
+def stop_process(ground: Ground, number: int) -> None:
+    """One of two processes hangs: the other's watchdog ends it, with the stacks of its threads."""
+    wanted, training, stuck = ground.whole(hosts=2).wanted, ground.new(hosts=2), number % 2
+    processes = training.start_hosts(f"--distributed.stall_timeout_s={STALL_S}")
+    try:
+        training.wait_for_step(ground.chance.randint(1, 40), processes[0])
+        processes[stuck].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        code = processes[1 - stuck].wait(STALL_S + 60)
+    except subprocess.TimeoutExpired:
+        raise Wrong(f"it still waits {STALL_S + 60} s later: {training.errors_of(1 - stuck)[-300:]}") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    errors = training.errors_of(1 - stuck)
+    ground.notes.append(("one of two processes stopped (SIGSTOP)", code != 0))
+    if code not in (0, 1) or (code == 1 and "no progress for" not in errors):
+        raise Wrong(f"it ended with {code}: {errors.strip()[-300:]}")
+    timed_out(began, STALL_S + 30, "the end")
+    ground.finish(training, wanted)
 
 
-INJECTIONS: dict[str, Callable[[Trial], bool]] = {
-    "SIGKILL while starting (imports, corpus)": kill_in("start", 1, 4.0),
-    "SIGKILL while initialising": kill_in("restore", 1, 0.3),
-    "SIGKILL while compiling": kill_in("compile", 3, 1.0),
-    "SIGKILL at the first step": kill_in("steps", 1, 0.3),
-    "SIGKILL between steps": kill_in("steps", 40, 0.02),
-    "SIGKILL while waiting for data": kill_in("data", 20, 0.005),
-    "SIGKILL during an evaluation": kill_in("evaluate", 5, 0.02),
-    "SIGKILL during a save": kill_in("save", 4, 0.3),
-    "SIGTERM at a random moment": stop_by(signal.SIGTERM),
-    "SIGINT at a random moment": stop_by(signal.SIGINT),
-    "a file of the newest checkpoint deleted": damage_file(lambda path, _: path.unlink()),
-    "a file of the newest checkpoint truncated": damage_file(truncate),
-    "one bit of the newest checkpoint flipped": damage_file(flip_bit),
-    "disk full: a limit on the length of files": limit_files,
-    "disk full: a small file system": fill_disk,
-    "a data worker stopped (SIGSTOP)": stop_worker,
+class Fault(NamedTuple):
+    """How a fault is injected.
+
+    Attributes:
+        inject: (ground, number of the trial) -> nothing; notes each injection, and raises Wrong.
+        trials: how often by default; None: once for each file of a checkpoint.
+    """
+
+    inject: Callable[[Ground, int], None]
+    trials: int | None
+
+
+FAULTS = {
+    "kill": Fault(kill_ten_times, 10),
+    "sigterm": Fault(stop_by(signal.SIGTERM), 10),
+    "sigint": Fault(stop_by(signal.SIGINT), 10),
+    "signal-two": Fault(stop_one_of_two, 10),
+    "deleted": Fault(damage_file("deleted"), None),
+    "truncated": Fault(damage_file("truncated"), None),
+    "flipped": Fault(damage_file("flipped"), None),
+    "limit": Fault(limit_files, 10),
+    "disk-save": Fault(fill_disk("save"), 5),
+    "disk-log": Fault(fill_disk("log"), 5),
+    "disk-cache": Fault(fill_disk("cache"), 5),
+    "disk-start": Fault(fill_disk("start"), 5),
+    "shard": Fault(truncate_shard, 6),
+    "worker-stopped": Fault(stop_worker, 5),
+    "worker-killed": Fault(kill_worker, 5),
+    "process-stopped": Fault(stop_process, 4),
+    "nan-batch": Fault(disturb_batches("nan batch", 1), 3),
+    "nan-gradient": Fault(disturb_batches("nan gradient", 1), 3),
+    "spike": Fault(disturb_batches("spike", 1), 3),
+    "bad-batches": Fault(disturb_batches("nan batch", 20), 3),
 }
