@@ -97,6 +97,7 @@ SENSIBLE: dict[tuple[str, ...], tuple[str | None, ...]] = dict.fromkeys(VERBS, (
     ("scaling", "coord-check"): ("c.yaml",),
     ("launch", "slurm"): ("c.yaml", "--gpus_per_node=0"),
     ("launch", "gke"): (*JOB, "--image=i", "--topology=v5e:2x2"),
+    ("launch", "serve-gke"): ("gs://bucket/run", "--image=i", "--out=out/serve"),
     ("launch", "tpu-vm"): (*JOB, "--image=i", "--topology=v5e:2x2", "--zone=z"),
 }
 

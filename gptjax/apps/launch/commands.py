@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from gptjax.apps.launch.clusters import check_mesh, parse_slice
-from gptjax.apps.launch.container import VARIABLE, parse_variables, prepare_container
+from gptjax.apps.launch.container import VARIABLE, check_model, parse_variables, parse_volumes, prepare_container
 from gptjax.apps.launch.gke import GkeJob, manifests
+from gptjax.apps.launch.serve_gke import GkeServer, server_manifests
 from gptjax.apps.launch.slurm import SlurmJob, batch_script
 from gptjax.apps.launch.tpu_vm import TpuVmJob, script
 from gptjax.config import Config
@@ -191,14 +192,88 @@ def tpu_vm(
     print(f"{shlex.join(['bash', str(path)])}    runs it, best inside tmux")
 
 
-VERBS: dict[str, Callable[..., None]] = {"slurm": slurm, "gke": gke, "tpu-vm": tpu_vm}
+def serve_gke(
+    model: str,
+    *,
+    image: str,
+    api_key: str | None = None,
+    gpu: str | None = None,
+    gpus: int = 1,
+    topology: str | None = None,
+    replicas: int = 1,
+    options: str | None = None,
+    timeout_s: int = 600,
+    name: str | None = None,
+    service_account: str | None = None,
+    env: list[str] | None = None,
+    secret: list[str] | None = None,
+    volume: list[str] | None = None,
+    out: UserPath | None = None,
+) -> None:
+    """Write a Deployment and a Service that serve a model in Google Kubernetes Engine, for `kubectl apply`.
+
+    Args:
+        model: a path inside the container, a bucket's address, or a Hugging Face id such as gpt2.
+        image: the container image, built from the repository's Dockerfile with the extra serve.
+        api_key: Kubernetes secret that holds the key clients must send, as SECRET/KEY (kubectl create secret generic
+            gptjax --from-literal=api-key=...); without it, anyone inside the cluster can use the server.
+        gpu: type of GPU nodes, by their label, such as nvidia-l4; without gpu and topology, CPUs serve.
+        gpus: number of GPUs of each pod.
+        topology: type and shape of a TPU slice of one host, such as v5e:2x2, in place of gpu.
+        replicas: number of pods, each with the whole model; the Service spreads requests over them.
+        options: further options of `gptjax serve`, such as "--slots 16 --dtype int8".
+        timeout_s: longest time of an answer in seconds; a pod that ends has as long to finish what runs.
+        name: of the Deployment and the Service, a DNS label, and of the model; the default is the model's last part.
+        service_account: Kubernetes service account, if the default one may not read the model's bucket.
+        env: environment variable of the container, as NAME=VALUE; may be repeated.
+        secret: name of a Kubernetes secret whose keys become environment variables; may be repeated.
+        volume: persistent volume claim and its mount point, as CLAIM:/PATH; may be repeated.
+        out: directory of the file; the default is launch/NAME.
+    """
+    shown = name or dns_label(model)
+    if shown != dns_label(shown):
+        raise UserError(f"--name {shown!r} is not a DNS label; write lower-case letters, digits and dashes")
+    if gpu is not None and topology is not None:
+        raise UserError("--gpu and --topology exclude each other; leave one out")
+    if replicas < 1 or gpus < 1 or timeout_s < 1:
+        raise UserError("--replicas, --gpus and --timeout_s must be at least 1")
+    tpus = None if topology is None else parse_slice(topology)
+    if tpus is not None and tpus.hosts > 1:
+        raise UserError(f"--topology {topology} has {tpus.hosts} hosts; a server runs on one, such as v5e:2x2")
+    volumes = parse_volumes(volume)
+    check_model(model, volumes)
+    arguments = [model, "--name", shown, *_words("options", options or "")]
+    devices = (tpus, gpu, gpus, _parse_key(api_key), timeout_s, service_account)
+    server = GkeServer(shown, image, arguments, replicas, *devices, parse_variables(env), secret or [], volumes)
+    with writing(os.path.join(out or f"launch/{shown}", "serve.yaml")) as path:
+        path.write_text(yaml.dump_all(server_manifests(server), Dumper=_Dumper, sort_keys=False, width=1000))
+    apply = shlex.join(["kubectl", "apply", "-f", str(path.absolute())])
+    print(f"{apply}    starts it; kubectl port-forward service/{shown} 8000:80 reaches it from here")
+
+
+def _parse_key(given: str | None) -> tuple[str, str] | None:
+    """Return the secret and its key of SECRET/KEY; None for none."""
+    if given is None:
+        return None
+    secret, slash, key = given.partition("/")
+    if not (secret and slash and key) or "/" in key:
+        raise UserError("--api_key names a Kubernetes secret, as SECRET/KEY, and is not the key itself")
+    return secret, key
+
+
+VERBS: dict[str, Callable[..., None]] = {"slurm": slurm, "gke": gke, "tpu-vm": tpu_vm, "serve-gke": serve_gke}
 
 
 def read_run(config: str, flags: list[str]) -> tuple[Config, str]:
     """Return the run's config, and its name as a DNS label."""
     cfg = load_config([config, *flags])
-    name = re.sub(r"[^a-z0-9]+", "-", (cfg.workdir or "").rstrip("/").rpartition("/")[2].lower()).strip("-")[:40]
-    return cfg, name if name[:1].isalpha() else f"run-{name}".rstrip("-")
+    return cfg, dns_label(cfg.workdir or "")
+
+
+def dns_label(path: str) -> str:
+    """Return the last part of a path as a DNS label."""
+    name = re.sub(r"[^a-z0-9]+", "-", path.rstrip("/").rpartition("/")[2].lower()).strip("-")[:40].rstrip("-")
+    return name if name[:1].isalpha() else f"run-{name}".rstrip("-")
 
 
 def make_folder(out: str | None, name: str, cfg: Config) -> Path:

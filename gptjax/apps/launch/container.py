@@ -99,6 +99,23 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
             )
 
 
+def check_model(model: str, volumes: dict[str, str]) -> None:
+    """Check that a model exists in a container: on a volume, in a bucket or on the hub.
+
+    Args:
+        volumes: mount points inside the container.
+
+    Raises:
+        UserError: it is a path of this machine only.
+    """
+    on_hub = re.fullmatch(HUB_ID, model) and not Path(model).exists()
+    if "://" not in model and not on_hub and not _is_mounted(model, volumes):
+        raise UserError(
+            f"model {model} is a path on this machine and not in the container; give --volume CLAIM:/PATH and a path "
+            "below it, a bucket's address, or a Hugging Face id"
+        )
+
+
 def prepare_container(
     cfg: Config, env: list[str] | None, volume: list[str] | None
 ) -> tuple[Config, dict[str, str], dict[str, str]]:

@@ -97,15 +97,10 @@ def manifests(job: GkeJob) -> list[dict[str, Any]]:
 def _pod(job: GkeJob) -> dict[str, Any]:
     command = ["python", "-u", "-m", "gptjax", "train", f"{CONFIG_FOLDER}/config.yaml"]
     variables = merge_xla_flags(job.variables, "cuda" if job.slice is None else "tpu")
-    # Kubernetes replaces $(NAME) in values; $$ stands for a single $.
-    environment: list[dict[str, Any]] = [
-        {"name": name, "value": value.replace("$", "$$")} for name, value in variables.items()
-    ]
+    environment = environment_of(variables)
     volumes: list[dict[str, Any]] = [{"name": "config", "configMap": {"name": job.name}}]
     mounts = [{"name": "config", "mountPath": CONFIG_FOLDER}]
-    for number, (path, claim) in enumerate(job.volumes.items()):
-        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
-        mounts.append({"name": f"volume-{number}", "mountPath": path})
+    mount(job.volumes, volumes, mounts)
     if job.slice is None:  # GKE tells TPU hosts their numbers, but not GPU nodes
         index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         environment.append({"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}})
@@ -116,8 +111,7 @@ def _pod(job: GkeJob) -> dict[str, Any]:
         selector = {"cloud.google.com/gke-accelerator": job.gpu}
         resource, count = "nvidia.com/gpu", job.gpus_per_node
     else:
-        selector = {"cloud.google.com/gke-tpu-accelerator": job.slice.tpu.gke}
-        selector["cloud.google.com/gke-tpu-topology"] = job.slice.shape
+        selector = select_tpus(job.slice)
         resource, count = "google.com/tpu", min(job.slice.chips, CHIPS_PER_HOST)
     container = {
         "name": "train",
@@ -130,11 +124,7 @@ def _pod(job: GkeJob) -> dict[str, Any]:
     if job.secrets:
         container["envFrom"] = [{"secretRef": {"name": secret}} for secret in job.secrets]
     if job.slice is not None:
-        # libtpu pins host memory: process.py raises the limit, which GKE asks for where containers are not privileged
-        # (cloud.google.com/kubernetes-engine/docs/how-to/tpus#privileged-mode). That needs SYS_RESOURCE; only root
-        # gets added capabilities; device files, too, keep the node's owner, which is root
-        # (kubernetes.io/blog/2021/11/09/non-root-containers-and-devices).
-        container["securityContext"] = {"runAsUser": 0, "capabilities": {"add": ["SYS_RESOURCE"]}}
+        as_tpu_container(container)
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace_s,
@@ -150,3 +140,33 @@ def _pod(job: GkeJob) -> dict[str, Any]:
     if job.service_account is not None:
         pod["serviceAccountName"] = job.service_account
     return pod
+
+
+def environment_of(variables: dict[str, str]) -> list[dict[str, Any]]:
+    """Return environment variables as a container has them."""
+    # Kubernetes replaces $(NAME) in values; $$ stands for a single $.
+    return [{"name": name, "value": value.replace("$", "$$")} for name, value in variables.items()]
+
+
+def mount(claims: dict[str, str], volumes: list[dict[str, Any]], mounts: list[dict[str, Any]]) -> None:
+    """Add persistent volumes, path -> claim, to a pod's volumes and a container's mounts."""
+    for number, (path, claim) in enumerate(claims.items()):
+        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"volume-{number}", "mountPath": path})
+
+
+def select_tpus(slice: Slice) -> dict[str, str]:
+    """Return the labels of the nodes that hold a TPU slice."""
+    labels = {"accelerator": slice.tpu.gke, "topology": slice.shape}
+    return {f"cloud.google.com/gke-tpu-{name}": value for name, value in labels.items()}
+
+
+def as_tpu_container(container: dict[str, Any]) -> None:
+    """Let a container use TPUs.
+
+    libtpu pins host memory: process.py raises the limit, which GKE asks for where containers are not privileged
+    (cloud.google.com/kubernetes-engine/docs/how-to/tpus#privileged-mode). That needs SYS_RESOURCE; only root gets
+    added capabilities; device files, too, keep the node's owner, which is root
+    (kubernetes.io/blog/2021/11/09/non-root-containers-and-devices).
+    """
+    container["securityContext"] = {"runAsUser": 0, "capabilities": {"add": ["SYS_RESOURCE"]}}
