@@ -14,6 +14,7 @@ import gptjax
 from gptjax import cli
 from gptjax.config import RopeScaling
 from gptjax.convert import import_model, open_model
+from gptjax.convert.models import read_json
 from gptjax.convert.safetensors import INDEX, NAME, SafetensorsFolder, read_header, write_safetensors
 from gptjax.errors import UserError
 from gptjax.generate import Sampling
@@ -394,3 +395,9 @@ def test_a_damaged_gguf_file_is_refused(hf_directory, tmp_path):
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(UserError, match="ffn_xx"):
         open_model(str(path))
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config.json is not JSON"):
+        read_json(tmp_path / "config.json")

@@ -361,3 +361,13 @@ def test_a_run_resumes_where_it_and_its_corpus_were_moved_to(tiny_run, tmp_path,
     assert f"its run is taken to be {second}" in done.stderr and not first.exists()
     steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_parquet_column_that_is_not_utf8_is_refused_by_its_name(tmp_path):
+    """pyarrow writes and reads such bytes as a string; only Python refuses them."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install -e '.[data]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    sound = pyarrow.array([b"abc", b"ab\xe7c"]).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": sound}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet.*(utf-8|UTF-8)"):
+        load_corpus(DataConfig(path=str(tmp_path / "rows.parquet"), tokenizer="byte", cache_dir=str(tmp_path / "c")))

@@ -231,7 +231,7 @@ def adapter(folder: Path) -> str:
     """Return a message that a folder is an adapter of PEFT, and of which model."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = "MODEL"
     return (
         f"{str(folder)!r} is an adapter (PEFT) of {base!r}, no whole model; make a run of the two: gptjax convert "

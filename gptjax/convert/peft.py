@@ -162,7 +162,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {str(folder / CONFIG)!r}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else None

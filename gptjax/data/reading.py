@@ -274,7 +274,7 @@ class readable:
         if isinstance(error, ImportError):  # of gcsfs or s3fs
             raise UserError(f"cannot read {self.file}: {error}: pip install 'gptjax[cloud]'") from None
         named = type(error).__name__ == "ZstdError" or type(error).__module__.startswith("pyarrow")
-        if isinstance(error, OSError | EOFError | zlib.error) or named or is_of_storage(error):
+        if isinstance(error, OSError | EOFError | UnicodeDecodeError | zlib.error) or named or is_of_storage(error):
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise UserError(f"cannot read {self.file}: {' '.join(str(reason).split())}") from None
 

@@ -227,7 +227,7 @@ def from_json(text: str) -> tokenizers.Tokenizer:
     try:
         made = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself
-        raise UserError(f"tokenizer.json is not a tokenizer of Hugging Face: {error}") from None
+        raise UserError(f"tokenizer.json is not a tokenizer of Hugging Face: {str(error)[:300]}") from None
     made.no_truncation()
     made.no_padding()
     return made

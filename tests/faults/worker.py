@@ -3,6 +3,7 @@
     {"kill": [PHASE, N, SECONDS]}   send SIGKILL so many seconds after the N-th time that PHASE begins
     {"fill": [PHASE, N, FOLDER]}    fill the file system of a folder at that moment
     {"limit": BYTES}                let no file become longer
+    {"flip": STEP}                  flip a bit of a weight on one device of process 1 after this step
     {"disturb": [HOW, FIRST, LAST]} disturb the batches of these steps: see `DISTURBANCES`
 
 PHASE is a name of gptjax.goodput.NAMES, or "prepare" (the token cache). A phase that does not come changes nothing.
@@ -115,7 +116,36 @@ def mark_gradient(make: Callable[..., Any]) -> Callable[..., Any]:
     return make_marked
 
 
+def flip_bit(at_step: int) -> None:
+    """Flip a bit of the first weight, as the first device of process 1 holds it, after a step."""
+    make = gptjax.step.make_train_step
+
+    def make_faulty(t: Any) -> Any:
+        step = make(t)
+
+        def faulty(state: Any, batch: Any) -> Any:
+            state, metrics = step(state, batch)
+            if int(state.step) == at_step and jax.process_index() == 1:
+                leaves, tree = jax.tree.flatten(state.params)
+                leaves[0] = with_flipped_bit(leaves[0])
+                state = state._replace(params=jax.tree.unflatten(tree, leaves))
+            return state, metrics
+
+        return faulty
+
+    gptjax.step.make_train_step = make_faulty
+
+
+def with_flipped_bit(x: jax.Array) -> jax.Array:
+    """Return an array of which one device holds other bits."""
+    parts = [np.array(shard.data) for shard in x.addressable_shards]
+    parts[0].view(np.uint32).flat[5] ^= 1 << 3
+    placed = [jax.device_put(part, shard.device) for part, shard in zip(parts, x.addressable_shards, strict=True)]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, placed)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     fault = json.loads(os.environ.get("GPTJAX_FAULT", "{}"))
     if "kill" in fault:
         phase, number, after_s = fault["kill"]
@@ -125,6 +155,8 @@ if __name__ == "__main__":
         act_in(phase, number, lambda: fill_disk(folder))
     if "limit" in fault:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
+    if "flip" in fault:
+        flip_bit(fault["flip"])
     if "disturb" in fault:
         disturb(*fault["disturb"])
     sys.exit(train(sys.argv[1:]))
