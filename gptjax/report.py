@@ -35,9 +35,11 @@ class Report:
         self.terminal = sys.stderr.isatty()
         total = cfg.train.total_steps
         size, trained = count_params(cfg.model)["total"], count_trained(cfg).trained
+        active = count_params(cfg.model, active=True)["total"]
+        passed = f" ({active:,} active for a token)" if active < size else ""
         adapted = f" and {trained:,} in adapters ({trained / size:.2%})" if cfg.lora.rank else ""
         self.say(
-            f"{size:,} parameters{adapted}, {corpus.train_tokens:,} training tokens, "
+            f"{size:,} parameters{passed}{adapted}, {corpus.train_tokens:,} training tokens, "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, run {cfg.workdir}"
             + (f", resuming after step {start_step}" if start_step else "")
         )

@@ -21,7 +21,7 @@ from gptjax.loss import log_probabilities
 from gptjax.nn.adapters import ADAPTER, abstract_adapter, init_adapter
 from gptjax.nn.backends import check_model_divides, for_mesh
 from gptjax.nn.ring import zigzag
-from gptjax.nn.transformer import Params, abstract_model, flops_per_token, init_params
+from gptjax.nn.transformer import STACKS, Params, abstract_model, active_share, flops_per_token, init_params
 from gptjax.nn.weights import held_axes, hold
 from gptjax.objectives import (
     OBJECTIVES,
@@ -177,32 +177,32 @@ class TrainedCounts(NamedTuple):
     Attributes:
         trained: those that have a gradient.
         products: those that multiply activations: the matrices of the blocks, and the head, tied or not.
-        trained_products: of these, those that have a gradient.
-        adapters: in adapters, whose products come on top.
+        frozen_active: of these, those that multiply one token and have no gradient.
+        active_adapters: in adapters, those that multiply one token, on top of the products.
     """
 
     trained: int
     products: int
-    trained_products: int
-    adapters: int
+    frozen_active: float
+    active_adapters: float
 
 
 def count_trained(cfg: Config) -> TrainedCounts:
     """Count the weights of a run by what a step does with them."""
     _, params, metadata = abstract_model(cfg.model)
-    leaves, adapters = flatten_dict(params), {}
+    leaves, adapters, declared = flatten_dict(params), {}, {}
     if cfg.lora.rank:
-        adapters = flatten_dict(abstract_adapter(cfg.lora, params, metadata)[0])
+        adapters, declared = abstract_adapter(cfg.lora, params, metadata)
     fixed = {path: is_fixed(cfg, weight) for path, weight in metadata.items()}
     head = ("embed",) if cfg.model.tie_embeddings else ("head",)
-    products = [path for path in leaves if path[0] == "blocks" or path == head]
+    products = [path for path in leaves if path[0] in STACKS or path == head]
     sizes = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
-    in_adapters = sum(math.prod(leaf.shape) for leaf in adapters.values())
+    in_adapters = {path: math.prod(leaf.shape) for path, leaf in flatten_dict(adapters).items()}
     return TrainedCounts(
-        trained=sum(size for path, size in sizes.items() if not fixed[path]) + in_adapters,
+        trained=sum(size for path, size in sizes.items() if not fixed[path]) + sum(in_adapters.values()),
         products=sum(sizes[path] for path in products),
-        trained_products=sum(sizes[path] for path in products if not fixed[path]),
-        adapters=in_adapters,
+        frozen_active=sum(sizes[p] * active_share(cfg.model, metadata[p]) for p in products if fixed[p]),
+        active_adapters=sum(size * active_share(cfg.model, declared[p]) for p, size in in_adapters.items()),
     )
 
 
@@ -216,8 +216,7 @@ def training_flops_per_token(cfg: Config, counts: TrainedCounts, teacher: ModelC
         counts: `count_trained` of the config.
         teacher: the model that the run learns from; None without one.
     """
-    frozen = counts.products - counts.trained_products
-    own = flops_per_token(cfg.model) - 2 * frozen + 6 * counts.adapters
+    own = flops_per_token(cfg.model) - 2 * counts.frozen_active + 6 * counts.active_adapters
     return own + (0 if teacher is None else flops_per_token(teacher) / 3)
 
 

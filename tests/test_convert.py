@@ -81,6 +81,10 @@ CONFIGS = {
     "mistral-wide-heads": lambda: transformers.MistralConfig(**FLAT, head_dim=24, sliding_window=None),
     "qwen2": lambda: transformers.Qwen2Config(**FLAT, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**TINY, head_dim=24, tie_word_embeddings=True),
+    "mixtral": lambda: transformers.MixtralConfig(**FLAT, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **TINY, head_dim=24, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
+    ),
     "arcee": lambda: transformers.ArceeConfig(**FLAT),
 }
 

@@ -18,10 +18,11 @@ from gptjax.nn.attention import reference_attention
 from gptjax.nn.grouped import grouped_product
 from gptjax.nn.layers import Context
 from gptjax.nn.moe import MoE
-from gptjax.nn.transformer import abstract_model, bind, init_params, logits
+from gptjax.nn.transformer import abstract_model, bind, count_params, flops_per_token, init_params, logits
+from gptjax.nn.weights import Adapted, hold, merge
 from gptjax.optim import treat
 from gptjax.sampling import Sampling
-from gptjax.step import init_state, make_train_step
+from gptjax.step import count_trained, init_state, make_train_step
 
 E, K = 8, 2
 EXPERTS = {"experts": E, "top_k": K, "width": 16}
@@ -123,6 +124,32 @@ def test_gradients_equal_those_of_all_experts_with_gates_of_zero():
         found,
         jax.grad(dense, (0, 1))(weights, x),
     )
+
+
+def test_experts_in_8_bits_and_with_adapters_compute_what_their_matrices_do():
+    cfg, weights, run = layer_and_weights(mixture(MODERN))
+    x = jax.random.normal(jax.random.key(2), (2, 32, cfg.d_model))
+    held, plain = dict(weights), dict(weights)
+    for name in ("up", "gate", "down"):
+        declared = {"role": "matrix", "axes": ("expert", "embed", "mlp"), "n_in": 1, "n_stacked": 1}
+        n_in, n_out = weights[name].shape[1:]
+        a, b = (jax.random.normal(jax.random.key(3), (E, *shape)) for shape in ((n_in, 2), (2, n_out)))
+        held[name] = Adapted(hold(weights[name], declared, "int8"), 0.1 * a, b, 0.5)
+        plain[name] = merge(held[name], 1)
+    np.testing.assert_allclose(run(held, x)[0], run(plain, x)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_counts_and_flops_are_of_the_experts_that_a_token_passes():
+    cfg = make_config(mixture(MODERN, first_dense_layers=1)).model
+    one = 3 * cfg.d_model * 16
+    whole, active = count_params(cfg), count_params(cfg, active=True)
+    assert whole["total"] - active["total"] == whole["blocks"] - active["blocks"] == (E - K) * one
+    more = make_config(mixture(MODERN, first_dense_layers=1, experts=2 * E)).model
+    assert flops_per_token(more) - flops_per_token(cfg) == 6 * E * cfg.d_model  # the router's
+    lora = make_config(mixture(MODERN), lora={"rank": 2})
+    counts = count_trained(lora)
+    assert counts.frozen_active < counts.products
+    assert counts.active_adapters < counts.trained
 
 
 @pytest.mark.parametrize("sizes", [[0, 130, 1, 0, 160], [300, 0, 0, 0, 0], [0, 0, 0, 0, 0]], ids=str)

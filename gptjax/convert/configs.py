@@ -16,6 +16,7 @@ from gptjax.convert.foreign import another_head, unknown_family
 from gptjax.errors import UserError
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
+SIZES += ("mlp.moe.experts", "mlp.moe.top_k", "mlp.moe.width")
 DERIVED_WHERE_NULL = ("num_key_value_heads", "head_dim", "n_inner")  # as their classes compute it
 DEFAULT_WINDOW, DEFAULT_FULL_LAYERS = 4096, 28  # `sliding_window` and `max_window_layers`, where there are none
 
@@ -91,6 +92,7 @@ def import_config(config: Mapping[str, Any]) -> Imported:
         if ours != "bias":
             model[ours] = _value(ours, theirs, config.get(theirs, default), default)
     form = {"positions.kind", "norm.kind", "mlp.kind", "attention.qk_norm"} & family.form.keys()
+    form |= {field for field in family.form if field.startswith("mlp.moe.")}
     model |= {field: family.form[field] for field in form}
     model["bias"], absent = _import_biases(family, config)
     if family.form["attention.qkv_bias"] is True and not model["bias"]:
@@ -133,7 +135,7 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"config.json: {key} {config[key]!r} cannot be run here, only {allowed[0]!r}")
     used = {theirs for _, theirs, _ in family.keys} | neutral.keys() | family.aliases.keys() | IRRELEVANT
-    used |= {*READ_ELSEWHERE, "layer_types"}
+    used |= {*READ_ELSEWHERE, *family.unread, "layer_types"}
     if family.form["positions.kind"] == "rope":
         used |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
     if family.window is not None:

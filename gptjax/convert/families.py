@@ -6,6 +6,7 @@ Sources: the configuration_*.py and modeling_*.py of `transformers` for the same
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig, override, plain_values
@@ -16,9 +17,9 @@ class Tensor(NamedTuple):
     """The tensor, or part of one, that holds a weight.
 
     Attributes:
-        name: the tensor's name, with `{}` for the layer.
-        dims: the tensor's dimensions, in order, each a product of axes (docs/design.md's letters): `HK,D`. P counts
-            the parts that are fused into one tensor, N is the width of a norm or bias.
+        name: the tensor's name, with `{}` for the layer, and a second one for the expert.
+        dims: the tensor's dimensions, in order, each a product of axes (docs/design.md's letters): `HK,D`. E is the
+            number of experts, P counts the parts that are fused into one tensor, N is the width of a norm or bias.
         part: index of the fused part.
     """
 
@@ -45,6 +46,7 @@ class Family(NamedTuple):
         biases: their keys that turn some of the biases on -> the prefix of these weights' paths. Where only some
             are on, the others are read as zeros.
         preset: a preset of ours that the family can express.
+        unread: their keys that matter in training alone.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Family(NamedTuple):
     preset: str
     aliases: dict[str, str]
     biases: dict[str, str]
+    unread: tuple[str, ...] = ()
 
 
 # The names of one function in `transformers` (activations.py).
@@ -192,8 +195,33 @@ _UNBIASED = tuple(key for key in _LLAMA.keys if key[0] != "bias")
 _ANY_HEADS = {field: value for field, value in _LLAMA.form.items() if field != "d_model"}
 
 
-def _with_defaults(keys: tuple[tuple[str, str, Any], ...], **defaults: Any) -> tuple[tuple[str, str, Any], ...]:
+def _with_defaults(keys: Iterable[tuple[str, str, Any]], **defaults: Any) -> tuple[tuple[str, str, Any], ...]:
     return tuple((ours, theirs, defaults.get(theirs, default)) for ours, theirs, default in keys)
+
+
+_ROUTERS = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
+_EXPERTS = {
+    **_ANY_HEADS,
+    "bias": False,
+    "mlp.kind": "moe",
+    "mlp.moe.activation": "swiglu",
+    "mlp.moe.scores": "softmax",
+    "mlp.moe.scale": 1.0,
+    "mlp.moe.shared_experts": 0,
+    "mlp.moe.first_dense_layers": 0,
+}
+
+
+def _expert_tensors(router: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
+    """Return Llama's tensors with experts in place of the MLP, given the names below `model.layers.{}.`."""
+    others = {path: tensor for path, tensor in _LLAMA.tensors.items() if not path.startswith("blocks.mlp.")}
+    return {
+        **others,
+        "blocks.mlp.router": Tensor(f"model.layers.{{}}.{router}.weight", "E,D"),
+        "blocks.mlp.gate": Tensor(f"model.layers.{{}}.{gate}.weight", "F,D"),
+        "blocks.mlp.up": Tensor(f"model.layers.{{}}.{up}.weight", "F,D"),
+        "blocks.mlp.down": Tensor(f"model.layers.{{}}.{down}.weight", "D,F"),
+    }
 
 
 # By the `model_type` of a config.json. An export takes the first that has the model's form.
@@ -252,6 +280,65 @@ FAMILIES: dict[str, Family] = {
         form={**_ANY_HEADS, "bias": False, "attention.qk_norm": True},
         demands={"hidden_act": SILUS, "attention_bias": (False,)},
         window=("sliding_window", "use_sliding_window"),
+    ),
+    "mixtral": _LLAMA._replace(
+        title="Mixtral",
+        biases={},
+        architecture="MixtralForCausalLM",
+        keys=(
+            *_with_defaults(
+                [key for key in _UNBIASED if key[0] != "mlp.width"],
+                num_key_value_heads=8,
+                max_position_embeddings=131072,
+                rms_norm_eps=1e-5,
+            ),
+            ("mlp.moe.width", "intermediate_size", 14336),
+            ("mlp.moe.experts", "num_local_experts", 8),
+            ("mlp.moe.top_k", "num_experts_per_tok", 2),
+        ),
+        form={**_EXPERTS, "mlp.moe.normalize": True},
+        window=("sliding_window", None),
+        tensors=_expert_tensors(
+            "block_sparse_moe.gate",
+            "block_sparse_moe.experts.{}.w1",
+            "block_sparse_moe.experts.{}.w3",
+            "block_sparse_moe.experts.{}.w2",
+        ),
+        aliases={"num_experts": "num_local_experts"},
+        unread=_ROUTERS,
+    ),
+    "qwen3_moe": _LLAMA._replace(
+        title="Qwen3-MoE",
+        biases={},
+        architecture="Qwen3MoeForCausalLM",
+        keys=(
+            *_with_defaults(
+                _UNBIASED,
+                hidden_size=2048,
+                num_hidden_layers=24,
+                num_key_value_heads=4,
+                intermediate_size=6144,
+                max_position_embeddings=32768,
+                vocab_size=151936,
+            ),
+            ("mlp.moe.width", "moe_intermediate_size", 768),
+            ("mlp.moe.experts", "num_experts", 128),
+            ("mlp.moe.top_k", "num_experts_per_tok", 8),
+            ("mlp.moe.normalize", "norm_topk_prob", False),
+        ),
+        form={**_EXPERTS, "attention.qk_norm": True},
+        demands={
+            "hidden_act": SILUS,
+            "attention_bias": (False,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([], None),
+        },
+        window=("sliding_window", "use_sliding_window"),
+        tensors=_expert_tensors(
+            "mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"
+        ),
+        aliases={"num_local_experts": "num_experts"},
+        unread=_ROUTERS,
     ),
 }
 
@@ -329,6 +416,7 @@ def export_config(cfg: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
     """Return the config.json of a model; `transformers` 4 and 5 read it to the same model."""
     family = FAMILIES[kind]
     resolved = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "mlp.width": cfg.mlp_width}
+    resolved["mlp.moe.width"] = cfg.expert_width
     ours_values = plain_values(cfg) | resolved
     values = {theirs: ours_values[ours] for ours, theirs, _ in family.keys}
     values |= {key: allowed[0] for key, allowed in family.demands.items()}

@@ -1,7 +1,8 @@
 """Convert a family's tensors to our weights, directly onto their shardings, and back, one tensor at a time."""
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,6 +25,7 @@ LETTERS = {
     "mlp": "F",
     "position": "T",
     "norm": "N",
+    "choice": "E",
 }
 PARTS = 3  # of a fused tensor: query, key and value
 
@@ -49,11 +51,17 @@ class TensorSource(Protocol):
 
 
 class TensorLayout(NamedTuple):
-    """A tensor's shape, the layer it belongs to (None: to none), and the paths of the weights that it holds."""
+    """A tensor's shape, the layer and the expert it belongs to (None: to none), and the paths of its weights."""
 
     shape: tuple[int, ...]
     layer: int | None
     paths: list[Path]
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Return where the tensor lies in a weight: its layer and its expert, as far as it has them."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
 
 
 class Layout:
@@ -65,6 +73,7 @@ class Layout:
 
     Attributes:
         family, cfg, absent: as given.
+        stacks, axes: a weight's logical axes by path: those that count tensors, and those of each tensor.
         tensors: by name, those of the layers in the order of the layers.
     """
 
@@ -72,8 +81,10 @@ class Layout:
         self.family, self.cfg, self.absent = family, cfg, absent
         _, params, metadata = abstract_model(cfg)
         self.sizes = {"V": cfg.vocab_size, "D": cfg.d_model, "H": cfg.n_heads, "G": cfg.kv_heads, "K": cfg.d_head}
-        self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "P": PARTS}
-        self.axes = {path: meta["axes"][path[0] == "blocks" :] for path, meta in metadata.items()}
+        self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "P": PARTS, "E": cfg.mlp.moe.experts}
+        # An expert's matrix is a tensor of its own.
+        self.stacks = {path: meta["axes"][: meta["n_stacked"]] for path, meta in metadata.items()}
+        self.axes = {path: meta["axes"][meta["n_stacked"] :] for path, meta in metadata.items()}
         self.widths = {path: leaf_at(params, path).shape[-1] for path in metadata}
         self.tensors = self._tensors(path for path in metadata if not self.is_absent(path))
 
@@ -93,9 +104,15 @@ class Layout:
         for name, members in parts.items():
             dims = self.place(members[0]).dims.split(",")
             shape = tuple(math.prod(self._size(members[0], letter) for letter in dim) for dim in dims)
-            for layer in range(self.cfg.n_layers) if "{}" in name else (None,):
-                found[name.format(layer)] = TensorLayout(shape, layer, members)
+            for numbers in self.places(members[0]):
+                layer, expert = (*numbers, None, None)[:2]
+                found[name.format(*numbers)] = TensorLayout(shape, layer, members, expert)
         return dict(sorted(found.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer))
+
+    def places(self, path: Path) -> Iterator[tuple[int, ...]]:
+        """Yield the numbers of the layer and the expert of each tensor that holds a part of a weight."""
+        counts = {"layers": self.cfg.n_layers, "expert": self.cfg.mlp.moe.experts}
+        return itertools.product(*(range(counts[axis]) for axis in self.stacks[path]))
 
     def view(self, path: Path, tensor: np.ndarray) -> np.ndarray:
         """Return a tensor's part for a weight, as a view in the order of our axes."""
@@ -107,6 +124,8 @@ class Layout:
         return unfolded.transpose([dims.index(LETTERS[axis]) for axis in self.axes[path]])
 
     def _size(self, path: Path, letter: str) -> int:
+        if letter == "F" and "expert" in self.stacks[path]:
+            return self.cfg.expert_width
         return self.widths[path] if letter == "N" else self.sizes[letter]
 
 
@@ -137,7 +156,6 @@ def read_params(layout: Layout, source: TensorSource, abstract: Params) -> Param
 
 
 def _read_weight(layout: Layout, source: TensorSource, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    stacked = path[0] == "blocks"
     of_device = {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
@@ -146,15 +164,22 @@ def _read_weight(layout: Layout, source: TensorSource, path: Path, leaf: jax.Sha
         bounds: _aligned_zeros([stop - start for start, stop in bounds], leaf.dtype)
         for bounds in set(of_device.values())
     }
-    layers = 0 if layout.is_absent(path) else leaf.shape[0] if stacked else 1
-    for layer in range(layers):
-        view = layout.view(path, source.read(layout.place(path).name.format(layer)))
-        for bounds, buffer in buffers.items():
-            target = buffer[layer] if stacked else buffer
-            part = view[tuple(slice(start, stop) for start, stop in bounds[stacked:])]
+    for place in () if layout.is_absent(path) else layout.places(path):
+        wanted = {bounds: buffer for bounds, buffer in buffers.items() if _holds(bounds, place)}
+        if not wanted:
+            continue  # other hosts' experts
+        view = layout.view(path, source.read(layout.place(path).name.format(*place)))
+        for bounds, buffer in wanted.items():
+            target = buffer[tuple(number - start for number, (start, _) in zip(place, bounds, strict=False))]
+            part = view[tuple(slice(start, stop) for start, stop in bounds[len(place) :])]
             target[tuple(slice(0, n) for n in part.shape)] = part
     arrays = [jax.device_put(buffers[bounds], device) for device, bounds in of_device.items()]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+
+def _holds(bounds: tuple[tuple[int, int], ...], place: tuple[int, ...]) -> bool:
+    """Return whether a shard with these bounds has a part of the tensor of a layer and an expert."""
+    return all(start <= number < stop for number, (start, stop) in zip(place, bounds, strict=False))
 
 
 def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
@@ -193,14 +218,14 @@ def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
 
 def write_value(layout: Layout, params: Params, name: str) -> np.ndarray:
     """Return a tensor of the family, float32. Weights that the model lacks are neutral: scales of 1, biases of 0."""
-    shape, layer, paths = layout.tensors[name]
-    tensor = np.full(shape, 1.0 if paths[0][-1] == "scale" else 0.0, np.float32)
-    for path in paths:
+    found = layout.tensors[name]
+    tensor = np.full(found.shape, 1.0 if found.paths[0][-1] == "scale" else 0.0, np.float32)
+    for path in found.paths:
         try:
             weight = leaf_at(params, path)
         except KeyError:
             continue
-        value = np.asarray(weight if layer is None else weight[layer])
+        value = np.asarray(weight[found.place])
         target = layout.view(path, tensor)
         target[...] = value[tuple(slice(0, n) for n in target.shape)]  # without the padding of the vocabulary
     return tensor

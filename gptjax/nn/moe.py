@@ -6,7 +6,7 @@ no token is dropped and no array has an axis of tokens and one of experts and on
 Letters as in the model; N tokens of a device, k experts of a token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import ModelConfig, MoeConfig
 from gptjax.nn.grouped import grouped_product
 from gptjax.nn.layers import ACTIVATIONS, MLP, Aux, Context, init_std, param, param_if
+from gptjax.nn.weights import Adapted, Int8, Weight
 from gptjax.sharding import by_shard, divides_into, mesh_size
 
 AXIS = "expert"  # the mesh axis, as sharding.AXIS_RULES has it for "expert"
@@ -59,7 +60,7 @@ class MoE(nnx.Module):
         counted = jnp.broadcast_to(ctx.positions >= 0, x.shape[:2])  # padding is sent somewhere, but not counted
         routing, aux = self.route(x, counted)
         weights = (self.up, self.gate, self.down, self.up_bias, self.gate_bias, self.down_bias)
-        held = [None if weight is None else weight[...].astype(self.dtype) for weight in weights]
+        held = [None if weight is None else in_dtype(weight.get_value(), self.dtype) for weight in weights]
         y = run_experts(x.astype(self.dtype), routing, Experts(*held), self.moe.activation)
         return y if self.shared is None else y + self.shared(x, ctx)[0], aux
 
@@ -124,7 +125,7 @@ with_gradient.defvjp(lambda x, weight, gradient: (x, gradient), lambda gradient,
 
 
 class Experts(NamedTuple):
-    """The weights of a layer's experts, in the compute dtype; None where there is none.
+    """The weights of a layer's experts, in any form of `nn/weights.py`; None where there is none.
 
     Attributes:
         up, gate: [E, D, F].
@@ -133,9 +134,9 @@ class Experts(NamedTuple):
         down_bias: [E, D].
     """
 
-    up: jax.Array
-    gate: jax.Array | None
-    down: jax.Array
+    up: Weight
+    gate: Weight | None
+    down: Weight
     up_bias: jax.Array | None
     gate_bias: jax.Array | None
     down_bias: jax.Array | None
@@ -159,12 +160,30 @@ def run_experts(x: jax.Array, routing: Routing, experts: Experts, activation: st
     """
     rows = ("batch", "length", None)
 
-    def compute(x: jax.Array, chosen: jax.Array, gates: jax.Array, *weights: jax.Array | None) -> jax.Array:
-        return _exchange_tokens(x, Routing(chosen, gates), Experts(*weights), activation, gathers)
+    def compute(x: jax.Array, chosen: jax.Array, gates: jax.Array, *leaves: jax.Array) -> jax.Array:
+        weights = jax.tree.unflatten(structure, leaves)
+        return _exchange_tokens(x, Routing(chosen, gates), weights, activation, gathers)
 
     gathers = divides_into(len(x), "batch")
-    on_each_shard = by_shard(compute, (rows, rows, rows, *EXPERT_AXES), rows)
-    return on_each_shard(x, *routing, *experts)
+    leaves, structure = jax.tree.flatten(experts)
+    axes = Experts(*(axes_of(weight, axes) for weight, axes in zip(experts, EXPERT_AXES, strict=True)))
+    leaf_axes = jax.tree.leaves(axes, is_leaf=lambda node: type(node) is tuple)
+    return by_shard(compute, (rows, rows, rows, *leaf_axes), rows)(x, *routing, *leaves)
+
+
+def in_dtype(weight: Weight, dtype: str) -> Weight:
+    """Return the weight with its floats in a dtype, so that devices gather them so."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.int8 else leaf.astype(dtype), weight)
+
+
+def axes_of(weight: Weight | None, axes: tuple[str | None, ...]) -> Any:
+    """Return the logical axes of an expert stack's arrays, in the form of the weight; `axes` are its matrix's."""
+    if isinstance(weight, Adapted):
+        a, b = (axes[0], axes[1], None), (axes[0], None, axes[2])
+        return Adapted(axes_of(weight.base, axes), a, b, weight.scale)
+    if isinstance(weight, Int8):
+        return Int8(axes, (axes[0], None, axes[2]))
+    return None if weight is None else axes
 
 
 def _exchange_tokens(x: jax.Array, routing: Routing, experts: Experts, activation: str, gathers: bool) -> jax.Array:
@@ -179,7 +198,7 @@ def _exchange_tokens(x: jax.Array, routing: Routing, experts: Experts, activatio
     else:
         if gathers:
             x, *routing = (jax.lax.all_gather(array, AXIS, tiled=True) for array in (x, *routing))
-        first = jax.lax.axis_index(AXIS) * len(experts.up)
+        first = jax.lax.axis_index(AXIS) * _n_experts(experts)
         y = _sort_and_multiply(x, Routing(*routing), experts, activation, first)
         y = jax.lax.psum_scatter(y, AXIS, tiled=True) if gathers else jax.lax.psum(y, AXIS)
     return jax.lax.psum(y, "tensor") if mesh_size("tensor") > 1 else y
@@ -189,7 +208,7 @@ def _sort_and_multiply(
     x: jax.Array, routing: Routing, experts: Experts, activation: str, first: jax.Array | int
 ) -> jax.Array:
     """Return the part of the sum that is of these experts, which are those numbered `first` and on."""
-    (B, T, D), k, E = x.shape, routing.experts.shape[-1], len(experts.up)
+    (B, T, D), k, E = x.shape, routing.experts.shape[-1], _n_experts(experts)
     numbers = routing.experts.reshape(-1) - first
     numbers = jnp.where((numbers >= 0) & (numbers < E), numbers, E)  # E: another device's
     order = jnp.argsort(numbers)  # choices by expert
@@ -209,11 +228,26 @@ def _sort_and_multiply(
     return jnp.einsum("BTkD,BTk->BTD", y, routing.gates.astype(y.dtype))
 
 
+def _n_experts(experts: Experts) -> int:
+    return len(jax.tree.leaves(experts.up)[0])
+
+
 def _multiply(
-    rows: jax.Array, matrices: jax.Array, bias: jax.Array | None, sizes: jax.Array, numbers: jax.Array
+    rows: jax.Array, weight: Weight, bias: jax.Array | None, sizes: jax.Array, numbers: jax.Array
 ) -> jax.Array:
-    y = grouped_product(rows, matrices, sizes)
+    y = _multiply_weight(rows, weight, sizes, numbers)
     return y if bias is None else y + bias.at[numbers].get(mode="fill", fill_value=0)
+
+
+def _multiply_weight(rows: jax.Array, weight: Weight, sizes: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Multiply rows by the matrices of their experts, in whatever form these are held; as `weights.multiply`."""
+    if isinstance(weight, Adapted):
+        inner = grouped_product(rows, weight.a, sizes) * weight.scale
+        return _multiply_weight(rows, weight.base, sizes, numbers) + grouped_product(inner, weight.b, sizes)
+    if isinstance(weight, Int8):
+        scales = weight.scales[:, 0].at[numbers].get(mode="fill", fill_value=0)
+        return grouped_product(rows, weight.values.astype(rows.dtype), sizes) * scales
+    return grouped_product(rows, weight, sizes)
 
 
 @jax.custom_vjp

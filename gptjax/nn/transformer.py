@@ -329,8 +329,21 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def count_params(cfg: ModelConfig) -> dict[str, int]:
-    """Count the weights by group (embed, positions, blocks, final_norm, head, total), without vocabulary padding."""
+def active_share(cfg: ModelConfig, weight: dict[str, Any]) -> float:
+    """Return the share of a weight that one token passes: k / E of experts, all of another.
+
+    Args:
+        weight: its metadata (`abstract_model`).
+    """
+    return cfg.mlp.moe.top_k / cfg.mlp.moe.experts if "expert" in weight["axes"] else 1.0
+
+
+def count_params(cfg: ModelConfig, active: bool = False) -> dict[str, int]:
+    """Count the weights by group (embed, positions, blocks, final_norm, head, total), without vocabulary padding.
+
+    Args:
+        active: count the experts that one token passes, and not all of them.
+    """
     _, params, metadata = abstract_model(cfg)
     counts: dict[str, int] = {}
     for path, meta in metadata.items():
@@ -340,17 +353,19 @@ def count_params(cfg: ModelConfig) -> dict[str, int]:
         size = math.prod(leaf.shape)
         if "vocab" in meta["axes"]:
             size = size // cfg.padded_vocab * cfg.vocab_size
-        counts[path[0]] = counts.get(path[0], 0) + size
+        size = round(size * active_share(cfg, meta)) if active else size
+        group = "blocks" if path[0] in STACKS else path[0]
+        counts[group] = counts.get(group, 0) + size
     return {**counts, "total": sum(counts.values())}
 
 
 def flops_per_token(cfg: ModelConfig) -> float:
     """Return the floating-point operations of forward and backward for one token: 6 N + 12 L H K T.
 
-    N counts the weights that multiply (no embeddings of tokens or positions, but the head, tied or not); the
-    second term is attention, counted in full, causal or not (Chowdhery et al. 2022, arXiv 2204.02311,
-    appendix B).
+    N counts the weights that multiply one token: no embeddings of tokens or positions, but the head, tied or not, and
+    of experts those that the token passes. The second term is attention, counted in full, causal or not (Chowdhery et
+    al. 2022, arXiv 2204.02311, appendix B).
     """
-    counts = count_params(cfg)
+    counts = count_params(cfg, active=True)
     matmul = counts["blocks"] + cfg.d_model * cfg.vocab_size
     return 6 * matmul + 12 * cfg.n_layers * cfg.n_heads * cfg.d_head * cfg.context_length

@@ -21,7 +21,7 @@ from gptjax.convert import teacher_config
 from gptjax.errors import UserError, choose
 from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.backends import BACKENDS
-from gptjax.nn.transformer import count_params, flops_per_token
+from gptjax.nn.transformer import STACKS, count_params, flops_per_token
 from gptjax.objectives import OBJECTIVES, TEACHER
 from gptjax.parametrization import ROLES
 from gptjax.step import (
@@ -132,13 +132,34 @@ class DeviceSizes(NamedTuple):
     tensor: int
     shards: int  # of the blocks' weights
     itemsize: int  # bytes of an activation's element
+    hidden: float  # hidden units of the MLPs that a token passes
+    sorted: float  # rows of experts for each token of the device: its choices, and those of others' tokens
 
 
 def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
     sequences = cfg.train.batch_sequences / cfg.train.microbatches / (axes["data"] * axes["fsdp"] * axes["expert"])
     tokens = sequences * cfg.model.context_length / axes["context"]
     itemsize = BF16 if cfg.model.dtype == "bfloat16" else F32
-    return DeviceSizes(sequences, tokens, axes["tensor"], axes["fsdp"] * axes["tensor"], itemsize)
+    moe, rows, hidden = cfg.model.mlp.moe, 0.0, cfg.model.mlp_width
+    if cfg.model.mlp.kind == "moe":
+        rows = moe.top_k * axes["expert"]
+        hidden = (moe.top_k + moe.shared_experts) * cfg.model.expert_width
+    tensor, shards = axes["tensor"], axes["fsdp"] * axes["tensor"]
+    return DeviceSizes(sequences, tokens, tensor, shards, itemsize, hidden / tensor, rows)
+
+
+def _n_hidden(cfg: ModelConfig) -> int:
+    """Return how many arrays of hidden units an MLP makes: products, and what the activation makes of them."""
+    return 3 if "swiglu" in (cfg.mlp.kind, cfg.mlp.moe.activation if cfg.mlp.kind == "moe" else "") else 2
+
+
+def _expert_share(cfg: ModelConfig, parts: int) -> float:
+    """Return the share of the blocks' weights that one of so many devices along the expert axis holds."""
+    if cfg.mlp.kind != "moe":
+        return 1.0
+    matrices = (cfg.n_layers - cfg.n_dense_layers) * cfg.mlp.moe.experts * _n_hidden(cfg)
+    experts = matrices * cfg.d_model * cfg.expert_width
+    return 1 - experts / weight_counts(cfg)["blocks"] * (1 - 1 / parts)
 
 
 def trained_counts(cfg: Config) -> TrainedCounts:
@@ -170,6 +191,12 @@ def weight_counts(cfg: ModelConfig) -> dict[str, int]:
     return count_params(cfg)
 
 
+@lru_cache(maxsize=32)
+def active_counts(cfg: ModelConfig) -> dict[str, int]:
+    """Return `count_params` of the weights that one token passes, cached."""
+    return count_params(cfg, active=True)
+
+
 def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]:
     """Return the bytes that one device holds: all params, those of the blocks, those that are trained, a teacher's
     (which are among the params), and the optimizer's state, of the weights that are trained.
@@ -182,7 +209,7 @@ def held_bytes(cfg: Config, axes: dict[str, int], tiled: bool) -> dict[str, int]
     return {
         "params": shard_bytes(state.params, tiled),
         "trained": shard_bytes(split_frozen(state.params, t.frozen)[0], tiled),
-        "blocks": shard_bytes(state.params["blocks"], tiled),
+        "blocks": shard_bytes({name: state.params.get(name, {}) for name in STACKS}, tiled),
         "teacher": shard_bytes(state.params.get(TEACHER, {}), tiled),
         "optimizer": shard_bytes((state.step, state.total_steps, state.opt_state, state.ema), tiled),
     }
@@ -229,15 +256,14 @@ def executed_flops_per_token(cfg: Config, fused_attention: bool, teacher: ModelC
     the scores in its backward pass (five matmuls) and skips the masked half. A frozen weight has no gradient, which
     saves two of its six operations. A teacher's forward pass is a third of its training.
     """
-    m, blocks, counts = cfg.model, weight_counts(cfg.model)["blocks"], trained_counts(cfg)
+    m, blocks, counts = cfg.model, active_counts(cfg.model)["blocks"], trained_counts(cfg)
     square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
     share = 0.5 if fused_attention else 1.0
     again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.run.remat, (2 * blocks, 2))  # named, offload: less
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
-    weights = 6 * (blocks + m.d_model * m.padded_vocab + counts.adapters)
-    frozen = counts.products - counts.trained_products
+    weights = 6 * (blocks + m.d_model * m.padded_vocab + counts.active_adapters)
     taught = 0 if teacher is None else flops_per_token(teacher) / 3
-    return weights - 2 * frozen + again[0] + matmuls * share * square + taught
+    return weights - 2 * counts.frozen_active + again[0] + matmuls * share * square + taught
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
@@ -251,15 +277,16 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
     block_weights = blocks / held_itemsize
     layer_full = block_weights / m.n_layers * axes["fsdp"] * s.itemsize  # one layer's weights, gathered and cast
     head_trained = head_is_trained(cfg)
-    V, D, F = m.padded_vocab / s.tensor, m.d_model, m.mlp_width / s.tensor
+    V, D = m.padded_vocab / s.tensor, m.d_model
     H, G = m.n_heads / s.tensor, m.kv_heads / s.tensor
     scores = 0 if fused else s.sequences * H * (m.context_length / axes["context"]) * m.context_length
 
     stream = s.tokens * D * s.itemsize
     kept = stream  # what a layer keeps for the backward pass
-    qkv, hidden = s.tokens * (H + 2 * G) * m.d_head * s.itemsize, s.tokens * F * s.itemsize
-    n_hidden = 3 if m.mlp.kind == "swiglu" else 2
-    streams = (8 if m.conv_width else 6) * stream  # norms, what convolutions make of them, sums
+    qkv, n_hidden = s.tokens * (H + 2 * G) * m.d_head * s.itemsize, _n_hidden(m)
+    hidden = s.tokens * s.hidden * axes["expert"] * s.itemsize
+    # Norms, what convolutions make of them, sums; rows sorted by expert, before and after the experts.
+    streams = ((8 if m.conv_width else 6) + 2 * s.sorted) * stream
     if cfg.run.remat == "dots":
         kept += qkv + hidden * (n_hidden - 1) + 2 * stream
     elif cfg.run.remat == "named":
@@ -300,19 +327,19 @@ def head_is_trained(cfg: Config) -> bool:
 def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
     """Return the HBM bytes: each pass moves a layer's activations and weights, the optimizer all its state."""
     m, s = cfg.model, _device_sizes(cfg, axes)
-    H, G, F = m.n_heads / s.tensor, m.kv_heads / s.tensor, m.mlp_width / s.tensor
+    H, G = m.n_heads / s.tensor, m.kv_heads / s.tensor
     counts = weight_counts(m)
     passes = 3 + {"none": 0, "dots": 0.5}.get(cfg.run.remat, 1)
-    arrays = 8 * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + (6 if m.mlp.kind == "swiglu" else 4) * F
+    arrays = (8 + 4 * s.sorted) * m.d_model + 2 * (2 * H + 2 * G) * m.d_head + 2 * _n_hidden(m) * s.hidden
     scores = 0 if fused else 3 * F32 * s.sequences * H * m.context_length**2 / axes["context"]
     trained = trained_counts(cfg)
     # Each matrix is read twice, and its gradient written; a frozen one is read in the form in which it is held.
     read = HELD_BYTES[base_dtype(cfg)] if cfg.lora.rank else s.itemsize
     gradients = s.itemsize * min(trained.trained / trained.products, 1.0)
-    weights = (2 * read + gradients) * counts["blocks"] / m.n_layers / s.tensor
+    weights = (2 * read + gradients) * counts["blocks"] * _expert_share(m, axes["expert"]) / m.n_layers / s.tensor
     layer = s.tokens * arrays * s.itemsize + scores + weights
     logits = 6 * F32 * s.tokens * m.padded_vocab / s.tensor
-    state = 10 * F32 * trained.trained / s.shards
+    state = 10 * F32 * trained.trained * _expert_share(m, axes["expert"]) / s.shards
     return cfg.train.microbatches * (passes * m.n_layers * layer + logits) + state
 
 
@@ -320,7 +347,7 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     """Return the bytes that one device sends in a step, by purpose, and how many of them leave the slice."""
     m, s, M = cfg.model, _device_sizes(cfg, axes), cfg.train.microbatches
     counts = weight_counts(m)
-    blocks = counts["blocks"] * s.itemsize / s.tensor
+    blocks = counts["blocks"] * _expert_share(m, axes["expert"]) * s.itemsize / s.tensor
     vocab = m.padded_vocab * m.d_model * s.itemsize / s.tensor
     fsdp, tensor = _ring(axes["fsdp"]), _ring(axes["tensor"])
     trained = trained_counts(cfg)
@@ -330,13 +357,16 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     # Each block has two sums forward and two backward; full remat repeats the first.
     sums = m.n_layers * (5 if cfg.run.remat == "full" else 4) + 2
     head_grad = vocab / s.itemsize * F32 * cfg.train.loss_chunks
-    batch_parts = axes["data"] * axes["fsdp"]
+    batch_parts, copies = axes["data"] * axes["fsdp"] * axes["expert"], axes["data"] * axes["expert"]
+    # A layer gathers tokens and scatters sums, forward and backward; full remat gathers once more.
+    exchanges = (m.n_layers - m.n_dense_layers) * (5 if cfg.run.remat == "full" else 4)
     made = {
         "weights gathered": M * fsdp * (2 * blocks + n_tables * vocab),
         "gradients scattered": M * fsdp * blocks * share,
         "embedding's gradient": M * 2 * _ring(batch_parts) * vocab * ("embed" not in frozen_roles(cfg)),
-        "head's gradient": M * (fsdp + 2 * _ring(axes["data"]) / axes["fsdp"]) * head_grad * head_is_trained(cfg),
-        "gradients over data": M * 2 * _ring(axes["data"]) * blocks / axes["fsdp"] * share,
+        "head's gradient": M * (fsdp + 2 * _ring(copies) / axes["fsdp"]) * head_grad * head_is_trained(cfg),
+        "gradients over data": M * 2 * _ring(copies) * blocks / axes["fsdp"] * share,
+        "tokens over experts": M * exchanges * (axes["expert"] - 1) * stream,
         "activations over tensor": M * 2 * tensor * sums * stream,
         "keys and values over context": M * 4 * _ring(axes["context"]) * m.n_layers
         * s.sequences * m.context_length * 2 * m.kv_heads / s.tensor * m.d_head * s.itemsize,

@@ -178,8 +178,11 @@ def speeds(line: Roofline) -> dict[str, Any]:
 def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
     """Return the smallest change of the config that fits by arithmetic, with 10 % of the memory free; or None."""
     axes, limit = resolve_mesh(cfg, topology), 0.9 * topology.chip.hbm_bytes
-    whole = {"mesh.data": topology.num_slices, "mesh.fsdp": topology.n_chips // topology.num_slices // axes["tensor"]}
-    per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"])
+    whole = {
+        "mesh.data": topology.num_slices,
+        "mesh.fsdp": topology.n_chips // topology.num_slices // axes["tensor"] // axes["expert"],
+    }
+    per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"] * axes["expert"])
     remats = [{}] if cfg.run.remat == "full" else [{}, {"run.remat": "full"}]
     parts = [2**k for k in range(int(math.log2(max(per_step, 1))) + 1) if per_step % 2**k == 0]
     microbatches = [{"train.microbatches": count} if count > 1 else {} for count in parts]
@@ -200,9 +203,13 @@ def _loss_chunks(cfg: Config) -> list[dict[str, Any]]:
     return [{}, {"train.loss_chunks": LOSS_CHUNKS}] if more else [{}]
 
 
-def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
-    """Yield the meshes that a search tries, as overrides: every way to lay all chips on data, fsdp and tensor."""
-    chips, slices = topology.n_chips // context, topology.num_slices
+def meshes_to_try(topology: Topology, others: int) -> Iterator[dict[str, int]]:
+    """Yield the meshes that a search tries, as overrides: every way to lay all chips on data, fsdp and tensor.
+
+    Args:
+        others: product of the axes that stay as they are.
+    """
+    chips, slices = topology.n_chips // others, topology.num_slices
     for tensor in (n for n in (1, 2, 4, 8) if chips % n == 0):
         for fsdp in divisors(chips // tensor):
             mesh = {"mesh.data": chips // tensor // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
@@ -213,17 +220,18 @@ def meshes_to_try(topology: Topology, context: int) -> Iterator[dict[str, int]]:
 def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, Any], float]]:
     """Return every mesh x remat x microbatches x loss chunks that fits by arithmetic, best first.
 
-    Each is (expected seconds of a step, overrides, bytes of a chip). It leaves 5 % of the memory free. The context
-    axis is not changed.
+    Each is (expected seconds of a step, overrides, bytes of a chip). It leaves 5 % of the memory free. The axes
+    context and expert are not changed.
     """
     found = []
-    for mesh in meshes_to_try(topology, resolve_mesh(cfg, topology)["context"]):
+    fixed = resolve_mesh(cfg, topology)
+    for mesh in meshes_to_try(topology, fixed["context"] * fixed["expert"]):
         try:
             whole = override(cfg, {**mesh, "train.microbatches": 1})
             held = held_bytes(whole, resolve_mesh(whole, topology), topology.chip.kind == "tpu")
         except UserError:
             continue
-        rows = cfg.train.batch_sequences // mesh["mesh.data"] // mesh["mesh.fsdp"]
+        rows = cfg.train.batch_sequences // mesh["mesh.data"] // mesh["mesh.fsdp"] // fixed["expert"]
         for remat in ("none", "dots", "full"):
             counts = [2**k for k in range(rows.bit_length()) if rows % 2**k == 0]
             for count, chunks in itertools.product(counts, _loss_chunks(cfg)):

@@ -17,7 +17,7 @@ from gptjax.configversions import original_key
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.display import count, power, table
 from gptjax.errors import UserError
-from gptjax.nn.transformer import abstract_model, count_params, flops_per_token
+from gptjax.nn.transformer import STACKS, abstract_model, count_params, flops_per_token
 from gptjax.trainer import with_vocabulary
 
 USUAL_RATIO = 20  # tokens a weight at the optimum, before a study knows better (Hoffmann et al. 2022, table 3)
@@ -112,10 +112,13 @@ def with_shape(base: Config, shape: ModelShape) -> Config:
 
 @cache
 def conventions(model: ModelConfig) -> dict[str, int]:
-    """Return a model's number of weights by convention: total, matmul (blocks and head), blocks."""
-    counts = count_params(model)
+    """Return a model's number of weights by convention: total, matmul (blocks and head), blocks.
+
+    Of experts, the latter two count those that a token passes.
+    """
+    counts = count_params(model, active=True)
     head = model.d_model * model.vocab_size
-    return {"total": counts["total"], "matmul": counts["blocks"] + head, "blocks": counts["blocks"]}
+    return {"total": count_params(model)["total"], "matmul": counts["blocks"] + head, "blocks": counts["blocks"]}
 
 
 @cache
@@ -132,7 +135,7 @@ def groups(model: ModelConfig) -> dict[str, int]:
             for name in path:
                 leaf = leaf[name]
             counts["norms"] += math.prod(leaf.shape)
-            counts["blocks"] -= math.prod(leaf.shape) if path[0] == "blocks" else 0
+            counts["blocks"] -= math.prod(leaf.shape) if path[0] in STACKS else 0
     return counts
 
 
