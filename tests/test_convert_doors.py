@@ -321,11 +321,11 @@ def test_a_quantized_model_is_named_with_the_way_out(name, llama):
 
 
 FOREIGN = {
-    "Mixtral": (
-        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
-        r"'mixtral' is a mixture of experts \(num_local_experts\)",
+    "gpt-oss": (
+        {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 8},
+        r"'gpt_oss' is a mixture of experts \(num_local_experts\)",
     ),
-    "Qwen3's experts": ({"model_type": "qwen3_moe"}, "'qwen3_moe' is a mixture of experts, which cannot be run here"),
+    "OLMoE": ({"model_type": "olmoe"}, "'olmoe' is a mixture of experts, which cannot be run here"),
     "a model that sees": (
         {"model_type": "llava", "vision_config": {"a": 1}, "text_config": {"model_type": "llama"}},
         r"'llava' is a multimodal model \(vision_config\).*its language model, a 'llama', can be run",

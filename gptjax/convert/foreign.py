@@ -56,7 +56,11 @@ QUANTIZED_NAMES = (
 )
 # Patterns of tensor names that identify a model, what it is, and the remedy.
 FOREIGN_NAMES = (
-    (r"experts\.|block_sparse_moe|shared_expert", "of a mixture of experts", "use a dense model"),
+    (
+        r"experts\.|block_sparse_moe|shared_expert",
+        "of a mixture of experts",
+        "use a Mixtral, a Qwen3-MoE or a dense model",
+    ),
     (
         r"vision_tower|vision_model|visual\.|multi_modal_projector|audio_tower",
         "of a multimodal model",
