@@ -1,6 +1,7 @@
 """The Deployment of a model's server: Kubernetes' own client reads it, and its command line is one that serves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -95,9 +96,9 @@ def test_the_pods_command_serves(tiny_run, tmp_path):
     deployment, _ = write(tmp_path / "job", str(run), volume=[f"claim:{tmp_path}"], options="--slots 2")
     command = deployment["spec"]["template"]["spec"]["containers"][0]["command"]
     address = {"0.0.0.0": "127.0.0.1", "8000": "0", "python": sys.executable}
-    process = subprocess.Popen(
-        [address.get(word, word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    words = [address.get(word, word) for word in command]
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     at = process.stdout.readline().split()[2]
     body = json.dumps({"prompt": "the", "max_tokens": 4}).encode()

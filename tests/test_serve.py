@@ -215,6 +215,15 @@ def test_a_long_prompt_does_not_hold_up_a_short_one(server):
     assert [event.finish for event in found] == [None, None, "length"] * 2
 
 
+def test_a_request_that_arrives_before_the_server_is_ready_is_answered(lm):
+    events: list = []
+    scheduler = Scheduler(lm, 2, CONTEXT, events.extend, Meters())
+    job = Job([7] * 4, Request(Sampling(0.0), np.zeros(2, np.uint32), 3), inbox=queue.Queue())
+    scheduler.submit([job])
+    scheduler._warm_up()
+    assert [(event.job, event.finish) for event in events] == [(job, None), (job, None), (job, "length")]
+
+
 def test_short_prompts_are_read_first_and_long_ones_in_their_turn(lm, monkeypatch):
     """Turns of a scheduler without its thread: what each reads, in order, and what it delivers."""
     monkeypatch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)

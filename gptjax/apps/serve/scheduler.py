@@ -187,7 +187,9 @@ class Scheduler:
             if n < self.context:
                 job = Job([0] * n, draws, wanted, alternatives=True, grammar=_Everything(vocabulary))
                 self._waiting.append(job)
-        deliver, self._deliver = self._deliver, lambda events: None
+        deliver = self._deliver
+        # Requests that arrive meanwhile are served too; nobody waits for the others.
+        self._deliver = lambda events: deliver([event for event in events if event.job.inbox is not None])
         while self._waiting or self._being_read or any(self._rows):
             self.turn()
         self._state = self.lm.engine.release(self._state, 0)
