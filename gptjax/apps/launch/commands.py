@@ -146,7 +146,7 @@ def gke(
     given = (variables, secret or [], volumes)
     job = GkeJob(name, image, config_to_yaml(cfg), *layout, *given)
     path = make_folder(out, name, cfg) / "jobset.yaml"
-    path.write_text(yaml.dump_all(manifests(job), Dumper=_Dumper, sort_keys=False, width=1000))
+    path.write_text(_to_yaml(manifests(job)))
     apply = shlex.join(["kubectl", "apply", "-f", str(path)])
     print(f"{apply}    submits it; kubectl logs -f job/{name}-workers-0 follows it")
 
@@ -246,7 +246,7 @@ def serve_gke(
     devices = (tpus, gpu, gpus, _parse_key(api_key), timeout_s, service_account)
     server = GkeServer(shown, image, arguments, replicas, *devices, parse_variables(env), secret or [], volumes)
     with writing(os.path.join(out or f"launch/{shown}", "serve.yaml")) as path:
-        path.write_text(yaml.dump_all(server_manifests(server), Dumper=_Dumper, sort_keys=False, width=1000))
+        path.write_text(_to_yaml(server_manifests(server)))
     apply = shlex.join(["kubectl", "apply", "-f", str(path.absolute())])
     print(f"{apply}    starts it; kubectl port-forward service/{shown} 8000:80 reaches it from here")
 
@@ -289,6 +289,10 @@ def _words(option: str, text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise UserError(f"--{option} {text!r}: {error}; quote it as for a shell") from None
+
+
+def _to_yaml(documents: list[dict[str, Any]]) -> str:
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 class _Dumper(yaml.SafeDumper):

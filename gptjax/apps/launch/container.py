@@ -84,11 +84,7 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
     if cfg.data.tokenizer is not None and cfg.data.tokenizer not in TOKENIZER_NAMES:
         inputs["data.tokenizer"] = cfg.data.tokenizer
     models = {"init_from": cfg.init_from, "distill.teacher": cfg.distill.teacher}
-    inputs |= {
-        key: path
-        for key, path in models.items()
-        if path is not None and not (re.fullmatch(HUB_ID, path) and not Path(path).exists())
-    }
+    inputs |= {key: path for key, path in models.items() if path is not None and not _is_on_hub(path)}
     home = user_path("~").rstrip("/") + "/"
     for key, path in inputs.items():
         at_home = path.startswith(home) and not _is_mounted(path, volumes)
@@ -108,8 +104,7 @@ def check_model(model: str, volumes: dict[str, str]) -> None:
     Raises:
         UserError: it is a path of this machine only.
     """
-    on_hub = re.fullmatch(HUB_ID, model) and not Path(model).exists()
-    if "://" not in model and not on_hub and not _is_mounted(model, volumes):
+    if "://" not in model and not _is_on_hub(model) and not _is_mounted(model, volumes):
         raise UserError(
             f"model {model} is a path on this machine and not in the container; give --volume CLAIM:/PATH and a path "
             "below it, a bucket's address, or a Hugging Face id"
@@ -139,6 +134,10 @@ def for_container(cfg: Config) -> Config:
         return cfg
     moved = f"~/{folder.removeprefix(f'{HOME}/')}"
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_dir=moved))
+
+
+def _is_on_hub(model: str) -> bool:
+    return re.fullmatch(HUB_ID, model) is not None and not Path(model).exists()
 
 
 def _is_mounted(path: str, volumes: dict[str, str]) -> bool:

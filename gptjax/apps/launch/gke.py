@@ -121,8 +121,7 @@ def _pod(job: GkeJob) -> dict[str, Any]:
         "resources": {"limits": {resource: str(count)}},
         "volumeMounts": mounts,
     }
-    if job.secrets:
-        container["envFrom"] = [{"secretRef": {"name": secret}} for secret in job.secrets]
+    pass_secrets(container, job.secrets)
     if job.slice is not None:
         as_tpu_container(container)
     pod: dict[str, Any] = {
@@ -146,6 +145,12 @@ def environment_of(variables: dict[str, str]) -> list[dict[str, Any]]:
     """Return environment variables as a container has them."""
     # Kubernetes replaces $(NAME) in values; $$ stands for a single $.
     return [{"name": name, "value": value.replace("$", "$$")} for name, value in variables.items()]
+
+
+def pass_secrets(container: dict[str, Any], secrets: list[str]) -> None:
+    """Let the keys of Kubernetes secrets become environment variables of a container."""
+    if secrets:
+        container["envFrom"] = [{"secretRef": {"name": secret}} for secret in secrets]
 
 
 def mount(claims: dict[str, str], volumes: list[dict[str, Any]], mounts: list[dict[str, Any]]) -> None:

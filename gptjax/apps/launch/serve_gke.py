@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from gptjax.apps.launch.clusters import CHIPS_PER_HOST, Slice
-from gptjax.apps.launch.gke import USER, as_tpu_container, environment_of, mount, select_tpus
+from gptjax.apps.launch.gke import USER, as_tpu_container, environment_of, mount, pass_secrets, select_tpus
 
 PORT = 8000
 PROBE_S = 5  # between two probes
@@ -123,6 +123,5 @@ def _container(server: GkeServer) -> dict[str, Any]:
         "readinessProbe": healthy,
         "livenessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 20, "failureThreshold": 6},
     }
-    if server.secrets:
-        container["envFrom"] = [{"secretRef": {"name": secret}} for secret in server.secrets]
+    pass_secrets(container, server.secrets)
     return container
