@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import ModelConfig, RunConfig
+from gptjax.adapter_stack import AdapterStack, SplitParams, for_rows, stack_adapters
+from gptjax.config import LoraConfig, ModelConfig, RunConfig
 from gptjax.nn.attention import CACHE_AXES, CacheSlots, merge_heads, split_heads
 from gptjax.nn.backends import for_mesh, for_platform
 from gptjax.nn.layers import Cache
@@ -45,12 +46,14 @@ class Request(NamedTuple):
         key: [2] uint32, the data of a key (`jax.random.key_data`); token i is drawn by fold_in(key, i).
         max_new_tokens: the most tokens to draw; a row also stops at an end token, and where its context is full.
         drawn: how many were drawn before, where a row is inserted again.
+        adapter: the number of the adapter that it draws by (`Engine.adapt`); 0 for none.
     """
 
     sampling: Sampling
     key: np.ndarray
     max_new_tokens: int
     drawn: int = 0
+    adapter: int = 0
 
 
 class Prefix(NamedTuple):
@@ -79,6 +82,7 @@ class State(NamedTuple):
         drawn: [B] int32, how many tokens a row has drawn.
         key: [B, 2] uint32, the data of the key of each row's draws.
         sampling: how each row draws.
+        adapter: [B] int32, which adapter each row draws by.
     """
 
     cache: list[Cache]
@@ -89,6 +93,7 @@ class State(NamedTuple):
     drawn: jax.Array
     key: jax.Array
     sampling: RowSampling
+    adapter: jax.Array
 
 
 class Engine:
@@ -129,6 +134,16 @@ class Engine:
     def load(self, params: Params, delete: bool = False) -> None:
         """Take other weights of the same model; the programs stay compiled."""
         self.params = split_layers(params, delete)
+        self.stack: AdapterStack | None = None
+
+    def adapt(self, adapters: Sequence[tuple[LoraConfig, Params]]) -> None:
+        """Take adapters of the model (as `stack_adapters` does), which requests name by their numbers, from 1."""
+        self.stack = stack_adapters(self.params, adapters)
+
+    @property
+    def weights(self) -> SplitParams | AdapterStack:
+        """The weights, with the adapters where there are any."""
+        return self.params if self.stack is None else self.stack
 
     def logits(self, ids: np.ndarray) -> jax.Array:
         """Compute the float32 logits [B, T, V] of the token after each position of ids [B, T]."""
@@ -174,7 +189,7 @@ class Engine:
             (before temperature and cuts), [B, n] float32.
         """
         with self.on_mesh():
-            state, tokens, logprobs = self._step(self.params, state, np.int32(n))
+            state, tokens, logprobs = self._step(self.weights, state, np.int32(n))
         return state, np.asarray(tokens)[:, :n], np.asarray(logprobs)[:, :n]
 
     def restrict(self, state: State, allowed: np.ndarray) -> State:
@@ -238,6 +253,7 @@ class Engine:
             drawn=count,
             key=jnp.zeros((rows, 2), jnp.uint32),
             sampling=RowSampling(share, count, share + 1, share),
+            adapter=count,
         )
 
     def _read_prompts(self, params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
@@ -287,9 +303,10 @@ class Engine:
 
         return jax.lax.fori_loop(0, count, insert_one, state)
 
-    def _draw_tokens(self, params, state: State, n):
+    def _draw_tokens(self, weights, state: State, n):
         """Draw n tokens for every row, and return CHUNK columns. One program serves any n."""
         B, S = state.slots.positions.shape
+        params = for_rows(weights, state.adapter, self.config.dtype)
         state = state._replace(cache=_each_kv(merge_heads, state.cache))
 
         def one(i, carry):
@@ -340,6 +357,7 @@ def as_arrays(requests: Sequence[Request], n: int) -> dict[str, Any]:
         "drawn": np.array([r.drawn for r in filled], np.int32),
         "key": np.stack([r.key for r in filled]),
         "sampling": as_rows([r.sampling for r in filled]),
+        "adapter": np.array([r.adapter for r in filled], np.int32),
     }
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.adapter_stack import for_one
 from gptjax.engine import UNUSED, Engine, Prefix, power_of_two
 from gptjax.nn.attention import CacheSlots
 from gptjax.nn.layers import Cache
@@ -58,6 +59,7 @@ class Reading:
         ids: all of it.
         wanted: what is computed besides the cache: the logits of the next token, the scores of all tokens, or the
             hidden states.
+        adapter: the number of the adapter by which it is read; 0 for none.
         read: how many tokens are read.
         reused: how many of these an earlier prompt had in common.
         scores: of the tokens read, where they are wanted.
@@ -66,6 +68,7 @@ class Reading:
 
     ids: np.ndarray
     wanted: Wanted
+    adapter: int = 0
     read: int = 0
     reused: int = 0
     scores: Scores = field(default_factory=Scores)
@@ -108,12 +111,12 @@ class PromptReader:
         self._cut = jax.jit(self._cut_chunk)
         self._paste = jax.jit(self._paste_chunk, donate_argnums=0)
 
-    def begin(self, ids: Sequence[int], wanted: Wanted = "next") -> Reading:
+    def begin(self, ids: Sequence[int], wanted: Wanted = "next", adapter: int = 0) -> Reading:
         """Return a reading of a prompt of at least one token, with what is kept of its beginning."""
-        reading = Reading(np.asarray(ids, np.int32), wanted)
+        reading = Reading(np.asarray(ids, np.int32), wanted, adapter)
         with self._engine.on_mesh():
             reading._cache = self._empty()
-            for number, name in enumerate(self._names(reading.ids) if wanted == "next" else []):
+            for number, name in enumerate(self._names(reading) if wanted == "next" else []):
                 if name not in self._kept:
                     break
                 self._kept.move_to_end(name)
@@ -137,8 +140,9 @@ class PromptReader:
         targets[0, : len(following)] = following
         with self._engine.on_mesh():
             reading._cache, found = self._read(
-                self._engine.params,
+                self._engine.weights,
                 reading._cache,
+                np.int32(reading.adapter),
                 tokens,
                 targets,
                 np.int32(start),
@@ -161,9 +165,9 @@ class PromptReader:
         """Return to how many tokens a chunk of n is padded; what is rarely wanted has one program only."""
         return max(LEAST_WIDTH, power_of_two(n)) if wanted == "next" else self.chunk
 
-    def _names(self, ids: np.ndarray) -> list[bytes]:
+    def _names(self, reading: Reading) -> list[bytes]:
         """Return a name for each whole chunk but the last token's: a hash of all tokens up to the chunk's end."""
-        names, so_far = [], hashlib.blake2b()
+        ids, names, so_far = reading.ids, [], hashlib.blake2b(str(reading.adapter).encode())
         for start in range(0, (len(ids) - 1) // self.chunk * self.chunk, self.chunk):
             so_far.update(ids[start : start + self.chunk].tobytes())
             names.append(so_far.copy().digest())
@@ -171,7 +175,7 @@ class PromptReader:
 
     def _keep(self, reading: Reading) -> None:
         """Keep the chunk that was just read, and forget those that are over the limit."""
-        names = self._names(reading.ids)
+        names = self._names(reading)
         number = reading.read // self.chunk - 1
         if self._most_kept == 0 or number >= len(names):
             return
@@ -180,14 +184,14 @@ class PromptReader:
         while len(self._kept) > self._most_kept:
             self._kept.popitem(last=False)
 
-    def _read_chunk(self, params, cache, tokens, targets, start, length, wanted: Wanted):
+    def _read_chunk(self, weights, cache, adapter, tokens, targets, start, length, wanted: Wanted):
         """Read `length` tokens of tokens [1, W] into the cache, from slot `start`."""
         (_, W), S = tokens.shape, self._slots
         counted = jnp.arange(W, dtype=jnp.int32)[None]
         positions = jnp.where(counted < length, start + counted, -1)
         slot = jnp.arange(S, dtype=jnp.int32)[None]
         slots = CacheSlots(jnp.where(slot < start + length, slot, UNUSED), start)
-        model, x, cache = self._engine.run(params, Inputs(tokens, positions, slots=slots), cache)
+        model, x, cache = self._engine.run(for_one(weights, adapter), Inputs(tokens, positions, slots=slots), cache)
         last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
         found = {"logits": self._engine.next_logits(model, last)}
         if wanted == "hidden":

@@ -38,9 +38,12 @@ def tiny_model(tokenizer: Any, **model: Any) -> LanguageModel:
 
 
 @contextmanager
-def serving(lm: LanguageModel, **settings: Any) -> Iterator["Client"]:
-    """Serve a model from a thread until the block ends."""
+def serving(lm: LanguageModel | list, **settings: Any) -> Iterator["Client"]:
+    """Serve a model, or groups of models, from a thread until the block ends."""
+    from gptjax.apps.serve.models import Group, Member
     from gptjax.apps.serve.run import Settings, run_server
+
+    groups = lm if isinstance(lm, list) else [Group(lm, [Member("tiny", lm)])]
 
     running: list[Any] = []
     listening = threading.Event()
@@ -51,7 +54,7 @@ def serving(lm: LanguageModel, **settings: Any) -> Iterator["Client"]:
 
     def run() -> None:
         try:
-            run_server(lm, Settings(**{"name": "tiny", "context": lm.config.context_length, **settings}), started)
+            run_server(groups, Settings(**{"context": groups[0].lm.config.context_length, **settings}), started)
         finally:
             listening.set()
 
@@ -61,7 +64,7 @@ def serving(lm: LanguageModel, **settings: Any) -> Iterator["Client"]:
     client = Client(running[1], settings.get("api_key"))
     client.running, client.thread = running[0], thread
     client.application = client.running._application
-    client.scheduler = client.application._scheduler
+    client.scheduler = client.application._schedulers[0]
     try:
         client.wait_until_ready()
         yield client
@@ -107,8 +110,14 @@ class Client:
         return answer
 
     def metrics(self) -> dict[str, float]:
-        lines = self.send("GET", "/metrics")[1].decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        """Return the metrics by their names with labels, and without them summed over all labels."""
+        found: dict[str, float] = {}
+        for line in self.send("GET", "/metrics")[1].decode().splitlines():
+            if line[0] != "#":
+                name, value = line.rsplit(" ", 1)
+                for key in {name, name.partition("{")[0]}:
+                    found[key] = found.get(key, 0.0) + float(value)
+        return found
 
     def wait_until_ready(self) -> None:
         self.wait(lambda: self.send("GET", "/healthz")[0] == 200)

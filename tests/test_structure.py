@@ -52,7 +52,7 @@ FLOORS = [
     ["nn.backends", "nn.moe"],
     ["nn.transformer"],
     ["nn.adapters"],
-    ["objectives"],
+    ["objectives", "adapter_stack"],
     ["step", "engine"],
     ["generate", "prompts", "marks"],
     ["scoring", "beam", "speculative", "forms"],

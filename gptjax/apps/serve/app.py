@@ -7,7 +7,7 @@ import hmac
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +21,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gptjax.apps.serve.ask import Ask, Asking
+from gptjax.apps.serve.ask import Ask
 from gptjax.apps.serve.errors import ApiError
-from gptjax.apps.serve.fields import parse_object
+from gptjax.apps.serve.fields import Fields, parse_object, shown
+from gptjax.apps.serve.metrics import Meters
 from gptjax.apps.serve.page import read_curves, read_page
-from gptjax.apps.serve.replies import Answer, Replies, Spellings
-from gptjax.apps.serve.scheduler import Event, Job, QueueFull, Scheduler
+from gptjax.apps.serve.replies import Answer, Replies
+from gptjax.apps.serve.scheduler import Event, Job, QueueFull
+from gptjax.apps.serve.served import Served
 from gptjax.console import describe_failure
-from gptjax.engine import Request as Draws
-from gptjax.engine import power_of_two
 from gptjax.errors import UserError
-from gptjax.generate import row_keys
-from gptjax.grammars import Grammars, TokenGrammar
-from gptjax.prompts import Wanted
-from gptjax.sampling import Sampling
 
+MODELS_SHOWN = 20  # names that an error lists
 CLIENT_LEFT = 499  # what nginx logs for it; nobody receives it
 
 
@@ -55,12 +52,12 @@ class Limits:
 
 
 class Server:
-    """The routes of a model's server.
+    """The routes of a server.
 
     Args:
-        scheduler: runs the jobs; its `deliver` must be this server's.
-        name: of the model.
-        asking: reads requests.
+        models: those that requests can name; a request need not name the only one. The `deliver` of their schedulers
+            must be this module's.
+        meters: what is counted.
         api_key: what clients must send; None for no key.
         limits: of a request.
         runs: a run, or a folder of runs, whose curves the page shows; None for none.
@@ -68,21 +65,18 @@ class Server:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        name: str,
-        asking: Asking,
+        models: Sequence[Served],
+        meters: Meters,
         api_key: str | None,
         limits: Limits,
         runs: str | None = None,
     ):
-        self._scheduler, self._name, self._asking = scheduler, name, asking
+        self._models, self._meters = {model.name: model for model in models}, meters
+        self._schedulers = list({id(model.scheduler): model.scheduler for model in models}.values())
         self._key, self._limits, self._runs = api_key, limits, runs
         self._page, self._policy = read_page()
-        self._spellings = Spellings(scheduler.lm.tokenizer)
         self._created = int(time.time())
         self._draining = False
-        self._grammars: Grammars | None = None
-        self._compiling = asyncio.Lock()
 
     def app(self, hosts: list[str] | None = None) -> Starlette:
         """Return the ASGI application.
@@ -112,17 +106,13 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """200 when a request would be served at once or queued, 503 while programs compile or the server ends."""
-        ready = self._scheduler.ready.is_set() and self._scheduler.error is None and not self._draining
-        status = (
-            "ready"
-            if ready
-            else "failed"
-            if self._scheduler.error
-            else "draining"
-            if self._draining
-            else "warming up"
-        )
-        return JSONResponse({"status": status}, 200 if ready else 503)
+        if any(scheduler.error is not None for scheduler in self._schedulers):
+            status = "failed"
+        elif self._draining:
+            status = "draining"
+        else:
+            status = "ready" if all(s.ready.is_set() for s in self._schedulers) else "warming up"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     async def page(self, request: Request) -> Response:
         """The page, which asks for the rest by the same routes as anyone, with the key that its user types."""
@@ -137,47 +127,62 @@ class Server:
 
     async def metrics(self, request: Request) -> Response:
         """Counters and clocks for Prometheus."""
-        return Response(self._scheduler.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        """The list of models, which has one."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """The list of models."""
+        return JSONResponse({"object": "list", "data": [self._described(model) for model in self._models.values()]})
 
     async def model(self, request: Request) -> Response:
-        """The model, by its name."""
-        if request.path_params["name"] != self._name:
-            raise ApiError(404, f"this model is not here; there is {self._name!r}", "model", "model_not_found")
-        return JSONResponse(self._model())
+        """A model, by its name."""
+        return JSONResponse(self._described(self._named(request.path_params["name"])))
 
-    def _model(self) -> dict[str, Any]:
-        more = {"owned_by": "gptjax", "max_model_len": self._scheduler.context, "chat": self._asking.chats}
-        return {"id": self._name, "object": "model", "created": self._created, **more}
+    def _described(self, model: Served) -> dict[str, Any]:
+        return {**model.describe(), "created": self._created}
+
+    def _named(self, name: str | None) -> Served:
+        """Return the model of a name, which may be missing where there is only one."""
+        known = list(self._models)
+        there = ", ".join(map(repr, known[:MODELS_SHOWN])) + ", ..." * (len(known) > MODELS_SHOWN)
+        if name is None and len(known) > 1:
+            raise ApiError(400, f"model is missing; there are {there}", "model")
+        model = self._models.get(known[0] if name is None else name)
+        if model is None:
+            said = f"model {shown(name)} is not here; there {'is' if len(known) == 1 else 'are'} {there}"
+            raise ApiError(404, said, "model", "model_not_found")
+        return model
+
+    async def _asked(self, request: Request) -> tuple[Served, dict[str, Any]]:
+        """Return the model that a request names, and its JSON object."""
+        values = await self._values(request)
+        return self._named(Fields(values).text("model")), values
 
     async def tokenize(self, request: Request) -> Response:
         """The ids of a text, and what each stands for."""
-        values = await self._values(request)
-        ids = await run_in_threadpool(self._asking.tokens, values)
-        tokens = [self._spellings.text(id) for id in ids]
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": self._scheduler.context, "ids": ids, "tokens": tokens}
-        )
+        model, values = await self._asked(request)
+        ids = await run_in_threadpool(model.asking.tokens, values)
+        tokens = [model.spellings.text(id) for id in ids]
+        return JSONResponse({"count": len(ids), "max_model_len": model.context, "ids": ids, "tokens": tokens})
 
     async def complete(self, request: Request) -> Response:
         """Continue prompts (OpenAI's legacy completions)."""
-        ask = await run_in_threadpool(self._asking.completion, await self._values(request))
-        return await self._answer(request, ask, chat=False)
+        model, values = await self._asked(request)
+        return await self._answer(
+            request, model, await run_in_threadpool(model.asking.completion, values), chat=False
+        )
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
-        ask = await run_in_threadpool(self._asking.chat, await self._values(request))
-        return await self._answer(request, ask, chat=True)
+        model, values = await self._asked(request)
+        ask = await run_in_threadpool(model.asking.chat, values)
+        return await self._answer(request, model, ask, chat=True)
 
     async def embed(self, request: Request) -> Response:
         """The mean of the last hidden states of each text."""
-        prompts, as_base64 = await run_in_threadpool(self._asking.embedding, await self._values(request))
-        draws = Draws(Sampling(0.0), np.zeros(2, np.uint32), 0)
-        jobs = [Job(ids, draws, "hidden") for ids in prompts]
-        await self._or_left(request, self._collect(jobs))
+        model, values = await self._asked(request)
+        prompts, as_base64 = await run_in_threadpool(model.asking.embedding, values)
+        jobs = model.embeddings(prompts)
+        await self._or_left(request, self._collect(model, jobs))
         data = []
         for number, job in enumerate(jobs):
             assert job.reading is not None
@@ -186,49 +191,20 @@ class Server:
             data.append({"object": "embedding", "index": number, "embedding": value})
         read = sum(map(len, prompts))
         usage = {"prompt_tokens": read, "total_tokens": read}
-        return JSONResponse({"object": "list", "data": data, "model": self._name, "usage": usage})
+        return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
 
-    async def _grammar(self, ask: Ask) -> TokenGrammar | None:
-        """Return what restricts the answers; None for nothing. Schemas can take seconds, and are compiled in turn."""
-        if ask.schema is None:
-            return None
-        async with self._compiling:
-            return await run_in_threadpool(self._compile, ask.schema)
-
-    def _compile(self, schema: dict[str, Any]) -> TokenGrammar:
-        if self._grammars is None:
-            self._grammars = Grammars(self._scheduler.lm.tokenizer, self._scheduler.lm.config.vocab_size)
-        return self._grammars.json_schema(schema)
-
-    def _jobs(self, ask: Ask, grammar: TokenGrammar | None) -> list[Job]:
-        """Return a job for each answer that is drawn: best_of for the first prompt, then for the second."""
-        count = len(ask.prompts) * ask.best_of
-        keys = row_keys(ask.seed, power_of_two(count))
-        wanted: Wanted = "scores" if ask.echo and ask.logprobs is not None else "next"
-        return [
-            Job(
-                ask.prompts[number // ask.best_of],
-                Draws(ask.sampling, keys[number], ask.max_tokens),
-                wanted,
-                stops=ask.stops,
-                alternatives=ask.logprobs is not None,
-                grammar=None if grammar is None else grammar.copy(),
-            )
-            for number in range(count)
-        ]
-
-    async def _answer(self, request: Request, ask: Ask, chat: bool) -> Response:
-        jobs = await run_in_threadpool(self._jobs, ask, await self._grammar(ask))
-        replies = Replies(chat, self._name, ask, self._spellings)
+    async def _answer(self, request: Request, model: Served, ask: Ask, chat: bool) -> Response:
+        jobs = await model.answers(ask)
+        replies = Replies(chat, model.name, ask, model.spellings)
         if not ask.stream:
-            return JSONResponse(replies.whole(await self._or_left(request, self._collect(jobs))))
-        self._submit(jobs)
-        return _Stream(self._stream(jobs, replies), lambda: self._scheduler.cancel(jobs))
+            return JSONResponse(replies.whole(await self._or_left(request, self._collect(model, jobs))))
+        _submit(model, jobs)
+        return _Stream(self._stream(model, jobs, replies), lambda: model.scheduler.cancel(jobs))
 
-    async def _collect(self, jobs: list[Job]) -> list[Answer]:
+    async def _collect(self, model: Served, jobs: list[Job]) -> list[Answer]:
         """Return the answers of jobs when all have ended."""
         answers = {job: Answer(job) for job in jobs}
-        self._submit(jobs)
+        _submit(model, jobs)
         try:
             async with asyncio.timeout(self._limits.answer_s):
                 async for event in _events(jobs):
@@ -239,10 +215,10 @@ class Server:
                 504, f"the answer took over {limit} seconds; ask for fewer tokens", code="timeout"
             ) from None
         finally:
-            self._scheduler.cancel(jobs)
+            model.scheduler.cancel(jobs)
         return list(answers.values())
 
-    async def _stream(self, jobs: list[Job], replies: Replies) -> AsyncIterator[str]:
+    async def _stream(self, model: Served, jobs: list[Job], replies: Replies) -> AsyncIterator[str]:
         """Yield the events of a stream; when the client leaves, this is closed, and the rows become free."""
         answers = {job: (number, Answer(job)) for number, job in enumerate(jobs)}
         begun: set[Job] = set()
@@ -262,18 +238,8 @@ class Server:
         except ApiError as error:
             yield _sse(error.body())
         finally:
-            self._scheduler.cancel(jobs)
+            model.scheduler.cancel(jobs)
         yield "data: [DONE]\n\n"
-
-    def _submit(self, jobs: list[Job]) -> None:
-        """Hand jobs to the scheduler, with one inbox for all their events."""
-        inbox: asyncio.Queue[Event] = asyncio.Queue()
-        for job in jobs:
-            job.inbox = inbox
-        try:
-            self._scheduler.submit(jobs)
-        except QueueFull:
-            raise ApiError(429, "too many requests wait; try again later", code="queue_full") from None
 
     async def _or_left(self, request: Request, work: Any) -> Any:
         """Return the result of work, unless the client leaves before: then the work is cancelled."""
@@ -327,7 +293,7 @@ class Server:
             except Exception as error:
                 print(describe_failure(error)[1], file=sys.stderr)
                 response = _error(ApiError(500, "the server failed on this request; its log says how"))
-            self._scheduler.meters.responses.labels(response.status_code).inc()
+            self._meters.responses.labels(response.status_code).inc()
             return response
 
         return route
@@ -351,6 +317,17 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._end()
+
+
+def _submit(model: Served, jobs: list[Job]) -> None:
+    """Hand jobs to the model's scheduler, with one inbox for all their events."""
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+    for job in jobs:
+        job.inbox = inbox
+    try:
+        model.scheduler.submit(jobs)
+    except QueueFull:
+        raise ApiError(429, "too many requests wait; try again later", code="queue_full") from None
 
 
 def make_deliver(loop: asyncio.AbstractEventLoop) -> Callable[[list[Event]], None]:

@@ -55,13 +55,12 @@ class Asking:
 
     Args:
         lm: the model.
-        name: by which requests name it.
         context: the most tokens of prompt and answer.
         template: lays out conversations; None where the model has none.
     """
 
-    def __init__(self, lm: LanguageModel, name: str, context: int, template: ChatTemplate | None):
-        self._lm, self._name, self._context, self._template = lm, name, context, template
+    def __init__(self, lm: LanguageModel, context: int, template: ChatTemplate | None):
+        self._lm, self._context, self._template = lm, context, template
 
     @property
     def chats(self) -> bool:
@@ -71,7 +70,7 @@ class Asking:
     def completion(self, values: dict[str, Any]) -> Ask:
         """Return what /v1/completions is asked for."""
         fields = Fields(values)
-        self._check_model(fields)
+        fields.any("model")  # by which the server chose this one
         prompts, texts = self._prompts(fields.any("prompt"))
         echo = fields.flag("echo")
         logprobs = fields.integer("logprobs", None, 0, MAX_COMPLETION_LOGPROBS)
@@ -88,7 +87,7 @@ class Asking:
     def chat(self, values: dict[str, Any]) -> Ask:
         """Return what /v1/chat/completions is asked for."""
         fields = Fields(values)
-        self._check_model(fields)
+        fields.any("model")  # by which the server chose this one
         text = self.conversation(fields.any("messages"))
         ids = self._lm.tokenizer.encode(text).tolist()
         room = self._room([ids], "messages")
@@ -104,7 +103,7 @@ class Asking:
     def embedding(self, values: dict[str, Any]) -> tuple[list[list[int]], bool]:
         """Return the prompts of /v1/embeddings, and whether the answer is in base64."""
         fields = Fields(values)
-        self._check_model(fields)
+        fields.any("model")  # by which the server chose this one
         prompts, _ = self._prompts(fields.any("input"), "input")
         self._room(prompts, "input", least=0)
         form = fields.text("encoding_format", "float")
@@ -118,7 +117,7 @@ class Asking:
     def tokens(self, values: dict[str, Any]) -> list[int]:
         """Return the ids of a text or a conversation (/tokenize)."""
         fields = Fields(values)
-        self._check_model(fields)
+        fields.any("model")  # by which the server chose this one
         text, messages = fields.text("prompt"), fields.any("messages")
         fields.finish()
         if (text is None) == (messages is None):
@@ -134,13 +133,6 @@ class Asking:
         if not isinstance(messages, list) or not messages:
             raise ApiError(400, "messages must be a list of at least one message", "messages")
         return self._template.render([_message(message, i) for i, message in enumerate(messages)])
-
-    def _check_model(self, fields: Fields) -> None:
-        name = fields.text("model", self._name)
-        if name != self._name:
-            raise ApiError(
-                404, f"model {shown(name)} is not here; there is {self._name!r}", "model", "model_not_found"
-            )
 
     def _prompts(self, given: Any, name: str = "prompt") -> tuple[list[list[int]], list[str]]:
         """Return the ids and texts of a prompt: a text, ids, or a list of either."""

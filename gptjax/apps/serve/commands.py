@@ -15,7 +15,7 @@ MOST_CONTEXT = 4096  # tokens, where --context is not given: every slot's memory
 
 
 def serve(
-    model: UserPath,
+    models: list[UserPath],
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -29,18 +29,20 @@ def serve(
     mesh: str | None = None,
     cpu_devices: int | None = None,
 ) -> None:
-    """Serve a model over HTTP in the form of OpenAI's API (docs/serving.md).
+    """Serve models over HTTP in the form of OpenAI's API (docs/serving.md).
 
     Args:
-        model: the directory of a run, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
+        models: each a run's directory, a Hugging Face directory, a .gguf file, or a Hugging Face id such as gpt2.
+            Runs with adapters of one base, and the base, share its weights.
         host: address to listen at; 0.0.0.0 for every network that the machine is in.
         port: port to listen at; 0 for any free one.
         api_key: what clients must send; the default is the environment variable GPTJAX_API_KEY, or no key.
-        slots: number of texts that are generated at the same time; the others wait.
-        context: most tokens of a prompt and its answer; the default is the model's own, at most 4096.
+        slots: number of texts that are generated at the same time by models that share weights; the others wait.
+        context: most tokens of a prompt and its answer; the default is each model's own, at most 4096.
         queue: most texts that wait; beyond it, requests are refused with status 429.
         timeout_s: longest time of an answer in seconds, the wait included.
-        name: of the model, as requests name it; the default is the last part of its path.
+        name: of the model, as requests name it, or of several with commas between them; the default is the last part
+            of each path.
         runs: a run, or a folder of runs, whose curves the page at / shows while they train.
         dtype: data type of the weights; bfloat16 takes half the memory, int8 a quarter. By default as in training.
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
@@ -55,24 +57,23 @@ def serve(
     key = _api_key(api_key)
     try:
         from gptjax.apps.serve.app import Limits
+        from gptjax.apps.serve.models import check_context, describe_group, name_models, open_groups
         from gptjax.apps.serve.run import Settings, run_server
     except ImportError as error:
         raise UserError(f"{MISSING} ({error})") from None
+    names = name_models(models, name)
     prepare_process(cpu_devices)
-    from gptjax.convert import load
-
-    lm = load(model, dtype, axes)
-    T = lm.config.context_length
-    context = min(T, MOST_CONTEXT) if context is None else context
-    if not 2 <= context <= T:
-        raise UserError(f"--context {context} must lie in [2, {T}], the model's context")
-    shown = name or Path(model).resolve().name.removesuffix(".gguf") or "model"
-    settings = Settings(shown, host, port, key, slots, context, queue, Limits(answer_s=timeout_s), runs)
+    groups = open_groups(models, names, dtype, axes)
+    if context is not None:
+        check_context(groups, context)
+    settings = Settings(host, port, key, slots, context or MOST_CONTEXT, queue, Limits(answer_s=timeout_s), runs)
 
     def started(_, address: str) -> None:
-        print(f"{shown} at {address} ; {address}/healthz says when it is ready", flush=True)
+        print(f"{','.join(names)} at {address} ; {address}/healthz says when it is ready")
+        print("\n".join(describe_group(group, slots, settings.context) for group in groups))
+        print(f"limits: {queue} texts wait for each line above, {timeout_s:g} s an answer", flush=True)
 
-    run_server(lm, settings, started)
+    run_server(groups, settings, started, names)
 
 
 def _check_ranges(**options: tuple[float, float, float]) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -11,12 +11,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptjax.apps.serve.app import Limits, Server, make_deliver
-from gptjax.apps.serve.ask import Asking
 from gptjax.apps.serve.metrics import Meters
+from gptjax.apps.serve.models import Group, Member
 from gptjax.apps.serve.scheduler import Scheduler
+from gptjax.apps.serve.served import Served
 from gptjax.errors import UserError
-from gptjax.generate import LanguageModel
-from gptjax.tokenizers import chat_template
+from gptjax.tokenizers import ChatTemplate, chat_template
 
 BACKLOG = 2048  # connections that wait to be accepted
 HEADERS_S = 15.0  # how long a new connection may take to send its first request
@@ -56,9 +56,8 @@ class _Uvicorn(uvicorn.Server):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is served: the options of `gptjax serve`."""
+    """How models are served: the options of `gptjax serve`; `context` is of each model at most."""
 
-    name: str
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str | None = None
@@ -69,20 +68,22 @@ class Settings:
     runs: str | None = None
 
 
-def run_server(lm: LanguageModel, settings: Settings, started: Callable[[uvicorn.Server, str], None]) -> None:
-    """Serve a model until SIGTERM or SIGINT; answers that have begun are finished.
+def run_server(
+    groups: Sequence[Group],
+    settings: Settings,
+    started: Callable[[uvicorn.Server, str], None],
+    order: Sequence[str] = (),
+) -> None:
+    """Serve models until SIGTERM or SIGINT; answers that have begun are finished.
 
     Args:
         started: called with the running server and its address when it listens.
+        order: names of the models as clients see them; by default, as in the groups.
 
     Raises:
         UserError: the address cannot be listened at.
     """
-    try:
-        template = None if lm.tokenizer.chat_template is None else chat_template(lm.tokenizer)
-    except UserError as error:
-        template = None
-        print(f"note: {error}; there is no chat", file=sys.stderr)
+    templates = {member.name: _template(member) for group in groups for member in group.members}
     host = settings.host
     listening = _listen(host, settings.port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
@@ -90,23 +91,43 @@ def run_server(lm: LanguageModel, settings: Settings, started: Callable[[uvicorn
         print("note: anyone who reaches this address can use the server; --api_key keeps others out", file=sys.stderr)
 
     async def main() -> None:
-        deliver = make_deliver(asyncio.get_running_loop())
-        scheduler = Scheduler(lm, settings.slots, settings.context, deliver, Meters(), settings.queue)
-        asking = Asking(lm, settings.name, settings.context, template)
-        server = Server(scheduler, settings.name, asking, settings.api_key, settings.limits, settings.runs)
+        deliver, meters = make_deliver(asyncio.get_running_loop()), Meters()
+        models, schedulers = [], []
+        for group in groups:
+            context = group.context(settings.context)
+            scheduler = Scheduler(group.lm, settings.slots, context, deliver, meters, settings.queue, group.name)
+            schedulers.append(scheduler)
+            for member in group.members:
+                context = min(settings.context, member.lm.config.context_length)
+                models.append(Served(member, group, scheduler, context, templates[member.name]))
+        if order:
+            models.sort(key=lambda model: order.index(model.name))
+        server = Server(models, meters, settings.api_key, settings.limits, settings.runs)
         running = _Uvicorn(_config(server, settings), server)
-        scheduler.start()
+        for scheduler in schedulers:
+            scheduler.start()
         started(running, address)
-        watching = asyncio.create_task(_end_on_failure(scheduler, running))
+        watching = asyncio.create_task(_end_on_failure(schedulers, running))
         try:
             await running.serve(sockets=[listening])
         finally:
             watching.cancel()
-            await asyncio.to_thread(scheduler.stop)
-        if scheduler.error is not None:
-            raise scheduler.error
+            for scheduler in schedulers:
+                await asyncio.to_thread(scheduler.stop)
+        for scheduler in schedulers:
+            if scheduler.error is not None:
+                raise scheduler.error
 
     asyncio.run(main())
+
+
+def _template(member: Member) -> ChatTemplate | None:
+    """Return the chat template of a model; None without one, or with one that is refused, which is noted."""
+    try:
+        return None if member.lm.tokenizer.chat_template is None else chat_template(member.lm.tokenizer)
+    except UserError as error:
+        print(f"note: {error}; there is no chat with {member.name}", file=sys.stderr)
+        return None
 
 
 def _config(server: Server, settings: Settings) -> uvicorn.Config:
@@ -124,9 +145,9 @@ def _config(server: Server, settings: Settings) -> uvicorn.Config:
     )
 
 
-async def _end_on_failure(scheduler: Scheduler, running: uvicorn.Server) -> None:
-    """End the server when its scheduler has failed: whoever started it should know."""
-    while scheduler.error is None:
+async def _end_on_failure(schedulers: Sequence[Scheduler], running: uvicorn.Server) -> None:
+    """End the server when a scheduler has failed: whoever started it should know."""
+    while all(scheduler.error is None for scheduler in schedulers):
         await asyncio.sleep(1)
     running.should_exit = True
 

@@ -48,6 +48,7 @@ class Job:
         ids: the prompt, at least one token.
         request: how tokens are drawn.
         wanted: what is computed of the prompt (see `Reading`).
+        model: whose meters count it.
         stops: texts that end the answer.
         alternatives: whether each token comes with the likeliest ones at its place.
         grammar: restricts the tokens; None for none.
@@ -66,6 +67,7 @@ class Job:
     ids: Sequence[int]
     request: Request
     wanted: Wanted = "next"
+    model: str = ""
     stops: Sequence[str] = ()
     alternatives: bool = False
     grammar: Grammar | None = None
@@ -109,6 +111,7 @@ class Scheduler:
         context: the most tokens of prompt and answer together.
         deliver: called in the scheduler's thread with the events of each turn.
         queue: the most texts that wait.
+        name: of the batch, in the meters.
     """
 
     def __init__(
@@ -119,8 +122,10 @@ class Scheduler:
         deliver: Callable[[list[Event]], None],
         meters: Meters,
         queue: int = 256,
+        name: str = "",
     ):
-        self.lm, self.context, self._deliver, self.meters = lm, context, deliver, meters
+        self.lm, self.context, self._deliver = lm, context, deliver
+        self.meters, self._of_batch = meters, meters.batch(name)
         self._reader = PromptReader(lm.engine, context, KEPT_CONTEXTS * context)
         self._rows: list[Job | None] = [None] * rows
         self._state = lm.engine.init_state(rows, context)
@@ -133,7 +138,7 @@ class Scheduler:
         self._likeliest = jax.jit(_likeliest)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.ready, self.error = threading.Event(), None
-        meters.slots.set(rows)
+        self._of_batch.slots.set(rows)
 
     def start(self) -> None:
         """Start the thread, which compiles every program before it serves."""
@@ -153,7 +158,7 @@ class Scheduler:
                 raise QueueFull
             self._waiting += jobs
             self._changed.notify()
-            self.meters.queue.set(len(self._waiting))
+            self._of_batch.queue.set(len(self._waiting))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Drop jobs at the next turn, wherever they are."""
@@ -194,6 +199,7 @@ class Scheduler:
             self.turn()
         self._state = self.lm.engine.release(self._state, 0)
         self._deliver = deliver
+        self.meters.forget("")
 
     def turn(self) -> None:
         """Admit, read a chunk, draw a token for each row, and deliver what happened."""
@@ -216,7 +222,7 @@ class Scheduler:
 
     def _leave(self, job: Job) -> None:
         self._rows[job.row] = None
-        self.meters.slots_used.set(sum(job is not None for job in self._rows))
+        self._of_batch.slots_used.set(sum(job is not None for job in self._rows))
 
     def _admit(self) -> None:
         """Give free rows to those that wait longest."""
@@ -224,14 +230,15 @@ class Scheduler:
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
             admitted = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
-            self.meters.queue.set(len(self._waiting))
+            self._of_batch.queue.set(len(self._waiting))
         for row, job in zip(free, admitted, strict=False):
             self._rows[row], job.row = job, row
-            job.reading = self._reader.begin(job.ids, job.wanted)
+            job.reading = self._reader.begin(job.ids, job.wanted, job.request.adapter)
             self._being_read.append(job)
-            self.meters.prompt_tokens.inc(len(job.ids))
-            self.meters.reused_tokens.inc(job.reading.reused)
-        self.meters.slots_used.set(sum(job is not None for job in self._rows))
+            of_model = self.meters.model(job.model)
+            of_model.prompt_tokens.inc(len(job.ids))
+            of_model.reused_tokens.inc(job.reading.reused)
+        self._of_batch.slots_used.set(sum(job is not None for job in self._rows))
 
     def _read(self) -> None:
         """Read at most one chunk of prompts: those that were passed over too often first, then the shortest.
@@ -279,11 +286,12 @@ class Scheduler:
             event = self._take(job, int(tokens[job.row, 0]), float(logprobs[job.row, 0]), alternatives)
             self._events.append(event)
             job.drawn += 1
-            self.meters.drawn_tokens.inc()
+            of_model = self.meters.model(job.model)
+            of_model.drawn_tokens.inc()
             if job.drawn == 1:
-                self.meters.first.observe(now - job.arrived)
+                of_model.first.observe(now - job.arrived)
             else:
-                self.meters.between.observe(now - job.latest)
+                of_model.between.observe(now - job.latest)
             job.latest = now
 
     def _take(self, job: Job, token: int, logprob: float, alternatives: Any) -> Event:
