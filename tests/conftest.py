@@ -17,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 import tokenizers
+from warm import READ_EARLY, run_warm
 
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict
@@ -147,9 +148,12 @@ def token_cache(tmp_path_factory) -> Path:
 
 
 def run_script(*args: object, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    """A command of the project in a process of its own, with one device."""
+    """A command of the project in a process of its own, with one device; a script's libraries are imported before."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | environment
     env["PYTHONPATH"] = str(ROOT)
+    script, *rest = map(str, args)
+    if script.endswith(".py") and not any(name.startswith(READ_EARLY) for name in environment):
+        return run_warm(script, rest, env, ROOT, timeout)
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
