@@ -14,6 +14,7 @@ def bench(*words):
     return run_script("-m", "gptjax", "bench", *words)
 
 
+@pytest.mark.whole
 def test_training_is_measured_and_reported_as_json():
     done = bench("train", "--pairs", "1", "--json")
     assert done.returncode == 0, done.stderr
@@ -24,6 +25,7 @@ def test_training_is_measured_and_reported_as_json():
     assert set(found["machine"]) == {"cpu", "cores", "python", "versions"}
 
 
+@pytest.mark.whole
 def test_reading_is_measured_beside_training(corpus_file):
     done = bench("data", "--path", str(corpus_file), "--pairs", "1", "--json")
     assert done.returncode == 0, done.stderr
@@ -31,6 +33,7 @@ def test_reading_is_measured_beside_training(corpus_file):
     assert min(found["mb_per_s"], found["delivered_per_s"], found["consumed_per_s"]) > 0
 
 
+@pytest.mark.whole
 def test_a_run_and_its_steps_alone_take_turns_on_the_configs_devices(tmp_path):
     config = tmp_path / "spread.yaml"
     config.write_text((ROOT / "configs" / "debug.yaml").read_text() + "mesh: {fsdp: 2, cpu_devices: 2}\n")

@@ -186,6 +186,7 @@ def test_the_form_of_a_folder_is_made_once(tmp_path):
     assert tensorstore.KvStore.Spec({**spec, "path": "/c/"}).to_json()["path"] == "/c/"
 
 
+@pytest.mark.whole
 def test_saves_leave_nothing_behind_in_the_process(tmp_path):
     """TensorStore's metrics, which Orbax asked for in every save, left a list of each metric each time."""
     checkpoints, left = Checkpoints(str(tmp_path / "run"), CheckpointConfig()), []

@@ -237,6 +237,7 @@ def test_the_loss_is_drawn_whatever_the_run_is_called(tmp_path, name):
     assert (workdir / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.whole
 def test_a_run_ends_with_0_in_a_strange_directory_on_an_ascii_terminal(whole_run, tmp_path):
     text = tmp_path / "café.txt"
     text.write_text("é è ê ü ß 日本 " * 2000, encoding="utf-8")

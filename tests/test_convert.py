@@ -235,6 +235,7 @@ def equal_in_transformers(run: Path, out: Path, kind: str, text: str) -> None:
 RMS = {"positions": "rope", "norm": "rmsnorm", "bias": False}
 
 
+@pytest.mark.whole
 def test_a_model_trained_here_has_the_same_loss_in_transformers(corpus_file, token_cache, tmp_path):
     run = tmp_path / "run"
     modern = {**RMS, "norm_weights": False, "qk_norm": True, "mlp": "swiglu", "tie_embeddings": False, "init": "zero"}

@@ -14,7 +14,7 @@ pytest.importorskip("gguf", reason="pip install -e '.[hf]'")
 import gguf_trials  # noqa: E402, both need what is skipped without above
 import weight_trials  # noqa: E402
 
-FEW, MANY = 6, 200
+FEW, MANY = range(3, 6), range(200)  # the numbers of models
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,13 @@ def quiet():
         yield
 
 
-def assert_no_difference(trial, families, count: int) -> None:
-    outcomes = {family: [trial(family, number) for number in range(count)] for family in families}
+def assert_no_difference(trial, families, numbers: range) -> None:
+    outcomes = {family: [trial(family, number) for number in numbers] for family in families}
     print("\n" + weight_trials.table(outcomes))
     different = [
         f"{family} {number}: {outcome.reason}"
         for family, found in outcomes.items()
-        for number, outcome in enumerate(found)
+        for number, outcome in zip(numbers, found, strict=True)
         if outcome.kind == "different"
     ]
     assert not different, different

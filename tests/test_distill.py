@@ -121,6 +121,7 @@ def test_an_objective_without_its_teacher_and_a_teacher_that_the_mesh_cannot_cut
         make_config(GPT2_LIKE, distill={"weight": 0})
 
 
+@pytest.mark.whole
 def test_a_run_learns_from_a_run_resumes_bitwise_and_refuses_another_teacher(
     corpus_file, token_cache, tmp_path, no_closing_sample
 ):

@@ -241,6 +241,7 @@ def test_a_bad_pair_is_one_line(row, why, tmp_path, token_cache):
         load_corpus(data_of(path, "byte", token_cache))
 
 
+@pytest.mark.whole
 def test_a_run_computes_its_reference_once_and_resumes_bitwise(pairs, tokenizer_folder, token_cache, tmp_path):
     shape = [*TINY_RUN, f"--data.tokenizer={tokenizer_folder}", f"--data.cache_dir={token_cache}"]
     shape += ["--model.context_length=128", "--train.total_steps=10", "--checkpoint.keep_last=5"]

@@ -66,6 +66,7 @@ def check_sum(training: Training, expected_s: float, tolerance: float) -> None:
     assert totals[STEPS] > 0
 
 
+@pytest.mark.whole
 def test_the_table_of_a_killed_run_adds_up(corpus_file, token_cache, tmp_path):
     training = Training(tmp_path / "run", corpus_file, token_cache, "--train.total_steps=14")
     recorded_s = 0.0  # from each beginning to the last record: the interpreter's own end is in no record

@@ -244,6 +244,7 @@ def peft_with(base: Path, adapters):
     return model
 
 
+@pytest.mark.whole
 def test_a_run_resumes_bitwise_and_needs_its_own_base(bases, corpus_file, tmp_path, no_closing_sample):
     def run(name: str, steps: int, **sections):
         cfg = config_on(bases["llama"], corpus_file, tmp_path / name, **sections)

@@ -223,6 +223,7 @@ def check(corpus_file, tmp_path_factory):
     return run
 
 
+@pytest.mark.whole
 def test_coordinates_are_flat_under_mup_and_not_under_standard(check):
     assert check("mup")["flat"]
     standard = check("standard")

@@ -336,6 +336,7 @@ def test_factors_are_the_least_squares_of_published_times():
     np.testing.assert_allclose(calibration.factors(), best.x, rtol=1e-4)
 
 
+@pytest.mark.whole
 def test_search_ranks_what_fits_and_writes_a_config_that_plans(tmp_path):
     out = tmp_path / "best.yaml"
     own = ["--model.context_length", "512", "--optim.ema_decay=0.99", "--model.remat=full"]

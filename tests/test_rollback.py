@@ -64,6 +64,7 @@ class Kill(Hook):
             raise Killed
 
 
+@pytest.mark.whole
 def test_bad_batches_in_a_row_are_passed_and_a_resume_decides_the_same(train):
     bad = dict.fromkeys(range(17, 26), np.nan)  # nine steps, four skips roll back
     rows, weights, workdir = train("whole", bad)

@@ -278,6 +278,7 @@ def test_loss_and_gradient_norm_are_those_of_transformers(chats, tokenizer_folde
     assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)
 
 
+@pytest.mark.whole
 def test_a_run_resumes_bitwise_and_exports_its_template(
     chats, tokenizer_folder, token_cache, tmp_path, no_closing_sample
 ):

@@ -115,6 +115,7 @@ def resumed(whole_run, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.whole
 def test_samples_and_resumes_are_kept_beside_the_metrics(resumed):
     samples = [json.loads(line) for line in (resumed / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 5, 10, 15]
@@ -130,6 +131,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.whole
 def test_without_matplotlib_no_picture_is_promised(straight, whole_run, tmp_path):
     workdir = copy_of(straight, tmp_path)
     shown = run_script(*whole_run, f"--workdir={workdir}").stdout
@@ -216,12 +218,14 @@ def test_init_from_starts_with_the_weights_of_another_run(straight, tiny_run, tm
     assert "another shape" in other.stderr
 
 
+@pytest.mark.whole
 def test_the_average_is_what_is_evaluated_saved_and_sampled(resumed, tiny_run, tmp_path):
     tuned = (*tiny_run, f"--init_from={resumed}", "--train.total_steps=5", f"--workdir={tmp_path / 'from'}")
     assert run_script(*tuned).returncode == 0
     assert losses(tmp_path / "from")[0]["val/loss"] == losses(resumed)[-1]["val/loss"]
 
 
+@pytest.mark.whole
 def test_a_profile_is_written_and_tensorboard_gets_the_metrics(tiny_run, tmp_path):
     pytest.importorskip("tensorboardX", reason="pip install -e '.[tensorboard]'")
     options = ("--train.total_steps=6", "--profile=3:5", '--log.trackers=["tensorboard"]')

@@ -59,6 +59,7 @@ def test_worker_processes_change_nothing_and_end_quietly(mixed, tmp_path):
     assert "Exception" not in result.stderr and "leaked" not in result.stderr
 
 
+@pytest.mark.whole
 def test_another_mixture_is_refused_unless_asked_for(mixed, prepared, tmp_path):
     workdir = Path(shutil.copytree(mixed[0], tmp_path / "copy"))
     changed = ["train.py", *TINY_RUN, mixture(prepared, {"weight": 1}, {"weight": 1}), f"--workdir={workdir}"]
@@ -105,6 +106,7 @@ def test_what_does_not_fit_the_data_is_one_line(prepared, tmp_path, name):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.whole
 def test_another_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
     """The config is the same; the folder was prepared anew."""
     args = ["train.py", *TINY_RUN, f"--data.path={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}"]

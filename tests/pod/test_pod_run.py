@@ -53,6 +53,7 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row}
 
 
+@pytest.mark.whole
 def test_hosts_whose_rows_lie_apart_read_the_global_batch(arguments, tmp_path):
     """Four hosts of v5e:4x4, each with rows that are no range: evaluation, three steps, the files of the run.
 
