@@ -1,4 +1,10 @@
-"""Log-probabilities, next-token cross-entropy and distillation, with the logits of only some positions in memory."""
+"""Log-probabilities, next-token cross-entropy and distillation, with the logits of only some positions in memory.
+
+Every device sums the gradient of the head over its own positions, chunk by chunk. The sums of all devices are added
+once, at the end, however many chunks there are; the head is gathered once.
+
+Letters: P parts of the positions, one for each device, T positions of a part and a chunk, D residual, V vocabulary.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,21 +13,40 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptjax.checks import divisors
+from gptjax.sharding import constrain, parts_of
+
+# A chunk's float32 logits on one device take at most this much, unless it would then have fewer tokens than a product
+# with the head needs to be bound by arithmetic, and not by the head's gradient, which every chunk reads and writes.
+CHUNK_BYTES = 2**28
+CHUNK_TOKENS = 1024
+
 
 class LossSpec(NamedTuple):
     """What is static about how logits become log-probabilities and a loss.
 
     Attributes:
         vocab_size: logits beyond it belong to padding rows, and count for nothing.
-        n_chunks: parts that the positions are cut into; it divides T.
+        n_chunks: parts that the positions are cut into; it divides T. None: as `count_chunks` chooses.
         cap: soft cap of the logits, or None.
         z_loss: weight of log(denominator)^2 (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
     """
 
     vocab_size: int
-    n_chunks: int = 1
+    n_chunks: int | None = 1
     cap: float | None = None
     z_loss: float = 0.0
+
+
+def count_chunks(rows: float, length: int, vocab: float) -> int:
+    """Return the least number of chunks of the loss whose logits fit CHUNK_BYTES, or that have CHUNK_TOKENS tokens.
+
+    Args:
+        rows, vocab: sequences, and rows of the padded vocabulary, of one device.
+        length: positions of one device; the number divides it.
+    """
+    most_tokens = max(CHUNK_BYTES / (4 * vocab), CHUNK_TOKENS)
+    return next((n for n in divisors(length) if rows * length / n <= most_tokens), length)
 
 
 def log_probabilities(hidden: jax.Array, head: jax.Array, targets: jax.Array, spec: LossSpec) -> jax.Array:
@@ -36,13 +61,32 @@ def log_probabilities(hidden: jax.Array, head: jax.Array, targets: jax.Array, sp
         targets: [B, T] int32.
     """
 
-    @jax.checkpoint
+    return _log_probabilities(spec, hidden, head, targets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probabilities(spec: LossSpec, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    cut, head = _cut(spec, hidden, head), _gathered(head, hidden)
+
     def body(_, chunk):
         h, t = chunk
-        return None, _chunk_log_probabilities(h, head, t, spec)[0]
+        return None, _of_targets(_logits(h, head), t, spec)[0]
 
-    _, parts = jax.lax.scan(body, None, _chunks(spec.n_chunks, hidden, targets))
-    return jnp.moveaxis(parts, 0, 2).reshape(targets.shape)
+    return cut.join(jax.lax.scan(body, None, (cut.split(hidden), cut.split(targets)))[1], targets.shape)
+
+
+def _log_probabilities_backward(spec, saved, slopes):
+    hidden, head, targets = saved
+
+    def gradient(logits, t, slope):
+        return (), jax.vjp(lambda raw: _of_targets(raw, t, spec)[0], logits)[1](slope)[0]
+
+    return *_sum_gradients(gradient, (), spec, hidden, head, (targets, slopes))[1], None
+
+
+_log_probabilities.defvjp(
+    lambda spec, *arrays: (_log_probabilities(spec, *arrays), arrays), _log_probabilities_backward
+)
 
 
 class Distillation(NamedTuple):
@@ -60,8 +104,8 @@ class Distillation(NamedTuple):
     weight: float
 
     @property
-    def n_chunks(self) -> int:
-        """The parts that the positions are cut into."""
+    def n_chunks(self) -> int | None:
+        """The parts that the positions are cut into; None: as `count_chunks` chooses."""
         return self.student.n_chunks
 
 
@@ -121,42 +165,65 @@ def _sum_chunks(
     computing the logits again.
 
     Args:
-        chunk_loss: (hidden, head, *by_position, *whole, spec) of a chunk -> scalars.
+        chunk_loss: (logits, *by_position, *whole, spec) of a chunk -> scalars.
         by_position: arrays [B, T, ...] that are cut into chunks, as hidden is, without gradients.
         whole: arrays that every chunk sees, without gradients.
     """
+    cut, gathered = _cut(spec, hidden, head), _gathered(head, hidden)
 
     def body(sums, chunk):
         h, *parts = chunk
-        return jax.tree.map(jnp.add, sums, chunk_loss(h, head, *parts, *whole, spec)), None
+        return jax.tree.map(jnp.add, sums, chunk_loss(_logits(h, gathered), *parts, *whole, spec)), None
 
-    chunks = _chunks(spec.n_chunks, hidden, *by_position)
-    return jax.lax.scan(body, _zeros(chunk_loss, spec, head, chunks, whole), chunks)[0]
+    chunks = [cut.split(x) for x in (hidden, *by_position)]
+    return jax.lax.scan(body, _zeros(chunk_loss, spec, hidden, head, by_position, whole), chunks)[0]
 
 
-def _zeros(chunk_loss, spec, head, chunks, whole):
-    h, *parts = jax.tree.map(lambda x: x[0], chunks)
-    shapes = jax.eval_shape(lambda: chunk_loss(h, head, *parts, *whole, spec))
+def _zeros(chunk_loss, spec, hidden, head, by_position, whole):
+    shapes = jax.eval_shape(lambda: chunk_loss(_logits(hidden, head), *by_position, *whole, spec))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _forward(chunk_loss, spec, hidden, head, by_position, whole):
-    def first_apart(h, w, parts):
-        sums = chunk_loss(h, w, *parts, *whole, spec)
+    def first_apart(logits, parts):
+        sums = chunk_loss(logits, *parts, *whole, spec)
         return sums[0], sums
 
-    gradient = jax.value_and_grad(first_apart, argnums=(0, 1), has_aux=True)
+    def gradient(logits, *parts):
+        (_, sums), slopes = jax.value_and_grad(first_apart, has_aux=True)(logits, parts)
+        return sums, slopes
+
+    zeros = _zeros(chunk_loss, spec, hidden, head, by_position, whole)
+    return _sum_gradients(gradient, zeros, spec, hidden, head, by_position)
+
+
+def _sum_gradients(gradient, zeros, spec, hidden, head, by_position):
+    """Fold a gradient over the chunks. Its products have operands in hidden's dtype, and the head's is float32.
+
+    Args:
+        gradient: (logits, *by_position) of a chunk -> sums, gradient to the logits.
+        zeros: of the sums' shapes.
+
+    Returns:
+        the sums of all chunks, and the gradients to hidden and head.
+    """
+    cut, gathered = _cut(spec, hidden, head), _gathered(head, hidden)
 
     def body(carry, chunk):
         sums, head_grad = carry
         h, *parts = chunk
-        (_, losses), (h_grad, head_part) = gradient(h, head, parts)
-        return (jax.tree.map(jnp.add, sums, losses), head_grad + head_part), h_grad
+        found, slopes = gradient(_logits(h, gathered), *parts)
+        slopes = slopes.astype(h.dtype)
+        h_grad = jnp.einsum("PTV,DV->PTD", slopes, gathered)
+        head_grad += jnp.einsum("PTD,PTV->PDV", h, slopes, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, found), constrain(head_grad, "part", None, "vocab")), h_grad
 
-    chunks = _chunks(spec.n_chunks, hidden, *by_position)
-    carry = (_zeros(chunk_loss, spec, head, chunks, whole), jnp.zeros_like(head))
-    (sums, head_grad), parts = jax.lax.scan(body, carry, chunks)
-    return sums, (jnp.moveaxis(parts, 0, 2).reshape(hidden.shape), head_grad)
+    head_zeros = constrain(jnp.zeros((cut.n_parts, *head.shape), jnp.float32), "part", None, "vocab")
+    chunks = [cut.split(x) for x in (hidden, *by_position)]
+    (sums, head_grad), h_grads = jax.lax.scan(body, (zeros, head_zeros), chunks)
+    head_grad = constrain(head_grad.sum(0).astype(head.dtype), "embed", "vocab")
+    # The sum over devices comes first: if it waited, the backward pass would hold the head's whole gradient.
+    return sums, jax.lax.optimization_barrier((cut.join(h_grads, hidden.shape), head_grad))
 
 
 def _backward(chunk_loss, spec, gradients, cotangents):
@@ -168,21 +235,58 @@ def _backward(chunk_loss, spec, gradients, cotangents):
 _sum_chunks.defvjp(_forward, _backward)
 
 
-def _chunks(n, *arrays):
-    """Cut [B, T, ...] to [n, B, T / n, ...]: chunk i holds the positions i, i + n, i + 2 n, ...
+class Cut(NamedTuple):
+    """How positions [B, T] are cut: into one part for each device, and every part into chunks.
 
-    Both B and T may be spread over devices. Of a chunk of neighbouring positions one device holds all, so that every
-    device would compute the whole chunk's logits; a chunk cut by stride has an equal part on each device.
+    Attributes:
+        n_chunks: of each part. Chunk i holds its positions i, i + n, i + 2 n, ...
+        n_rows, n_lengths: by how many the mesh divides B and T.
     """
 
-    def cut(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // n, n, *x.shape[2:]), 2, 0)
+    n_chunks: int
+    n_rows: int
+    n_lengths: int
 
-    return tuple(map(cut, arrays))
+    @property
+    def n_parts(self) -> int:
+        """The parts that devices hold."""
+        return self.n_rows * self.n_lengths
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, parts, positions, ...]; every device has an equal part of each chunk."""
+        (B, T), rest, (n, rows, lengths) = x.shape[:2], x.shape[2:], self
+        x = x.reshape(rows, B // rows, lengths, T // lengths // n, n, *rest)
+        x = jnp.moveaxis(x, (4, 0, 2), (0, 1, 2)).reshape(n, rows * lengths, -1, *rest)
+        return constrain(x, None, "part", None, *[None] * len(rest))
+
+    def join(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Undo `split` for an array that has this shape, [B, T, ...]."""
+        (B, T, *rest), (n, rows, lengths) = shape, self
+        x = x.reshape(n, rows, lengths, B // rows, T // lengths // n, *rest)
+        x = jnp.moveaxis(x, (0, 1, 2), (4, 0, 2)).reshape(shape)
+        return constrain(x, "batch", "length", *[None] * len(rest))
 
 
-def _chunk_loss(hidden, head, targets, weights, spec):
-    return _weighted_loss(*_chunk_log_probabilities(hidden, head, targets, spec), weights, spec)
+def _cut(spec: LossSpec | Distillation, hidden: jax.Array, head: jax.Array) -> Cut:
+    (B, T), mesh = hidden.shape[:2], jax.sharding.get_abstract_mesh()
+    rows, lengths, vocab = (parts_of(mesh, axis) for axis in ("batch", "length", "vocab"))
+    rows, lengths = (n if size % n == 0 else 1 for size, n in ((B, rows), (T, lengths)))
+    chosen = count_chunks(B / rows, T // lengths, head.shape[1] / vocab) if spec.n_chunks is None else spec.n_chunks
+    return Cut(chosen, rows, lengths)
+
+
+def _gathered(head: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Return the head as the products of all chunks take it: in hidden's dtype, and not sharded over D."""
+    return constrain(head.astype(hidden.dtype), None, "vocab")
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[P, T, D] and [D, V] -> [P, T, V] float32, from operands in hidden's dtype."""
+    return jnp.einsum("PTD,DV->PTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _chunk_loss(logits, targets, weights, spec):
+    return _weighted_loss(*_of_targets(logits, targets, spec), weights, spec)
 
 
 def _weighted_loss(log_probability, log_denominator, weights, spec):
@@ -190,55 +294,33 @@ def _weighted_loss(log_probability, log_denominator, weights, spec):
     return cross_entropy + spec.z_loss * jnp.sum(weights * jnp.square(log_denominator)), cross_entropy
 
 
-def _chunk_distillation(hidden, head, targets, weights, teacher_hidden, teacher_head, spec):
-    V = head.shape[1]
+def _chunk_distillation(logits, targets, weights, teacher_hidden, teacher_head, spec):
+    V = logits.shape[-1]
     shared = jnp.arange(V) < min(spec.student.vocab_size, spec.teacher.vocab_size)
-    mine = _masked_logits(hidden, head, spec.student)
-    theirs = _masked_logits(teacher_hidden, teacher_head, spec.teacher)[..., :V]
+    mine = _masked(logits, spec.student)
+    theirs = _masked(_logits(teacher_hidden, teacher_head), spec.teacher)[..., :V]
     theirs = jnp.pad(theirs, ((0, 0), (0, 0), (0, V - theirs.shape[-1])), constant_values=-jnp.inf)
     log_q, log_p = (jax.nn.log_softmax(jnp.where(shared, x, -jnp.inf) / spec.temperature) for x in (mine, theirs))
     divergence = jnp.where(shared, jnp.exp(log_p) * (log_p - log_q), 0).sum(-1)
     kl = jnp.sum(weights * divergence)
-    log_probability, log_denominator = _of_targets(mine, targets)
-    total, cross_entropy = _weighted_loss(log_probability, log_denominator, weights, spec.student)
+    total, cross_entropy = _weighted_loss(*_of_masked(mine, targets), weights, spec.student)
     return (1 - spec.weight) * total + spec.weight * spec.temperature**2 * kl, cross_entropy, kl
 
 
-def _chunk_log_probabilities(hidden, head, targets, spec):
-    return _of_targets(_masked_logits(hidden, head, spec), targets)
-
-
-def _masked_logits(hidden, head, spec):
-    """Return float32 logits [B, T, V], with the cap, and minus infinity for the rows that pad the vocabulary."""
-    logits = _logits(hidden, head)
+def _masked(logits, spec):
+    """Apply the cap to logits [P, T, V], and make those of the rows that pad the vocabulary minus infinity."""
     if spec.cap is not None:
         logits = spec.cap * jnp.tanh(logits / spec.cap)
-    return jnp.where(jnp.arange(head.shape[1]) < spec.vocab_size, logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[-1]) < spec.vocab_size, logits, -jnp.inf)
 
 
-def _of_targets(logits, targets):
-    """Return the log-probability of each target, and the log of the softmax's denominator, both [B, T]."""
+def _of_targets(logits, targets, spec):
+    """Return the log-probability of each target, and the log of the softmax's denominator, both [P, T]."""
+    return _of_masked(_masked(logits, spec), targets)
+
+
+def _of_masked(logits, targets):
     log_denominator = jax.nn.logsumexp(logits, axis=-1)
     # A comparison, not a gather: its gradient is no scatter, and V may be spread over devices.
     chosen = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0).sum(-1)
     return chosen - log_denominator, log_denominator
-
-
-@jax.custom_vjp
-def _logits(hidden, head):
-    """[B, T, D] and [D, V] float32 -> [B, T, V] float32, from operands in hidden's dtype.
-
-    So are those of the gradient's products: left to themselves they would be float32, the logits' own.
-    """
-    return jnp.einsum("BTD,DV->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def _logits_backward(saved, slopes):
-    hidden, head = saved
-    slopes = slopes.astype(hidden.dtype)
-    hidden_grad = jnp.einsum("BTV,DV->BTD", slopes, head.astype(hidden.dtype))
-    head_grad = jnp.einsum("BTD,BTV->DV", hidden, slopes, preferred_element_type=jnp.float32)
-    return hidden_grad, head_grad.astype(head.dtype)
-
-
-_logits.defvjp(lambda hidden, head: (_logits(hidden, head), (hidden, head)), _logits_backward)

@@ -29,6 +29,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
+    "part": ("data", "fsdp", "expert", "context"),  # of the positions of all sequences, one for each device
     "stream_length": ("context", "tensor"),  # between a block's matmuls, where each position is independent
     "residual": None,
 }

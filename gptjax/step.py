@@ -114,7 +114,7 @@ def make_trainable(cfg: Config, mesh: Mesh, teacher: ModelConfig | None = None) 
     per_group = f" / {group} rows of a group" if group > 1 else ""
     for key, size, axis in (
         (f"train.batch_sequences / train.microbatches{per_group}", rows // group, "batch"),
-        ("model.context_length / train.loss_chunks", model.context_length // train.loss_chunks, "length"),
+        ("model.context_length / train.loss_chunks", model.context_length // (train.loss_chunks or 1), "length"),
         ("model.context_length", model.context_length, "stream_length"),
     ):
         check_divides(mesh, key, size, axis)

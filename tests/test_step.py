@@ -176,9 +176,9 @@ def test_loss_chunks_share_the_logits_among_the_devices_of_the_context_axis():
     step = make_train_step(t).compiled
     with jax.set_mesh(t.mesh):
         program = step.lower(t.state, some_batch(t, 0)).compile().as_text()
-    sequences, vocab = 8 // 2, cfg.model.padded_vocab
-    assert f"f32[{sequences},{32 // 4 // 4},{vocab}]" in program
-    assert f"f32[{sequences},{32 // 4},{vocab}]" not in program
+    chunk, vocab = 8 * 32 // 4, cfg.model.padded_vocab
+    assert f"f32[1,{chunk // 8},{vocab}]" in program
+    assert f"[1,{chunk},{vocab}]" not in program
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -84,7 +84,9 @@ class Config:
 
     def __post_init__(self):
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
-        rest, wanted = self.model.context_length % self.train.loss_chunks, "does not divide model.context_length"
-        check(rest == 0, "train.loss_chunks", self.train.loss_chunks, f"{wanted} {self.model.context_length}")
+        chunks, length = self.train.loss_chunks, self.model.context_length
+        check(
+            length % (chunks or 1) == 0, "train.loss_chunks", chunks, f"does not divide model.context_length {length}"
+        )
         stop, total = self.run.profile_steps.stop, self.train.total_steps
         check(stop <= total + 1, "run.profile", self.run.profile, f"must stop at {total + 1} or before")

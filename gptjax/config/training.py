@@ -87,8 +87,8 @@ class TrainConfig:
         batch_sequences: sequences in a step, over all devices and microbatches.
         microbatches: number of microbatches whose gradients a step accumulates; raise it if activations do not fit in
             memory.
-        loss_chunks: number of chunks of positions in which the loss is computed; raise it if the logits do not fit in
-            memory.
+        loss_chunks: number of chunks of positions in which the loss is computed, so that memory holds the logits of
+            one chunk; null means as few as take 256 MiB of a device.
         z_loss: weight of the squared log of the softmax's denominator; a value such as 1e-4 keeps logits from
             drifting in long bfloat16 runs.
         spike_deviations: a step is skipped if its loss or gradient norm lies more than so many standard deviations
@@ -109,7 +109,7 @@ class TrainConfig:
     total_steps: int = field(default=1000, metadata=FREE)
     batch_sequences: int = 8
     microbatches: int = 1
-    loss_chunks: int = 1
+    loss_chunks: int | None = field(default=None, metadata=FREE)
     z_loss: float = 0.0
     spike_deviations: float | None = field(default=10.0, metadata=FREE)
     rollback_skips: int = field(default=10, metadata=FREE)

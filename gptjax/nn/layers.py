@@ -187,11 +187,21 @@ def rotary_angles(positions: jax.Array, width: int, theta: float, scaling: RopeS
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turn the pairs (i, i + K/2) of x [B, T, H, K] by their angles, in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _rotate_backward(rotation: tuple[jax.Array, jax.Array], y_grad: jax.Array) -> tuple[jax.Array, None]:
+    """Turn the gradient back: one pass over it, where the derivative of each operation would store it in float32."""
+    cos, sin = rotation
+    return rotate(y_grad, (cos, -sin)), None
+
+
+rotate.defvjp(lambda x, rotation: (rotate(x, rotation), rotation), _rotate_backward)
 
 
 class Norm(nnx.Module):

@@ -19,6 +19,7 @@ from gptjax.checks import filled_axes
 from gptjax.config import Config, DistillConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from gptjax.convert import teacher_config
 from gptjax.errors import UserError, choose
+from gptjax.loss import count_chunks
 from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.backends import BACKENDS
 from gptjax.nn.transformer import STACKS, count_params, flops_per_token
@@ -296,7 +297,7 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
         kept += 2 * qkv + hidden * (n_hidden + 1) + streams + scores * (F32 + BF16 + 1)
     # In the backward pass of one layer: scores, their gradient, and the recomputed activations.
     layer = scores * 2 * F32 + 2 * qkv + (n_hidden + 1) * hidden + streams + 2 * layer_full
-    chunk = s.tokens / cfg.train.loss_chunks * V
+    chunk = s.tokens / loss_chunks(cfg, axes) * V
     # The head's gradient and its gathered copy; with tied embeddings, also the copy for the token lookup.
     copies = 2 if m.tie_embeddings else 1
     head = D * V * (F32 * head_trained + copies * s.itemsize) + copies / 2 * rest * head_trained
@@ -312,6 +313,13 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
         "temporaries": m.n_layers * kept + casts + max(layer, loss),
         "code": 40e6,
     }
+
+
+def loss_chunks(cfg: Config, axes: dict[str, int]) -> int:
+    """Return the number of chunks of the loss: `train.loss_chunks`, or as the loss chooses (`loss.count_chunks`)."""
+    m, s = cfg.model, _device_sizes(cfg, axes)
+    chosen = count_chunks(s.sequences, m.context_length // axes["context"], m.padded_vocab / s.tensor)
+    return cfg.train.loss_chunks or chosen
 
 
 def frozen_roles(cfg: Config) -> set[str]:
@@ -356,7 +364,7 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     stream = s.tokens * m.d_model * s.itemsize
     # Each block has two sums forward and two backward; full remat repeats the first.
     sums = m.n_layers * (5 if cfg.run.remat == "full" else 4) + 2
-    head_grad = vocab / s.itemsize * F32 * cfg.train.loss_chunks
+    head_grad = vocab / s.itemsize * F32
     batch_parts, copies = axes["data"] * axes["fsdp"] * axes["expert"], axes["data"] * axes["expert"]
     # A layer gathers tokens and scatters sums, forward and backward; full remat gathers once more.
     exchanges = (m.n_layers - m.n_dense_layers) * (5 if cfg.run.remat == "full" else 4)

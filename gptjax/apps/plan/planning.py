@@ -14,8 +14,6 @@ from gptjax.checks import divisors
 from gptjax.config import Config, override
 from gptjax.errors import UserError
 
-LOSS_CHUNKS = 8  # of a loss whose logits are to take less memory: an eighth is less than what a layer needs
-
 # Vocabulary sizes of the tokenizers that need no file.
 VOCABULARIES = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}
 
@@ -64,7 +62,7 @@ def make_plan(cfg: Config, topology: Topology, analytic: bool = False) -> dict[s
         **traffic,
         "collectives": sum_collectives((answer or {}).get("collectives", [])),
         "communication_theory": costs.collectives,
-        **speeds(line),
+        **speeds(line, calibration.roofline_of(cfg, topology, costs)),
     }
 
 
@@ -163,9 +161,14 @@ def sum_collectives(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(sums.values(), key=lambda row: -row["wire_bytes"])
 
 
-def speeds(line: Roofline) -> dict[str, Any]:
-    """Return the part of a plan that says how fast a step is: its ceiling, and what published runs make expected."""
-    expected_s = calibration.expected_step_s(line, calibration.factors())
+def speeds(line: Roofline, estimated: Roofline) -> dict[str, Any]:
+    """Return the part of a plan that says how fast a step is: its ceiling, and what published runs make expected.
+
+    Args:
+        estimated: the roofline by arithmetic alone, which is what the factors of published runs multiply: with the
+            compiler's figures they would say something else, and jump where a program does not compile.
+    """
+    expected_s = max(calibration.expected_step_s(estimated, calibration.factors()), line.step_s)
     share = line.step_s / expected_s
     return {
         "times_s": line.times_s,
@@ -198,9 +201,8 @@ def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
 
 
 def _loss_chunks(cfg: Config) -> list[dict[str, Any]]:
-    """Return the overrides of `train.loss_chunks` to try: none, and more chunks where they divide the context."""
-    more = cfg.train.loss_chunks < LOSS_CHUNKS and cfg.model.context_length % LOSS_CHUNKS == 0
-    return [{}, {"train.loss_chunks": LOSS_CHUNKS}] if more else [{}]
+    """Return the overrides of `train.loss_chunks` to try: where a number is fixed, also the loss's own choice."""
+    return [{}] if cfg.train.loss_chunks is None else [{}, {"train.loss_chunks": None}]
 
 
 def meshes_to_try(topology: Topology, others: int) -> Iterator[dict[str, int]]:

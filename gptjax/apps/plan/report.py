@@ -88,14 +88,13 @@ def verdict(plan: dict[str, Any]) -> str:
     """Say whether the run fits; if not, by how much, and which change would fit."""
     if plan["fits"]:
         return "FITS"
-    lacking = size(plan["total_bytes"] - plan["capacity_bytes"])
+    lacking = plan["total_bytes"] - plan["capacity_bytes"]
+    by = f", by {size(lacking)}" if lacking > 0 else ", says the compiler"
     if plan.get("suggestion") is None:
-        return (
-            f"DOES NOT FIT, by {lacking}: neither remat nor microbatches are enough; try --search, or use more chips"
-        )
-    return f"DOES NOT FIT, by {lacking}. By arithmetic this fits: {flags(plan['suggestion'])}"
+        return f"DOES NOT FIT{by}: neither remat nor microbatches are enough; try --search, or use more chips"
+    return f"DOES NOT FIT{by}. By arithmetic this fits: {flags(plan['suggestion'])}"
 
 
 def flags(overrides: dict[str, Any]) -> str:
     """Return overrides as command-line flags."""
-    return " ".join(f"--{name} {value}" for name, value in overrides.items())
+    return " ".join(f"--{name} {'null' if value is None else value}" for name, value in overrides.items())
