@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from etils import epath
 
 from gptjax.config import DataConfig
 from gptjax.data.conversations import load_conversations
+from gptjax.data.encoding import encode_documents
 from gptjax.data.formats import SourceFile
 from gptjax.data.interleaved import load_interleaved
 from gptjax.data.preferences import load_preferences
-from gptjax.data.reading import Reading, documents, readable
+from gptjax.data.reading import Document, Reading, documents, readable
 from gptjax.data.shards import Split, Tokens, check_files, is_prepared, load_manifest, load_tokenizer
 from gptjax.data.source import Source
 from gptjax.data.sources import list_files, pieces_of
@@ -33,7 +34,6 @@ from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 CACHE_FORMAT = 3  # increase it when the same sources give other tokens
 DOCUMENT_END = "\n"  # after a document where the tokenizer has no token for that
-TEXTS_AT_ONCE = 64  # a tokenizer distributes these over the cores
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ def _fingerprints(
     return found, older.hexdigest()[:20] if same else found
 
 
-def _texts(cfg: DataConfig, files: list[SourceFile]) -> Iterator[tuple[str, bool]]:
-    """Yield each text, and whether a document ends with it."""
+def _texts(cfg: DataConfig, files: list[SourceFile]) -> Iterator[Document]:
+    """Yield each text of the files."""
     how = Reading(cfg.text_field)
     for piece in pieces_of([files], how, val_frac=0):
         for document in documents(piece, how):
@@ -266,23 +266,21 @@ def _is_whole(folder: Path) -> bool:
 def _tokenize(cfg: DataConfig, path: str, files: list[SourceFile], folder: Path, tokenizer: Tokenizer) -> None:
     end = np.zeros(0, np.int32)
     if tokenizer.eos_id is not None:
-        end = np.array([tokenizer.eos_id])
+        end = np.array([tokenizer.eos_id], np.int32)
     elif separates(tokenizer, files):
         end = tokenizer.encode(DOCUMENT_END)
     empty = 0
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
     def ids_of(some: list[SourceFile]) -> np.ndarray:
         nonlocal empty
-        pieces: list[np.ndarray] = []
-        texts = _texts(cfg, some)
-        for several in iter(lambda: list(islice(texts, TEXTS_AT_ONCE)), []):
-            kept = [(text, whole) for text, whole in several if text]
-            empty += len(several) - len(kept)
-            for ids, (_, whole) in zip(tokenizer.encode_batch([text for text, _ in kept]), kept, strict=True):
-                pieces += [ids, *([end] if whole else [])]
-        if not pieces:
+        parts: list[np.ndarray] = []
+        for encoded in encode_documents(_texts(cfg, some), tokenizer, end):
+            empty += encoded.empty
+            parts.append(encoded.ids.astype(dtype))
+        if not any(map(len, parts)):
             raise UserError(f"data.path {path!r} is empty: there is no text in it")
-        return np.concatenate(pieces).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        return np.concatenate(parts)
 
     if any(file.split == "val" for file in files):
         halves = [ids_of([file for file in files if file.split == half]) for half in ("train", "val")]

@@ -45,7 +45,7 @@ class UnitFiles:
         return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
     @contextmanager
-    def writing(self, vocab_size: int) -> Iterator[Callable[[Sequence[np.ndarray], np.ndarray], None]]:
+    def writing(self, vocab_size: int) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
         """Yield a function that appends documents: their ids, and their facts. The files are renamed into place on
         success.
         """
@@ -53,10 +53,9 @@ class UnitFiles:
         try:
             with temporary[0].open("wb") as tokens, temporary[1].open("wb") as documents:
 
-                def write(ids: Sequence[np.ndarray], facts: np.ndarray) -> None:
-                    for some in ids:
-                        assert not len(some) or 0 <= some.min() <= some.max() < vocab_size
-                        tokens.write(some.astype(self.dtype(vocab_size)).tobytes())
+                def write(ids: np.ndarray, facts: np.ndarray) -> None:
+                    assert not len(ids) or 0 <= ids.min() <= ids.max() < vocab_size
+                    tokens.write(ids.astype(self.dtype(vocab_size)).data)
                     documents.write(facts.tobytes())
 
                 yield write

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from gptjax.apps.data_prep.commit import DOCUMENT, UnitFiles, find_duplicates, write_shards
 from gptjax.data.corpus import DOCUMENT_END, separates
+from gptjax.data.encoding import encode_documents
 from gptjax.data.formats import SourceFile
 from gptjax.data.reading import Piece, Reading, documents, readable
 from gptjax.data.shards import MANIFEST, MANIFEST_FORMAT, TOKENIZER, WORK, check_files, load_manifest
@@ -41,7 +42,6 @@ from gptjax.files import changed_at, write_atomically
 from gptjax.paths import UserPath, local_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
-BATCH_CHARS = 2**20  # of documents that are encoded together
 SPARED_BYTES = 2**30  # of the sources: more unfinished work than this, on other options, is never deleted
 ORIGIN = ".plan"  # file in the output: hash of its plan, which includes the times of its sources
 
@@ -354,37 +354,30 @@ def tokenize_unit(work: Path, number: int, pieces: list[Piece], options: Options
     with files.writing(tokenizer.vocab_size) as write:
         for piece in pieces:
             digest = hashlib.sha256()
-            for batch in _batches(documents(piece, options.reading, complain)):
-                kept = [d for d in batch if d.text]
-                counts["empty"] += len(batch) - len(kept)
-                facts = np.zeros(len(kept), DOCUMENT)
-                ids = tokenizer.encode_batch([d.text for d in kept])
-                for n, document in enumerate(kept):
-                    data = document.text.encode()
-                    facts[n]["hash"] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
-                    facts[n]["text_bytes"] = len(data)
-                    ids[n] = np.append(ids[n], end) if document.whole else ids[n]
-                    facts[n]["tokens"] = len(ids[n])
+            read = documents(piece, options.reading, complain)
+            for texts, ids, lengths, empty in encode_documents(read, tokenizer, end):
+                counts["empty"] += empty
+                facts = _facts(texts, lengths)
                 by_hash = facts["hash"][:, 0] < np.uint64(options.val_frac * 2**64)
                 facts["validation"] = by_hash if piece.validation is None else piece.validation
                 digest.update(facts["hash"].tobytes())
-                counts["documents"] += len(kept)
-                counts["tokens"] += sum(map(len, ids))
+                counts["documents"] += len(texts)
+                counts["tokens"] += len(ids)
                 write(ids, facts)
             digests.append((piece.source, digest.hexdigest()))
     marker = {**counts, "examples": examples, "pieces": digests}
     write_atomically(files.marker, json.dumps(marker).encode())
 
 
-def _batches(items: Iterator[Any]) -> Iterator[list[Any]]:
-    batch, chars = [], 0
-    for item in chain(items, [None]):
-        if item is not None:
-            batch.append(item)
-            chars += len(item.text)
-        if batch and (item is None or chars >= BATCH_CHARS):
-            yield batch
-            batch, chars = [], 0
+def _facts(texts: list[str], lengths: np.ndarray) -> np.ndarray:
+    """Return what the commit needs of documents, DOCUMENT [n], all for training; `lengths` are in tokens."""
+    encoded = [text.encode() for text in texts]
+    hashes = b"".join(hashlib.blake2b(data, digest_size=16).digest() for data in encoded)
+    facts = np.zeros(len(texts), DOCUMENT)
+    facts["hash"] = np.frombuffer(hashes, "<u8").reshape(-1, 2)
+    facts["text_bytes"] = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    facts["tokens"] = lengths
+    return facts
 
 
 class Progress:
