@@ -26,11 +26,12 @@ def train(args: list[str]) -> int:
     cfg = load_config(args)
     continue_without_output()
     prepare_process(cfg.mesh.cpu_devices, cfg.distributed)
+    from gptjax.following import train_and_follow
     from gptjax.goodput import note_process_is_run
     from gptjax.trainer import train
 
     note_process_is_run()
-    return train(cfg)
+    return train(cfg) if cfg.follow is None else train_and_follow(cfg)
 
 
 @report_user_errors

@@ -21,7 +21,7 @@ from gptjax.paths import user_path
 from gptjax.presets import PRESETS
 
 # Keys whose values are paths: `~` means the home directory there; elsewhere it is YAML's null.
-PATHS = ("workdir", "init_from", "distill.teacher", "data.path", "data.tokenizer", "data.cache_dir")
+PATHS = ("workdir", "init_from", "follow", "distill.teacher", "data.path", "data.tokenizer", "data.cache_dir")
 
 
 def load_config(args: list[str]) -> Config:
@@ -129,13 +129,13 @@ PLACES = ("data.path", "data.tokenizer")
 def differing_keys(a: Config, b: Config, hashed: bool = False) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which two configs differ although a resume does not allow it, each with both values.
 
-    The mixture may differ if `b` sets data.change_mixture.
+    The mixture may differ if `b` sets data.change_mixture, or follows a folder that says what the mixture is.
 
     Args:
         hashed: whether a checkpoint's hashes are compared as well, so that paths of data may differ.
     """
     left, right = (_flatten(_plain(dataclasses.asdict(c))) for c in (a, b))
-    free = (*free_keys(Config), *(("data.mixture",) if b.data.change_mixture else ()))
+    free = (*free_keys(Config), *(("data.mixture",) if b.data.change_mixture or b.follow else ()))
     if hashed:
         free = (*free, *PLACES)
         for values in (left, right):
@@ -171,7 +171,7 @@ def _parse(parser: ArgumentParser, read: Callable[[], Any]) -> Config:
 
 def _with_user_paths(config: Config) -> Config:
     """Return the config with paths that the operating system accepts: `~` expanded."""
-    top = {key: user_path(getattr(config, key)) for key in ("workdir", "init_from") if getattr(config, key)}
+    top = {key: user_path(getattr(config, key)) for key in ("workdir", "init_from", "follow") if getattr(config, key)}
     data = {
         key: user_path(getattr(config.data, key))
         for key in ("path", "tokenizer", "cache_dir")

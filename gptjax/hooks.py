@@ -22,7 +22,7 @@ class StepEnd:
 
     Attributes:
         step: number of the step, from 1; 0 before the first step of a new run.
-        last: whether the loop ends here, at `total_steps` or by a signal.
+        last: whether the loop ends here, at `total_steps`, by a signal or by a hook.
         complete: whether `total_steps` is reached.
         state: after the step. The next step consumes it: copy what must outlive this call.
         batch: that the step was taken on, global arrays.
@@ -47,6 +47,12 @@ class Hook:
 
     def after_step(self, end: StepEnd) -> None:
         """Called after each step, and once with step 0 where a run begins."""
+
+    def ends_run(self, step: int) -> str | None:
+        """Return why the run shall end after a step that is not its last, None otherwise; called before the hooks.
+
+        All processes must return the same.
+        """
 
     def close(self) -> None:
         """Called once when the loop has ended without an error."""

@@ -119,7 +119,8 @@ def restore(t: Trainable, corpus: Corpus, fixed: Fixed) -> TrainState | None:
             raise UserError(
                 "the corpus has another tokenizer than this run's checkpoint; use that one, or another --workdir"
             )
-        if not corpus.is_that_of(meta["corpus"]) and not t.cfg.data.change_mixture:
+        followed = len(meta["config"]["data"].get("mixture", [])) if t.cfg.follow else None
+        if not corpus.first(followed).is_that_of(meta["corpus"]) and not t.cfg.data.change_mixture:
             raise UserError(
                 "the corpus is not the one that this run was trained on; use that corpus, or another --workdir"
             )

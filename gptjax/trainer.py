@@ -53,8 +53,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
     with Watchdog(limit_s) as watchdog, RunLock(cfg.workdir) as lock, Attempt(cfg.workdir) as attempt:
         corpus = read_corpus(cfg, watchdog)
         cfg = with_vocabulary(cfg, corpus)
-        mesh = make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices)
-        t = make_run(cfg, mesh, corpus)
+        t = make_run(cfg, make_mesh(cfg.mesh.axes, slices=cfg.mesh.slices), corpus)
         rows, batches = batches_of_this_host(t, corpus)
         train_step, evaluate = make_train_step(t), make_evaluate(t, corpus)
         check_workdir(cfg)
@@ -64,7 +63,7 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
             state, fixed = begin_or_resume(t, corpus)
         checkpoints = open_workdir(cfg)
         attach_reference(t, corpus, state)
-        start, total = int(state.step), cfg.train.total_steps
+        start, total, reason = int(state.step), cfg.train.total_steps, None
         attempt.resume(start)
         report = together(lambda: Report(t, corpus, start))
         sampler = LiveSampler(t, corpus)
@@ -84,7 +83,8 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
                     batch = global_batch(next(incoming), rows, t.batch_sharding, cfg.train.batch_sequences)
                 state, metrics = train_step(state, batch)
                 complete = step == total
-                last = complete or stop.after(step)
+                reason = None if complete else ending_reason(called, step)
+                last = complete or stop.after(step) or reason is not None
                 state, noted = rollback.after(step, complete, state)
                 run_hooks(called, StepEnd(step, last, complete, state, batch, metrics, noted))
                 del batch  # it may lie in memory that the data workers share and that they free when they end
@@ -95,11 +95,22 @@ def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:
         for hook in called:
             hook.close()
         attempt.clock.turn_to("sample")
-        return finish(t, state, sampler, report, attempt)
+        return finish(t, state, sampler, report, attempt, reason)
 
 
-def finish(t: Trainable, state: TrainState, sampler: LiveSampler, report: Report, attempt: Attempt) -> int:
-    """Record how a run has ended, print its conclusion, and return its exit code."""
+def ending_reason(hooks: Sequence[Hook], step: int) -> str | None:
+    """Return why a hook ends the run after a step, None if none does; all of them are asked."""
+    return next((reason for reason in [hook.ends_run(step) for hook in hooks] if reason is not None), None)
+
+
+def finish(
+    t: Trainable, state: TrainState, sampler: LiveSampler, report: Report, attempt: Attempt, reason: str | None
+) -> int:
+    """Record how a run has ended, print its conclusion, and return its exit code.
+
+    Args:
+        reason: why a hook ended it before its last step.
+    """
     step, total = int(state.step), t.cfg.train.total_steps
     for line in table_of(attempt.totals(), len(attempt.earlier) + 1):
         report.say(line)
@@ -107,7 +118,7 @@ def finish(t: Trainable, state: TrainState, sampler: LiveSampler, report: Report
         write_outcome(t.cfg.workdir, "stopped", step)
         is_saved = was_taken(jax.device_get(state.statistics), step)
         kept = "everything is saved" if is_saved else "all but the last steps, which were skipped, is saved"
-        report.say(f"stopped at step {step} of {total}; {kept}: run again to resume")
+        report.say(f"stopped at step {step} of {total}; {kept}: {reason or 'run again to resume'}")
         return STOPPED
     write_outcome(t.cfg.workdir, "done", total)
     conclude(t, state, sampler, report)

@@ -61,6 +61,7 @@ FLOORS = [
     ["reference"],
     ["hooks", "closing", "rollback", "verification"],
     ["trainer"],
+    ["following"],
     [
         "apps.bench",
         "apps.chat",

@@ -64,11 +64,14 @@ class Config:
             run that the directory already holds is resumed.
         init_from: start from the weights of this model instead of random ones: the directory of a run, a Hugging Face
             directory or id, or a .gguf file; null means random weights.
+        follow: a folder in which folders of `gptjax data prepare` appear, to train on in place of data.path; the run
+            looks for new ones at every evaluation, and data.replay of the examples are then from the earlier ones.
     """
 
     seed: int = 1337
     workdir: str | None = field(default=None, metadata=FREE)
     init_from: str | None = field(default=None, metadata=FREE)
+    follow: str | None = field(default=None, metadata=FREE)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -73,6 +73,8 @@ class DataConfig:
             (docs/extending.md).
         mixture: several sources in place of path, each with its share of the examples.
         change_mixture: allow a resume whose mixture differs from the one in the checkpoint.
+        replay: share of the examples that are from earlier folders once a new one has appeared in `follow`; raise it
+            if their losses rise.
         tokenizer: `char` (the characters that the corpus contains), `byte` (UTF-8), `gpt2`, `cl100k`, `o200k`, or the
             path of a tokenizer.json or of a Hugging Face directory; null means the tokenizer of a prepared folder, or
             char for text.
@@ -96,6 +98,7 @@ class DataConfig:
     kind: str = "text"
     mixture: tuple[MixtureSource, ...] = ()
     change_mixture: bool = field(default=False, metadata=FREE)
+    replay: float = field(default=0.5, metadata=FREE)
     tokenizer: str | None = None
     train_on: Literal["responses", "all"] = "responses"
     picture: PictureConfig | None = None
@@ -109,6 +112,7 @@ class DataConfig:
 
     def __post_init__(self):
         check(0 < self.val_frac < 1, "data.val_frac", self.val_frac, "must lie between 0 and 1")
+        check(0 <= self.replay < 1, "data.replay", self.replay, "must be at least 0 and less than 1")
         check(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
         check(self.workers >= 0, "data.workers", self.workers, "must not be negative")
         labels = [source.label for source in self.mixture]

@@ -63,6 +63,10 @@ class Corpus:
         """Return the hash that versions before CACHE_FORMAT 3 had; that of today where they read something else."""
         return _joined([source.older_fingerprint or source.fingerprint for source in self.sources])
 
+    def first(self, count: int | None) -> "Corpus":
+        """Return the corpus of the first so many sources; of all if None."""
+        return Corpus(self.sources[:count], self.shares[:count])
+
     def is_that_of(self, fingerprint: str) -> bool:
         """Return whether a checkpoint with this fingerprint was trained on the same tokens."""
         return fingerprint in (self.fingerprint, self.older_fingerprint)

@@ -78,7 +78,8 @@ def check_paths(cfg: Config, volumes: dict[str, str]) -> None:
             f"workdir {workdir} would vanish with the container; give --workdir gs://BUCKET/NAME, or mount a disk "
             "that all hosts share with --volume SOURCE:/PATH and give --workdir /PATH/NAME"
         )
-    data = {"data.path": cfg.data.path} if not cfg.data.mixture else {}
+    data = {"data.path": cfg.data.path} if not (cfg.data.mixture or cfg.follow) else {}
+    data |= {"follow": cfg.follow} if cfg.follow else {}
     data |= {f"data.mixture {part.label}": part.path for part in cfg.data.mixture}
     inputs = {key: path for key, path in data.items() if path not in DATA_NAMES}
     if cfg.data.tokenizer is not None and cfg.data.tokenizer not in TOKENIZER_NAMES:
