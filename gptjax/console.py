@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TextIO
 
-from gptjax.errors import USER_ERROR, UserError
+from gptjax.errors import USER_ERROR, MachineError, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")  # as libraries in C++ say it
@@ -156,6 +156,8 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
 
 def describe_failure(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the few lines that say what an exception means to the user."""
+    if isinstance(error, MachineError):
+        return 1, f"error: {error}"
     for one in causes(error, contexts=True):
         reason = getattr(one, "strerror", None) or one_line(str(one), LONGEST_REASON)
         where = getattr(one, "filename", None)

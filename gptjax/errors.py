@@ -28,7 +28,11 @@ class Diverged(UserError):
         )
 
 
-class CorruptDevice(Exception):
+class MachineError(Exception):
+    """The machine failed under a run. The message is one line that says how to resume; the exit code is 1."""
+
+
+class CorruptDevice(MachineError):
     """Devices have computed or stored wrong values without reporting an error."""
 
     def __init__(self, devices: Iterable[object], what: str):

@@ -24,6 +24,7 @@ from gptjax import cli
 from gptjax.configfile import CONFIG_OPTIONS
 from gptjax.errors import UserError
 from gptjax.generate import Completion
+from gptjax.tokenizers.plain import ByteTokenizer
 
 
 def verbs() -> dict[tuple[str, ...], Any]:
@@ -203,8 +204,14 @@ def load_or_echo(load: Any) -> Any:
     def complete(prompts: list[str], *_: Any) -> list[Completion]:
         return [Completion(prompt, [0], prompt, [0.0]) for prompt in prompts]
 
-    tokenizer = SimpleNamespace(encode_prompt=lambda text: [0], decode=lambda ids: "x")
-    echo = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(context_length=9), complete=complete)
+    tokenizer = ByteTokenizer()
+    echo = SimpleNamespace(
+        tokenizer=tokenizer,
+        config=SimpleNamespace(context_length=9, vocab_size=tokenizer.vocab_size),
+        complete=complete,
+        stream=lambda *_: iter(()),
+        prompt_ids=tokenizer.encode_prompt,
+    )
     return lambda path, *how: echo if path == "fake-run" else load(path, *how)
 
 

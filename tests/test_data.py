@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import pickle
 import random
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from gptjax.data.corpus import Source, load_corpus
 from gptjax.data.mixture import Assignment
 from gptjax.data.reading import Reading, play_text
 from gptjax.data.shards import Split, Tokens
-from gptjax.errors import UserError
+from gptjax.errors import MachineError, UserError
 from gptjax.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_dict
 
 
@@ -238,6 +239,16 @@ def test_worker_processes_give_the_batches_of_a_thread(prepared, workers):
         with closing(batches(cfg).iterate(7, 8, number)) as incoming:
             found[number] = [digest([next(incoming)]) for _ in range(50)]
     assert found[0] == found[workers]
+
+
+def test_a_killed_worker_is_one_line(any_data):
+    with closing(batches(any_data).iterate(0, 2, 1)) as incoming:
+        next(incoming)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(MachineError, match=r"data ended .exit code -9.*resume"):
+            for _ in range(20):
+                next(incoming)
 
 
 def test_a_far_step_costs_what_a_near_one_does(any_data, monkeypatch):

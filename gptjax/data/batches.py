@@ -17,7 +17,7 @@ from gptjax.data.corpus import Corpus
 from gptjax.data.mixture import Assignment
 from gptjax.data.shards import Split
 from gptjax.data.source import Half
-from gptjax.errors import UserError
+from gptjax.errors import MachineError, UserError
 
 ENDLESS_STEPS = 2**48  # a length that Grain can slice and no run reaches
 
@@ -208,7 +208,7 @@ class Batches:
         first = step * self.batch_sequences
         return as_batch([self.examples[first + row] for row in self.rows])
 
-    def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> grain.DatasetIterator:
+    def iterate(self, start_step: int, prefetch: int, workers: int = 0) -> "grain.DatasetIterator | WatchedWorkers":
         """Return an iterator over the batches from a step on; the caller closes it.
 
         Args:
@@ -224,7 +224,38 @@ class Batches:
             per_worker = -(-prefetch // workers)  # rounded up
             processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=per_worker)
             batches = batches.mp_prefetch(processes)
+            return WatchedWorkers(iter(batches))
         return iter(batches)
+
+
+class WatchedWorkers:
+    """An iterator over the batches of worker processes that says in its own words when one of them is gone.
+
+    Raises:
+        MachineError: a worker ended, as where the system kills it for lack of memory.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches = batches
+
+    def __iter__(self) -> "WatchedWorkers":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            code = str(error).partition("exit code ")[2].split(".")[0]
+            raise MachineError(
+                f"a process that loads data ended (exit code {code or 'unknown'}, which is -9 where memory ran out); "
+                "run the same command again to resume, with fewer data.workers or data.prefetch_batches if it recurs"
+            ) from error
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches.close()
 
 
 def validation_batches(
