@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from gptjax.commandline import split_words
 from gptjax.config import Config, RopeScaling, free_keys
 from gptjax.configversions import FORMAT, NOW_SECTIONS, RENAMED, current_key, upgrade
+from gptjax.console import one_line
 from gptjax.errors import UserError, nearest
 from gptjax.paths import user_path
 from gptjax.presets import PRESETS
@@ -48,7 +49,7 @@ def load_config(args: list[str]) -> Config:
         values["model"] = {**(values.get("model") or {}), "preset": presets[-1]}
     values = _fill(values)
     for key, value in (pair for pair in options if _in_optional_section(pair[0])):
-        _put_option(values, key, value)
+        put_value(values, key, parse_option(key, value))
     options = [pair for pair in options if not _in_optional_section(pair[0])]
     words = line._replace(options=options, positionals=["-"]).words
     config = _parse(parser, lambda: parser.parse_args(words, namespace=parser.parse_object(values)))
@@ -93,16 +94,25 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping of a YAML file; raise UserError if the file is missing or holds something else."""
     try:
-        values = yaml.load(epath.Path(path).read_text(encoding="utf-8"), _StrictLoader)
+        text = epath.Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be a config") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines")
     return values
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    """Return a value of YAML; raise UserError, which names `what`, where it is none or nested too deeply."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{what} is nested too deeply") from None
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -254,13 +264,26 @@ def _in_optional_section(key: str) -> bool:
     return section in _SECTIONS and section in _MAY_BE_NULL
 
 
-def _put_option(values: dict[str, Any], key: str, text: str) -> None:
-    """Set a value of the command line in nested values."""
+def parse_option(key: str, text: str) -> Any:
+    """Return the value of an option of the command line; raise UserError where it is no YAML."""
+    return _parse_yaml(text, f"--{key}={one_line(text, 40)}")
+
+
+def put_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a key such as `model.mlp.kind` in nested values, which are changed in place.
+
+    Raises:
+        UserError: a part of the key is no section there.
+    """
     *sections, name = key.split(".")
-    for section in sections:
-        values[section] = dict(values.get(section) or {})
+    for depth, section in enumerate(sections):
+        held = values.get(section) or {}
+        if not isinstance(held, dict):
+            above = ".".join(sections[: depth + 1])
+            raise UserError(f"{key} is inside {above}, which is {held!r} here; give one of the two")
+        values[section] = dict(held)
         values = values[section]
-    values[name] = yaml.load(text, _StrictLoader)
+    values[name] = value
 
 
 def _reject_unknown(key: Any, known: Iterable[str]) -> None:

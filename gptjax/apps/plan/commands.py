@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from gptjax.config import Config, override
-from gptjax.configfile import load_config, read_yaml
+from gptjax.configfile import load_config, parse_option, put_value, read_yaml
 from gptjax.configversions import current_key, upgrade
 from gptjax.errors import DOES_NOT_FIT, UserError
 from gptjax.paths import UserPath, writing
@@ -137,14 +137,9 @@ def write_config(out: str, config: str, flags: list[str], overrides: dict[str, o
     values = upgrade(read_yaml(config))
     own = {}
     for name, _, text in (flag.removeprefix("--").partition("=") for flag in flags):
-        value = yaml.safe_load(text)
+        value = parse_option(name, text)
         own[current_key(name, plain=not isinstance(value, dict))] = value
     for name, value in {**own, **overrides}.items():
-        *sections, key = name.split(".")
-        section = values
-        for part in sections:
-            section[part] = dict(section.get(part) or {})
-            section = section[part]
-        section[key] = value
+        put_value(values, name, value)
     with writing(out) as path:
         path.write_text(yaml.safe_dump(values, sort_keys=False))
