@@ -270,18 +270,10 @@ def parse_option(key: str, text: str) -> Any:
 
 
 def put_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value of a key such as `model.mlp.kind` in nested values, which are changed in place.
-
-    Raises:
-        UserError: a part of the key is no section there.
-    """
+    """Set the value of a key such as `model.mlp.kind` in nested values, which are changed in place."""
     *sections, name = key.split(".")
-    for depth, section in enumerate(sections):
-        held = values.get(section) or {}
-        if not isinstance(held, dict):
-            above = ".".join(sections[: depth + 1])
-            raise UserError(f"{key} is inside {above}, which is {held!r} here; give one of the two")
-        values[section] = dict(held)
+    for section in sections:
+        values[section] = dict(values.get(section) or {})
         values = values[section]
     values[name] = value
 

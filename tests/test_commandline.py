@@ -145,12 +145,11 @@ def test_flags_may_stand_before_the_config_file(tmp_path):
         (["--model.positions.scaling.factor", "[" * 300], "is not YAML"),
         (["--model.positions.scaling.factor", "[" * 5000], "is nested too deeply"),
         (["--model.positions.scaling.factor", "2020-13-99"], "is not YAML"),
-        (["--model.positions.scaling.factor=2"], "is inside model.positions.scaling, which is 'x' here; give one"),
     ],
 )
 def test_a_wrong_value_in_an_optional_section_is_one_line(tmp_path, capsys, words, complaint):
     with pytest.raises(SystemExit, match="2"):
-        cli.train([config_file(tmp_path, "model: {positions: {scaling: x}}\n"), *words])
+        cli.train([config_file(tmp_path, "seed: 1\n"), *words])
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1 and len(said) < 400
 
