@@ -15,6 +15,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 GPTJAX = (sys.executable, "-m", "gptjax")
+INSIDE = "The capital of France is Paris, and the capital of Italy is"  # looked into, with this layer and head
+LAYER, HEAD = 15, 4
 PLAN = ("configs/gpt2_1.5b.yaml", "--topology", "v5e:8x8", "--search", "--analytic", "--tokens", "300e9")
 
 
@@ -46,8 +48,8 @@ def flatten(picture: Path) -> None:
     flat.save(picture, optimize=True)
 
 
-def photograph_server(model: str, picture: Path) -> None:
-    """Write what the server's page shows of a conversation with a model, and of a token's alternatives."""
+def photograph_server(model: str, talk: Path, inside: Path) -> None:
+    """Write what the server's page shows: a conversation with a token's alternatives, and a look inside a text."""
     from selenium import webdriver
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -69,18 +71,30 @@ def photograph_server(model: str, picture: Path) -> None:
             WebDriverWait(browser, 300).until(lambda b, script=script: b.execute_script(script))
         doubtful = "const t = [...document.querySelectorAll('.token')]; t.sort((a, b) => a.dataset.p - b.dataset.p);"
         browser.execute_script(doubtful + "t[0].focus()")
-        browser.save_screenshot(str(picture))
+        browser.save_screenshot(str(talk))
+        browser.set_window_size(900, 960)
+        browser.execute_script("document.getElementById('tab-complete').click()")
+        browser.execute_script("document.getElementById('prompt').value = arguments[0]", INSIDE)
+        browser.execute_script("document.getElementById('tab-inside').click()")
+        seen = "return document.getElementById('seen').textContent.endsWith('tokens')"
+        WebDriverWait(browser, 300).until(lambda b: b.execute_script(seen))
+        for name, number in (("layer", LAYER), ("head", HEAD)):
+            browser.execute_script(f"document.getElementById('{name}').value = {number}")
+        browser.execute_script("inside = null; lookInside()")
+        WebDriverWait(browser, 300).until(lambda b: b.execute_script("return inside !== null"))
+        browser.save_screenshot(str(inside))
     finally:
         browser.quit()
         server.terminate()
         server.wait(60)
-    flatten(picture)
+    for picture in (talk, inside):
+        flatten(picture)
 
 
 def main() -> None:
     """Make all of them, or the server's alone."""
     if sys.argv[1:2] == ["--server"]:
-        photograph_server(sys.argv[2], ROOT / "docs" / "serving.png")
+        photograph_server(sys.argv[2], ROOT / "docs" / "serving.png", ROOT / "docs" / "serving_inside.png")
         return
     quickstart = ROOT / "runs" / "quickstart"
     run(sys.executable, "train.py", "configs/quickstart.yaml")

@@ -9,9 +9,9 @@ from conftest import GPT2_LIKE, MODERN, make_config, without_zeros
 
 import gptjax.convert
 from gptjax.apps.inspection import commands
-from gptjax.apps.inspection.measure import Inspector
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
+from gptjax.inspection import Inspector
 from gptjax.nn.transformer import init_params
 from gptjax.tokenizers import CharTokenizer
 

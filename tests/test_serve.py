@@ -20,12 +20,14 @@ pytest.importorskip("prometheus_client", reason="pip install -e '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install -e '.[serve]'")
 
 import jax
+from bad_requests import BODIES, HOSTILE, REFUSED, TEXT, send_nonsense
 from conftest import ROOT, run_script
 from serving import CONTEXT, Client, serving, tiny_model, tiny_tokenizer
 
 from gptjax.apps.serve.metrics import Meters
 from gptjax.apps.serve.scheduler import Job, Scheduler
 from gptjax.engine import Request
+from gptjax.inspection import Inspector
 from gptjax.sampling import Sampling
 
 
@@ -180,6 +182,24 @@ def test_ids_of_a_text_and_of_a_conversation(server, lm):
     assert found["ids"] == lm.tokenizer.encode("<user>a\n<assistant>").tolist()
 
 
+def test_a_look_inside_is_what_the_model_computes(server, lm):
+    text = "the king and queen"
+    ids = np.array(lm.prompt_ids(text), np.int32)
+    trace = Inspector(lm).trace(ids)
+    for head in (0, 3):
+        status, found = server.post("/inspect", prompt=text, head=head)
+        assert status == 200 and (found["layers"], found["heads"]) == (1, 4)
+        for i, row in enumerate(found["attention"]):
+            np.testing.assert_allclose(row, trace.attention[0, head, i, : i + 1], atol=6e-4)
+    shares = np.asarray(jax.nn.softmax(trace.lens))
+    got = [[cell["probability"] for cell in row] for row in found["lens"]]
+    np.testing.assert_allclose(got, shares.max(-1), atol=1e-5)
+    tokens = [cell["probability"] for cell in found["tokens"][1:]]
+    np.testing.assert_allclose(tokens, shares[-1, np.arange(len(ids) - 1), ids[1:]], rtol=1e-3)
+    status, found = server.post("/inspect", messages=[{"role": "user", "content": "a"}])
+    assert status == 200 and "".join(token["text"] for token in found["tokens"]) == "<user>a\n<assistant>"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots_within_a_token(server, monkeypatch, stream):
     """Four texts; the server stands still after their first token until it has seen that the client left."""
@@ -277,76 +297,11 @@ def test_an_answer_matches_its_schema_beside_free_ones(openai, lm):
     assert beside.result().choices[0].message.content == free
 
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-HELLO = [{"role": "user", "content": "a"}]
-HOSTILE = "<script>alert(1)</script>"
-BOMBS = [
-    {"$ref": "http://localhost/x"},
-    {"type": HOSTILE},
-    {"anyOf": [{"type": "string", "pattern": "x" * 70000}]},
-]
-REFUSED = [
-    (CHAT, {"messages": []}, 400, "messages"),
-    (CHAT, {}, 400, "messages"),
-    (CHAT, {"messages": [{"role": HOSTILE, "content": "a"}]}, 400, "role"),
-    (CHAT, {"messages": [{"role": "user"}]}, 400, "content"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "text alone"),
-    (CHAT, {"messages": ["a"]}, 400, "object"),
-    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools"),
-    (CHAT, {"messages": HELLO, "top_logprobs": 3}, 400, "logprobs"),
-    (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, 400, "[0, 20]"),
-    (CHAT, {"messages": [{"role": "user", "content": "a" * 9000}]}, 400, "tokens"),
-    (CHAT, {"messages": HELLO, "max_tokens": 10**6}, 400, "max_tokens"),
-    (CHAT, {"messages": HELLO, "n": 10000}, 400, "128"),
-    (CHAT, {"messages": HELLO, "chat_template": "{{ 1 }}"}, 400, "unknown field"),
-    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
-    *((CHAT, {"messages": HELLO, "response_format": x}, 400, "response_format") for x in (1, {"type": HOSTILE})),
-    *(
-        (TEXT, {"response_format": {"type": "json_schema", "json_schema": {"schema": x}}}, 400, "schema")
-        for x in BOMBS
-    ),
-    (TEXT, {"prompt": "a", "n": 0}, 400, "n 0"),
-    (TEXT, {"prompt": "a", "n": 2, "best_of": 1}, 400, "best_of"),
-    (TEXT, {"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of"),
-    (TEXT, {"prompt": ["a"] * 129}, 400, "128"),
-    (TEXT, {"prompt": [10**9]}, 400, "ids"),
-    (TEXT, {"prompt": [[]]}, 400, "ids"),
-    (TEXT, {"prompt": {"a": 1}}, 400, "prompt"),
-    (TEXT, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
-    (TEXT, {"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
-    (TEXT, {"prompt": "a", "temperature": -1}, 400, "temperature"),
-    (TEXT, {"prompt": "a", "temperature": 1e999}, 400, "JSON"),
-    (TEXT, {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
-    (TEXT, {"prompt": "a", "stop": ["x"] * 17}, 400, "stop"),
-    (TEXT, {"prompt": "a", "stop": [""]}, 400, "stop"),
-    (TEXT, {"prompt": "a", "logprobs": 6}, 400, "logprobs"),
-    (TEXT, {"prompt": "a", "logit_bias": {"5": 100}}, 400, "logit_bias"),
-    (TEXT, {"prompt": "a", "stream_options": 3, "stream": True}, 400, "stream_options"),
-    (TEXT, {"prompt": "a", "model": HOSTILE}, 404, "not here"),
-    (TEXT, {"prompt": "a", "temprature": 1}, 400, "temperature"),
-    ("/v1/embeddings", {}, 400, "input"),
-    ("/v1/embeddings", {"input": "a", "dimensions": 5}, 400, "dimensions"),
-    ("/v1/embeddings", {"input": "a", "encoding_format": "x"}, 400, "encoding_format"),
-    ("/tokenize", {"prompt": "a", "messages": HELLO}, 400, "either"),
-]
-
-
 @pytest.mark.parametrize(("path", "values", "status", "said"), REFUSED)
 def test_a_bad_field_is_one_line(server, path, values, status, said):
     found, answer = server.post(path, **values)
     message = answer["error"]["message"]
     assert found == status and said in message and "\n" not in message and len(message) < 600, answer
-
-
-BODIES = [
-    (b"{", 400, "JSON"),
-    (b"[1]", 400, "object"),
-    (b'{"prompt": "\xff\xfe"}', 400, "UTF-8"),
-    (b'{"prompt": NaN}', 400, "NaN"),
-    (b"[" * 10**5, 400, "nested"),
-    (b'{"n": ' + b"9" * 10**4 + b"}", 400, "JSON"),
-    (b" " * (2**21 + 1), 413, "bytes"),
-]
 
 
 @pytest.mark.parametrize(("body", "status", "said"), BODIES, ids=range(len(BODIES)))
@@ -375,8 +330,9 @@ def test_the_key(server):
     application._key = "sesame"
     try:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "é"}):
-            status, answer = server.send("GET", "/v1/models", **header)
-            assert status == 401 and json.loads(answer)["error"]["code"] == "invalid_api_key"
+            for method, path in (("GET", "/v1/models"), ("POST", "/inspect")):
+                status, answer = server.send(method, path, **header)
+                assert status == 401 and json.loads(answer)["error"]["code"] == "invalid_api_key"
         assert server.send("GET", "/v1/models", Authorization="Bearer sesame")[0] == 200
         assert server.send("GET", "/healthz")[0] == 200
     finally:
@@ -400,53 +356,6 @@ def test_a_full_queue_and_a_slow_answer(server, monkeypatch):
     connection.endheaders(b"{")  # and no more
     assert connection.getresponse().status == 408
     server.wait(lambda: server.metrics()["gptjax_slots_used"] == 0)
-
-
-def send_nonsense(server, rng, n: int) -> None:
-    """Send mutated requests; every answer is JSON with a status that a client's fault or a good request has."""
-    good = [(path, {"max_tokens": 2, **values}) for path, values, _, _ in REFUSED]
-    odd = [
-        None,
-        -1,
-        0,
-        1,
-        2**70,
-        1e300,
-        "",
-        "é\0",
-        HOSTILE,
-        [],
-        {},
-        [[]],
-        ["a", 1],
-        True,
-        "a" * 500,
-        {"type": "text"},
-    ]
-    for _ in range(n):
-        path, values = good[rng.integers(len(good))]
-        fields = [
-            "prompt",
-            "messages",
-            "n",
-            "stop",
-            "temperature",
-            "seed",
-            "stream",
-            "logprobs",
-            "echo",
-            "top_p",
-            "é",
-        ]
-        changed = {fields[rng.integers(len(fields))]: odd[rng.integers(len(odd))] for _ in range(rng.integers(4))}
-        body = bytearray(json.dumps(values | changed).encode())
-        if rng.random() < 0.3:
-            body[rng.integers(len(body))] = rng.integers(256)
-        if rng.random() < 0.1:
-            del body[rng.integers(len(body)) :]
-        status, answer = server.send("POST", path, bytes(body), Content_Type="application/json")
-        assert status in (200, 400, 404, 413), (status, answer, bytes(body))
-        assert status == 200 or json.loads(answer)["error"]["message"]
 
 
 def test_the_server_goes_on_after_nonsense(server, capfd):

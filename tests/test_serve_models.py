@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("uvicorn", reason="pip install -e '.[serve]'")
 pytest.importorskip("prometheus_client", reason="pip install -e '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install -e '.[serve]'")
 
+from bad_requests import send_nonsense
 from conftest import MODERN
 from serving import serving, tiny_model, tiny_tokenizer
 
@@ -29,6 +31,7 @@ from gptjax.nn.weights import Int8
 from gptjax.sampling import Sampling
 
 SHAPE = {name: MODERN[name] for name in ("n_kv_heads", "positions", "norm", "mlp", "conv_width", "tie_embeddings")}
+NAMES = ["base", "one", "two", "other"]
 LORAS = [LoraConfig(rank=2, alpha=8.0), LoraConfig(rank=3, alpha=3.0, targets=("attention",))]
 
 
@@ -50,9 +53,8 @@ def models(hf_directory):
     merged = [merge_adapter({**first, **values}, lora, metadata) for lora, values in adapters]
     shared, apart = LanguageModel(cfg, first, tokenizer), LanguageModel(cfg, other, tokenizer)
     shared.engine.adapt(adapters)
-    names = ["base", "one", "two"]
-    group = Group(shared, [Member(name, shared, number) for number, name in enumerate(names)])
-    weights = dict(zip([*names, "other"], [first, *merged, other], strict=True))
+    group = Group(shared, [Member(name, shared, number) for number, name in enumerate(NAMES[:3])])
+    weights = dict(zip(NAMES, [first, *merged, other], strict=True))
     return [group, Group(apart, [Member("other", apart)])], base, weights
 
 
@@ -162,6 +164,23 @@ def test_runs_with_adapters_of_one_base_are_read_as_one_group(tmp_path, hf_direc
     np.testing.assert_allclose(found, expected[2], atol=0.3)
     with pytest.raises(UserError, match=r"--context 64 must lie in \[2, 32\], the context of base"):
         serve(paths, context=64, port=0)
+
+
+@pytest.mark.slow
+def test_2000_odd_requests_to_several_models_leave_no_memory_behind(server, capfd):
+    """`pytest -m slow -n 0 tests/test_serve_models.py -k 2000`"""
+    resident = []
+    for seed in range(4):
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            parts = [
+                pool.submit(send_nonsense, server, np.random.default_rng((seed, i)), 100, NAMES) for i in range(5)
+            ]
+            for part in parts:
+                part.result()
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert resident[3] - resident[0] < 30e6, resident
+    assert "Traceback" not in capfd.readouterr().err
+    assert server.complete("the king", model="two", max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Skipped where Chromium is absent: `apt-get install chromium chromium-driver`.
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="pip install -e '.[serve]'")
@@ -69,6 +70,70 @@ def test_the_completion_and_the_live_curves(browser, server):
         stream.write(json.dumps({"step": 99, "train/loss": 0.5}) + "\n")
     server.wait(lambda: "at step 99" in js(browser, RUNS))
     assert js(browser, "return document.querySelectorAll('#runs img').length") == 0
+
+
+def test_a_look_inside_the_text_at_hand(browser, server):
+    browser.get(f"{server.address}/")
+    server.wait(lambda: js(browser, READY))
+    js(browser, "document.getElementById('tab-inside').click()")
+    assert "other views first" in js(browser, SEEN)
+    js(browser, "document.getElementById('tab-complete').click()")
+    js(browser, f"document.getElementById('prompt').value = 'the king and {HOSTILE}'")
+    js(browser, "document.getElementById('tab-inside').click()")
+    server.wait(lambda: "tokens" in js(browser, SEEN))
+    status, found = server.post("/inspect", prompt=f"the king and {HOSTILE}", layer=0, head=0)
+    assert status == 200
+    last = len(found["tokens"]) - 1
+    assert js(browser, "return document.getElementById('read').children.length") == last + 1
+    assert js(browser, "return document.querySelectorAll('main img').length") == 0
+    np.testing.assert_allclose(js(browser, DOUBTS), np.sqrt(found["attention"][last]), atol=1e-3)
+    assert cells(browser) == [(quoted(row[last]), percent(row[last])) for row in found["lens"]]
+    press = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true}))"
+    js(browser, "document.querySelector('#read [tabindex=\"0\"]').focus()")
+    for key in ("Home", "ArrowRight", "ArrowRight"):
+        js(browser, press % key)
+    assert js(browser, "return [...document.getElementById('read').children].indexOf(document.activeElement)") == 2
+    np.testing.assert_allclose(js(browser, DOUBTS)[:4], [*np.sqrt(found["attention"][2]), 0], atol=1e-3)
+    assert cells(browser) == [(quoted(row[2]), percent(row[2])) for row in found["lens"]]
+    js(
+        browser,
+        "const head = document.getElementById('head'); head.value = 1; head.dispatchEvent(new Event('change'))",
+    )
+    other = server.post("/inspect", prompt=f"the king and {HOSTILE}", layer=0, head=1)[1]["attention"]
+    assert other != found["attention"]
+    server.wait(lambda: np.allclose(js(browser, DOUBTS)[:3], np.sqrt(other[2]), atol=1e-3))
+    paint = "const c = document.getElementById('map'), pen = c.getContext('2d');"
+    colours = "return new Set(pen.getImageData(0, 0, c.width, c.height).data).size"
+    assert js(browser, f"{paint} {colours}") > 8
+
+
+def test_the_look_inside_at_every_width_and_in_both_schemes(browser, server):
+    def open_inside() -> None:
+        server.wait(lambda: js(browser, READY))
+        js(browser, "document.getElementById('tab-complete').click()")
+        js(browser, "document.getElementById('prompt').value = 'the king and the queen of night speak'")
+        js(browser, "document.getElementById('tab-inside').click()")
+        server.wait(lambda: "tokens" in js(browser, SEEN))
+
+    check_page(browser, f"{server.address}/", after=open_inside)
+
+
+SEEN = "return document.getElementById('seen').textContent"
+DOUBTS = "return [...document.getElementById('read').children].map(t => Number(t.style.getPropertyValue('--doubt')))"
+
+
+def cells(browser) -> list[tuple[str, str]]:
+    """The rows of the logit lens without the layer's number."""
+    rows = "return [...document.querySelectorAll('#lens tbody tr')]"
+    return [tuple(row) for row in js(browser, f"{rows}.map(r => [r.cells[1].textContent, r.cells[2].textContent])")]
+
+
+def quoted(cell: dict) -> str:
+    return json.dumps(cell["text"], ensure_ascii=False)
+
+
+def percent(cell: dict) -> str:
+    return f"{100 * cell['probability']:.1f} %"
 
 
 READY = "return document.getElementById('state').textContent.includes('context')"

@@ -55,7 +55,7 @@ FLOORS = [
     ["objectives", "adapter_stack"],
     ["step", "engine"],
     ["generate", "prompts", "marks"],
-    ["scoring", "beam", "speculative", "forms"],
+    ["scoring", "beam", "speculative", "forms", "inspection"],
     ["convert"],
     ["report", "rundir", "start", "evaluation"],
     ["reference"],

@@ -43,8 +43,9 @@ def inspect(
         found = read_goodput(str(model))
         print(json_format.dumps({"seconds": found[0], "attempts": found[1]}) if json else "\n".join(table_of(*found)))
         return
-    from gptjax.apps.inspection.report import inspect_prompt, lines
+    from gptjax.apps.inspection.report import lines
     from gptjax.convert import load
+    from gptjax.inspection import inspect_prompt
 
     lm = load(model)
     for name, text in (("prompt", prompt), ("against", against)):

@@ -32,6 +32,7 @@ from gptjax.apps.serve.served import Served
 from gptjax.console import describe_failure
 from gptjax.errors import UserError
 
+MOST_INSPECTIONS = 8  # texts that wait to be looked into
 MODELS_SHOWN = 20  # names that an error lists
 CLIENT_LEFT = 499  # what nginx logs for it; nobody receives it
 
@@ -77,6 +78,7 @@ class Server:
         self._page, self._policy = read_page()
         self._created = int(time.time())
         self._draining = False
+        self._inspecting, self._to_inspect = asyncio.Lock(), 0
 
     def app(self, hosts: list[str] | None = None) -> Starlette:
         """Return the ASGI application.
@@ -91,6 +93,7 @@ class Server:
             Route("/runs", self._guarded(self.runs)),
             Route("/metrics", self._guarded(self.metrics)),
             Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
+            Route("/inspect", self._guarded(self.inspect), methods=["POST"]),
             Route("/v1/models", self._guarded(self.models)),
             Route("/v1/models/{name:path}", self._guarded(self.model)),
             Route("/v1/completions", self._guarded(self.complete), methods=["POST"]),
@@ -163,6 +166,18 @@ class Server:
         ids = await run_in_threadpool(model.asking.tokens, values)
         tokens = [model.spellings.text(id) for id in ids]
         return JSONResponse({"count": len(ids), "max_model_len": model.context, "ids": ids, "tokens": tokens})
+
+    async def inspect(self, request: Request) -> Response:
+        """What a model computes for a text; one request at a time, beside those for answers."""
+        model, values = await self._asked(request)
+        if self._to_inspect >= MOST_INSPECTIONS:
+            raise ApiError(429, "too many texts wait to be looked into; try again later", code="queue_full")
+        self._to_inspect += 1
+        try:
+            async with self._inspecting:
+                return JSONResponse(await run_in_threadpool(model.look_inside, values))
+        finally:
+            self._to_inspect -= 1
 
     async def complete(self, request: Request) -> Response:
         """Continue prompts (OpenAI's legacy completions)."""

@@ -16,6 +16,7 @@ from gptjax.tokenizers import ChatTemplate
 MAX_TEXTS = 128  # of one request: prompts times best_of
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_COMPLETION_LOGPROBS = 5
+MAX_INSPECTED_TOKENS = 256  # of the text whose attention and logit lens are shown: T^2 weights, T words of each layer
 DEFAULT_COMPLETION_TOKENS = 16
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
@@ -118,8 +119,27 @@ class Asking:
         """Return the ids of a text or a conversation (/tokenize)."""
         fields = Fields(values)
         fields.any("model")  # by which the server chose this one
-        text, messages = fields.text("prompt"), fields.any("messages")
+        ids = self._text_or_messages(fields)
         fields.finish()
+        return ids
+
+    def inspection(self, values: dict[str, Any]) -> tuple[list[int], int, int]:
+        """Return the ids of a text or a conversation, a layer and a head, both from 0 (/inspect)."""
+        fields, cfg = Fields(values), self._lm.config
+        fields.any("model")  # by which the server chose this one
+        ids = self._text_or_messages(fields)
+        layer = fields.integer("layer", cfg.n_layers - 1, 0, cfg.n_layers - 1)
+        head = fields.integer("head", 0, 0, cfg.n_heads - 1)
+        fields.finish()
+        most = min(self._context, MAX_INSPECTED_TOKENS)
+        if len(ids) > most:
+            raise ApiError(
+                400, f"the text has {len(ids)} tokens, and at most {most} are looked at; shorten it", "prompt"
+            )
+        return ids, layer, head
+
+    def _text_or_messages(self, fields: Fields) -> list[int]:
+        text, messages = fields.text("prompt"), fields.any("messages")
         if (text is None) == (messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt")
         if text is None:

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 
+from gptjax.adapter_stack import for_one
 from gptjax.apps.serve.ask import Ask, Asking
+from gptjax.apps.serve.errors import ApiError
 from gptjax.apps.serve.models import Group, Member
 from gptjax.apps.serve.replies import Spellings
 from gptjax.apps.serve.scheduler import Job, Scheduler
@@ -14,9 +16,12 @@ from gptjax.engine import Request as Draws
 from gptjax.engine import power_of_two
 from gptjax.generate import row_keys
 from gptjax.grammars import Grammars, TokenGrammar
+from gptjax.inspection import Inspector, look_inside
 from gptjax.prompts import Wanted
 from gptjax.sampling import Sampling
 from gptjax.tokenizers import ChatTemplate
+
+N_INSPECTED = 5  # alternatives of each token of a text that is looked into
 
 
 class Served:
@@ -37,6 +42,7 @@ class Served:
         self._lm, self._adapter = member.lm, member.adapter
         base = next((other.name for other in group.members if other.adapter == 0), None)
         self._parent = base if member.adapter else None
+        self._inspector: Inspector | None = None
         self._grammars: Grammars | None = None
         self._compiling = asyncio.Lock()
 
@@ -59,6 +65,18 @@ class Served:
         """Return a job for each prompt whose hidden states are wanted."""
         draws = Draws(Sampling(0.0), np.zeros(2, np.uint32), 0, adapter=self._adapter)
         return [Job(ids, draws, "hidden", model=self.name) for ids in prompts]
+
+    def look_inside(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return what the model computes for a text: probabilities, one head's attention, the logit lens."""
+        if self._lm.engine.mesh is not None:
+            raise ApiError(400, "a model on several devices cannot be looked into; serve it without --mesh")
+        ids, layer, head = self.asking.inspection(values)
+        if not ids:
+            raise ApiError(400, "the text is empty; give at least one token", "prompt")
+        if self._inspector is None:
+            engine = self._lm.engine
+            self._inspector = Inspector(self._lm, for_one(engine.weights, self._adapter))
+        return look_inside(self._inspector, np.array(ids, np.int32), layer, head, N_INSPECTED)
 
     def _answers(self, ask: Ask, grammar: TokenGrammar | None) -> list[Job]:
         count = len(ask.prompts) * ask.best_of
