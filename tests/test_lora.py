@@ -188,6 +188,11 @@ def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_pat
         np.testing.assert_allclose(theirs(torch.from_numpy(ids)).logits.numpy(), expected, atol=1e-4)
     import_model(str(tmp_path / "peft"), str(tmp_path / "again"))
     np.testing.assert_allclose(gptjax.load(tmp_path / "again").logits(ids), expected, atol=1e-4)
+    with torch.no_grad():
+        next(base.parameters()).add_(0.1)
+    theirs.unload().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"is an adapter for a base with fingerprint .*give its own with --base"):
+        import_model(str(tmp_path / "peft"), str(tmp_path / "wrong"), base=str(tmp_path / "other"))
     export_model(str(tmp_path / "run"), str(tmp_path / "whole"))
     np.testing.assert_allclose(gptjax.load(tmp_path / "whole").logits(ids), expected, atol=1e-4)
     with pytest.raises(UserError, match=r"is an adapter \(PEFT\) of .*gptjax convert from-hf"):

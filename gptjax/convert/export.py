@@ -26,7 +26,7 @@ from gptjax.convert.base import describe_base
 from gptjax.convert.card import model_card
 from gptjax.convert.families import FAMILIES, export_config, exported_form, family_for
 from gptjax.convert.models import Model, on_first_device, open_model
-from gptjax.convert.peft import CONFIG, read_adapter, read_adapter_config, write_adapter
+from gptjax.convert.peft import CONFIG, check_base_of, read_adapter, read_adapter_config, write_adapter
 from gptjax.convert.safetensors import write_safetensors
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
@@ -70,6 +70,7 @@ def _import_adapter(folder: Path, out: str, base: str | None) -> None:
     kind = family_for(model.config, model.meta.get("origin", {}).get("model_type"))
     lora, adapters = read_adapter(folder, values, Layout(FAMILIES[kind], model.config))
     facts = describe_base(path, model.read(on_first_device(model.config)))
+    check_base_of(folder, facts)
     lora_values = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
     _write_run(model, out, {"lora": lora_values}, {"base": facts}, lambda: jax.tree.map(jnp.asarray, adapters))
 

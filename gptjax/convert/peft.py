@@ -20,7 +20,7 @@ from gptjax.config import LoraConfig
 from gptjax.convert.base import SavedAdapter
 from gptjax.convert.families import FAMILIES, exported_form, family_for
 from gptjax.convert.models import Model
-from gptjax.convert.safetensors import NAME, SafetensorsFolder, write_safetensors
+from gptjax.convert.safetensors import NAME, SafetensorsFolder, read_facts, write_safetensors
 from gptjax.convert.weights import Layout, leaf_at, multipliers
 from gptjax.errors import UserError
 from gptjax.nn.adapters import ADAPTER, abstract_adapter
@@ -28,6 +28,7 @@ from gptjax.nn.transformer import Params, abstract_model
 from gptjax.optim import first_match
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "gptjax_base"  # in the header of the weights: the fingerprint of the base
 PREFIX = "base_model.model."
 WeightPath = tuple[str, ...]
 
@@ -93,7 +94,8 @@ def write_adapter(model: Model, adapter: SavedAdapter, folder: Path) -> str:
             name = PREFIX + module.name.format(layer)
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    write_safetensors(folder, shapes, np.dtype(np.float32), tensors.__getitem__, max_shard_bytes=2**63)
+    facts = {BASE: adapter.base["fingerprint"]}
+    write_safetensors(folder, shapes, np.dtype(np.float32), tensors.__getitem__, max_shard_bytes=2**63, facts=facts)
     (folder / NAME).rename(folder / WEIGHTS)
     base = adapter.base["path"]
     config = {
@@ -175,6 +177,19 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG} has bias {values['bias']!r}, and only 'none' can be read; merge it in PEFT"
         )
     return values
+
+
+def check_base_of(folder: Path, facts: Mapping[str, str]) -> None:
+    """Raise UserError where a PEFT folder that was exported here belongs to another base (`Base.facts`).
+
+    PEFT itself records the base's name alone; then any base of the same shapes passes.
+    """
+    wanted = read_facts(folder / WEIGHTS).get(BASE, facts["fingerprint"])
+    if wanted != facts["fingerprint"]:
+        raise UserError(
+            f"{str(folder)!r} is an adapter for a base with fingerprint {wanted[:12]}, and {facts['path']!r} has "
+            f"{facts['fingerprint'][:12]}; give its own with --base"
+        )
 
 
 def read_adapter(folder: Path, values: Mapping[str, Any], layout: Layout) -> tuple[LoraConfig, Params]:

@@ -171,6 +171,14 @@ def read_header(file: Path) -> dict[str, Entry]:
     return found
 
 
+def read_facts(file: Path) -> dict[str, str]:
+    """Return what the header of a file says besides its tensors; the file has passed `read_header`."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    facts = header.get("__metadata__")
+    return facts if isinstance(facts, dict) else {}
+
+
 def _entry(file: Path, base: int, claim: Mapping[str, Any]) -> Entry:
     begin, end = claim["data_offsets"]
     entry = Entry(file, claim["dtype"], tuple(claim["shape"]), base + begin)
@@ -191,11 +199,13 @@ def write_safetensors(
     dtype: np.dtype,
     value: Callable[[str], np.ndarray],
     max_shard_bytes: int | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors in this order, holding one at a time; with an index, where one file would be too long.
 
     Args:
         value: the tensor of a name, in the shape given; cast to `dtype` here.
+        facts: for the header of each file, which loaders pass over.
     """
     kind = next(name for name, known in DTYPES.items() if known == dtype)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
@@ -207,7 +217,7 @@ def write_safetensors(
     of_many = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = [NAME] if len(shards) == 1 else of_many
     for file, names in zip(files, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(facts or {})}}
         end = 0
         for name in names:
             header[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [end, end + sizes[name]]}
