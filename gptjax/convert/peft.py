@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gptjax.config import LoraConfig
 from gptjax.convert.base import SavedAdapter
 from gptjax.convert.families import FAMILIES, exported_form, family_for
-from gptjax.convert.models import Model
+from gptjax.convert.models import Model, read_json
 from gptjax.convert.safetensors import NAME, SafetensorsFolder, read_facts, write_safetensors
 from gptjax.convert.weights import Layout, leaf_at, multipliers
 from gptjax.errors import UserError
@@ -160,15 +160,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or an adapter of a kind that cannot be read.
     """
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(folder / CONFIG)!r}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG} is not JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        kind = values.get("peft_type") if isinstance(values, dict) else None
-        raise UserError(f"{folder / CONFIG} has peft_type {kind!r}; only LORA can be read")
+    values = read_json(folder / CONFIG)
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG} has peft_type {values.get('peft_type')!r}; only LORA can be read")
     for key in ("use_dora", "modules_to_save", "layers_to_transform", "trainable_token_indices", "target_parameters"):
         if values.get(key):
             raise UserError(f"{folder / CONFIG} has {key} {values[key]!r}, which cannot be read; merge it in PEFT")

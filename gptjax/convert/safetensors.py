@@ -34,6 +34,8 @@ OTHER_BITS = {
 }
 BITS = {**{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}, **OTHER_BITS}
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
+# What Python raises where JSON that was read is not of the form expected, or nested too deeply.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers writes them
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -112,7 +114,7 @@ def has_weights(folder: Path) -> bool:
         return any(folder.glob("*.safetensors"))
     try:
         files = {*json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         return True  # damaged: reading it raises the error
     return (folder / NAME).is_file() or all((folder / str(file)).exists() for file in files)
 
@@ -122,7 +124,7 @@ def _read_sharded(index: Path) -> dict[str, Entry]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         raise UserError(f"{index} is damaged: it has no weight_map; copy it again") from None
     if outside := [file for file in files if Path(file).name != file]:
         raise UserError(f"{index} names {outside[0]!r}, which is not a file of its own folder")
@@ -159,7 +161,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             found = {name: _entry(file, 8 + length, claim) for name, claim in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             raise UserError(f"{file} has a header that is not one of safetensors; copy it again") from None
     end = 8 + length
     for name, entry in sorted(found.items(), key=lambda item: (item[1].offset, _bytes(item[1]))):
