@@ -23,13 +23,27 @@ MALLOC_OPTIONS = {
     "M_ARENA_MAX": (-8, 1),  # any arena but the first holds at most 64 MiB, and XLA allocates in threads
 }
 
-# Operations in the program's order use caches and memory better than ones that compete for the cores. YNNPACK helps
-# with single products in float32; in bfloat16 it rejects some of XLA's (the gradient of tied embeddings is one).
-_IN_ORDER: dict[str, Any] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "float32": {**_IN_ORDER, "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
-    "bfloat16": {**_IN_ORDER, "xla_cpu_experimental_ynn_fusion_type": ""},
+# XLA's ways to compute products, each by the options that select it. oneDNN is in the builds for x86-64 and ARM.
+PRODUCTS: dict[str, dict[str, Any]] = {
+    "xla": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    "ynnpack": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+    "onednn": {
+        "xla_cpu_experimental_ynn_fusion_type": "",
+        "xla_cpu_use_onednn": True,
+        "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    },
 }
+# YNNPACK helps with single products in float32; in bfloat16 it rejects some of XLA's (the gradient of tied embeddings
+# is one).
+PRODUCTS_OF: dict[str, str] = {"float32": "ynnpack", "bfloat16": "xla"}
+
+
+def compiler_options(products: str) -> dict[str, Any]:
+    """Return XLA's options for a step on a CPU; `products` is a key of PRODUCTS.
+
+    Operations in the program's order use caches and memory better than ones that compete for the cores.
+    """
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False, **PRODUCTS[products]}
 
 
 def has_tpus() -> bool:

@@ -435,7 +435,7 @@ def make_train_step(t: Trainable) -> Callable[[TrainState, Batch], tuple[TrainSt
         donate_argnums=0,
         in_shardings=(shardings_of(t.state), t.batch_sharding),
         out_shardings=(shardings_of(t.state), None),
-        compiler_options=cpu.COMPILER_OPTIONS[cfg.model.dtype] if _is_cpu(t.mesh) else None,
+        compiler_options=cpu.compiler_options(cpu.PRODUCTS_OF[cfg.model.dtype]) if _is_cpu(t.mesh) else None,
     )
     return on_mesh(t.mesh, compiled)
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from conftest import ROOT, run_script
 
-from gptjax.apps.bench import worker
-from gptjax.apps.bench.pairs import Side
+from gptjax import cpu
+from gptjax.apps.bench import limits, pairs, worker
+from gptjax.apps.bench.pairs import Side, choose_fastest, fastest_products
 from gptjax.errors import UserError
 
 
@@ -59,7 +60,10 @@ def test_every_run_of_the_peer_begins_anew(corpus_file, monkeypatch):
     ("words", "error"),
     [
         (["train", "--size", "huge"], "huge"),
-        (["train", "--peer", "hff"], "--peer 'hff' is neither hf nor hf-compile nor a checkout of gptjax"),
+        (
+            ["train", "--peer", "hff"],
+            "--peer 'hff' is neither hf nor hf-compile nor hf-bf16 nor hf-compile-bf16 nor hf-best nor a checkout",
+        ),
         (["sample", "--pairs", "0"], "pairs 0 must be at least 1"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
         (["loop", "configs/debug.yaml", "--steps", "50"], "steps 50 must be at least 100"),
@@ -87,6 +91,51 @@ def test_two_checkouts_are_compared():
 def test_a_side_that_cannot_work_is_an_error_and_no_hang():
     with pytest.raises(UserError, match="the side nobody of the comparison ended with code 1"):
         Side({"work": "train", "side": "nobody"})
+
+
+def test_the_fastest_peer_is_chosen_and_the_others_say_why_they_are_not(monkeypatch):
+    class Peer:
+        def __init__(self, job):
+            self.seconds = {"hf": 3.0, "hf-bf16": 2.0, "slow": 4.0}.get(job["side"])
+            if self.seconds is None:
+                raise UserError(f"{job['side']} cannot run")
+
+        def turn(self):
+            return {"seconds": self.seconds}
+
+        def close(self): ...
+
+    monkeypatch.setattr(pairs, "Side", Peer)
+    monkeypatch.setattr(pairs.shutil, "which", lambda name: None)
+    best, tried = choose_fastest({}, ("hf", "hf-compile", "slow", "hf-bf16", "absent"))
+    assert best == "hf-bf16"
+    assert tried["hf"] == 3.0
+    assert "C++ compiler" in tried["hf-compile"]
+    assert tried["absent"] == "absent cannot run"
+    with pytest.raises(UserError, match="none of absent could run"):
+        choose_fastest({}, ("absent",))
+
+
+def test_products_are_measured_by_each_backend_that_there_is(monkeypatch):
+    absent = {"xla_no_such_option": True}
+    monkeypatch.setattr(cpu, "PRODUCTS", {**{name: cpu.PRODUCTS[name] for name in ("xla", "ynnpack")}, "no": absent})
+    shapes = limits.product_shapes({"d_model": 8, "vocab_size": 11}, 16)
+    assert sum(m * k * n for m, k, n in shapes) == 3 * 16 * 8 * (12 * 8 + 11)
+    rates = limits.measure_products(shapes, "float32")
+    assert rates["no"] is None
+    assert min(rates["xla"], rates["ynnpack"]) > 0
+    assert fastest_products({"flops_per_s": {"float32": rates}}, "float32")[1] == max(rates["xla"], rates["ynnpack"])
+
+
+def test_a_busy_machine_is_reported(monkeypatch):
+    monkeypatch.setattr(limits.os, "getloadavg", lambda: (7.5, 0, 0))
+    monkeypatch.setattr(limits, "_cpu_ticks", iter([(1000, 0), (2000, 100)]).__next__)
+    load = limits.Load()
+    warnings = "; ".join(load.warnings([1.0, 2.0]))
+    assert "load of 7.5" in warnings and "10% of the time" in warnings and "2.0x apart" in warnings
+    monkeypatch.setattr(limits.os, "getloadavg", lambda: (0.1, 0, 0))
+    monkeypatch.setattr(limits, "_cpu_ticks", lambda: (1000, 0))
+    assert limits.Load().warnings([1.0, 1.1]) == []
 
 
 def test_both_sides_train_the_same_model():

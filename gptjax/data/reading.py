@@ -138,7 +138,8 @@ def _json_documents(piece: Piece, how: Reading, complain: Callable[[str], None])
 
 def _text_in(row: Any, how: Reading) -> str:
     text = row[how.text_field]
-    text.encode()  # JSON can escape a lone surrogate, which raises here
+    if not text.isascii():
+        text.encode()  # JSON can escape a lone surrogate, which raises here
     return text
 
 

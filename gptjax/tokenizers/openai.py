@@ -56,7 +56,11 @@ class TiktokenTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if sum(map(len, texts)) >= SMALL_CHARS and self._faster is not None:
             return self._faster.encode_batch(texts)
-        return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(list(texts))]
+        return [np.array(ids, np.int32) for ids in self.encode_by_tiktoken(texts)]
+
+    def encode_by_tiktoken(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of documents by tiktoken, one thread for each core."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode(text, allowed_special="all"), np.int32)

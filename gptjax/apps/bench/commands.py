@@ -4,16 +4,29 @@ import importlib.util
 import json as json_format
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.apps.bench.adapters import BATCH, CONTEXT, PRESET, STEPS
+from gptjax.apps.bench.corpora import encode_beside_tiktoken, measure_loading, prepare_beside_the_tokenizer
 from gptjax.apps.bench.launched import seconds_to_first_step
-from gptjax.apps.bench.pairs import Side, compare, is_checkout, machine, machine_line, show
-from gptjax.apps.bench.worker import STRETCH
+from gptjax.apps.bench.limits import Load
+from gptjax.apps.bench.pairs import (
+    Side,
+    busy,
+    choose_fastest,
+    compare,
+    fastest_products,
+    is_checkout,
+    machine,
+    machine_line,
+    measure_limits,
+    show,
+)
+from gptjax.apps.bench.worker import PYTORCH, SIZES, STRETCH
 from gptjax.configfile import config_from_dict, load_config
+from gptjax.display import table
 from gptjax.errors import UserError, nearest
 from gptjax.paths import UserPath
 
@@ -23,6 +36,8 @@ TRAINING = {"tiny": (12, 64, 20), "baby": (16, 256, 2), "gpt2": (2, 512, 1)}
 # Tokens of a greedy completion, within the smallest context, and completions of a turn. A tiny model's completion
 # takes milliseconds; many in a turn hide the cost of caches that the other side's turn has evicted.
 SAMPLING = {"tiny": (48, 64), "baby": (128, 1), "gpt2": (48, 1)}
+BEST = "hf-best"  # the fastest of PYTORCH
+CACHED_BYTES = 2**28  # weights of fewer bytes may stay in the processor's caches
 
 
 def train(
@@ -38,17 +53,25 @@ def train(
     Args:
         size: model and batch, in GPT-2's architecture: tiny (0.8M parameters, 12 x 64 tokens), baby (10.65M,
             16 x 256) or gpt2 (124M, 2 x 512).
-        peer: what to compare with: hf (transformers in PyTorch), hf-compile (the same with torch.compile), or the
-            path of another checkout of gptjax. Without it, only this checkout is measured.
+        peer: what to compare with: hf (transformers in PyTorch), hf-compile (the same with torch.compile), hf-bf16 or
+            hf-compile-bf16 (under autocast to bfloat16), hf-best (the fastest of these four here), or the path of
+            another checkout of gptjax. Without it, only this checkout is measured.
         pairs: turns of each side; raise it on a noisy machine.
         dtype: data type of the matmuls (for the peer, also of the weights).
         cpu_devices: number of virtual devices that gptjax shards the batch over.
         json: print one JSON object instead of text.
     """
-    _check_known(peer, ("hf", "hf-compile"))
+    _check_known(peer, (*PYTORCH, BEST))
     job = _training(size, dtype, cpu_devices)
     title = f"training {size}, {job['batch']} x {job['context']} tokens a step"
-    _report(title, job, peer, pairs, job["batch"] * job["context"] * job["steps"], json)
+
+    def share(rate: float) -> dict[str, Any]:
+        backend, limit = fastest_products(measure_limits(size, job["batch"] * job["context"], [dtype]), dtype)
+        needed = _flops_per_token(size, job["context"])
+        limit_text = f"products' limit {limit / 1e9:,.0f} GFLOP/s ({backend}, {dtype})"
+        return {"of": limit_text, "value": rate * needed / limit}
+
+    _report(title, job, peer, pairs, job["batch"] * job["context"] * job["steps"], json, share)
 
 
 def lora(
@@ -89,13 +112,13 @@ def sample(
     Args:
         size: model, in GPT-2's architecture: tiny (0.8M parameters), baby (10.65M) or gpt2 (124M).
         batch: number of sequences decoded together.
-        peer: what to compare with: hf (transformers in PyTorch), or the path of another checkout of gptjax. Without
-            it, only this checkout is measured.
+        peer: what to compare with: hf, hf-compile, hf-bf16, hf-compile-bf16 or hf-best, as in `bench train`, or the
+            path of another checkout of gptjax. Without it, only this checkout is measured.
         pairs: turns of each side; raise it on a noisy machine.
         dtype: data type of the matmuls (for the peer, also of the weights).
         json: print one JSON object instead of text.
     """
-    _check_known(peer, ("hf",))
+    _check_known(peer, (*PYTORCH, BEST))
     drawn, completions = SAMPLING[size]
     job = {
         "work": "sample",
@@ -107,57 +130,119 @@ def sample(
         "dtype": dtype,
     }
     title = f"greedy decoding of {size}, batch {batch}, {drawn} tokens after 16"
-    _report(title, job, peer, pairs, batch * drawn * completions, json)
+    step_bytes = _bytes_per_step(size, dtype)
+
+    def share(rate: float) -> dict[str, Any]:
+        limit = measure_limits("tiny", 1, [])["bytes_per_s"]["read"]
+        return {"of": f"memory's limit {limit / 1e9:,.1f} GB/s read", "value": rate / batch * step_bytes / limit}
+
+    in_memory = step_bytes >= CACHED_BYTES  # a smaller model's weights stay in the processor's caches
+    _report(title, job, peer, pairs, batch * drawn * completions, json, share if in_memory else None)
 
 
-def data(tokenizer: str = "byte", path: UserPath = "shakespeare", pairs: int = 5, json: bool = False) -> None:
+def machine_limits(size: Size = "baby", json: bool = False) -> None:
+    """Measure what this machine can do: products at a model's shapes by each backend of XLA, and memory bandwidth.
+
+    Args:
+        size: whose products, with the batch of `bench train`: tiny, baby or gpt2.
+        json: print one JSON object instead of text.
+    """
+    batch, context, _ = TRAINING[size]
+    load = Load()
+    found = measure_limits(size, batch * context, ["float32", "bfloat16"])
+    found |= {"machine": machine(), "warnings": load.warnings()}
+    rates = found["flops_per_s"]
+    rows = [
+        (
+            backend,
+            *("no" if rates[dtype][backend] is None else f"{rates[dtype][backend] / 1e9:,.0f}" for dtype in rates),
+        )
+        for backend in rates["float32"]
+    ]
+    lines = [
+        f"{machine_line(found['machine'])}; {' '.join(found['instructions'])}",
+        f"products of {size}, forward and backward, {batch * context:,} tokens, in GFLOP/s",
+        *table(rows, ("", *rates)),
+        "memory: " + ", ".join(f"{kind} {rate / 1e9:,.1f} GB/s" for kind, rate in found["bytes_per_s"].items()),
+    ]
+    _print(found, "\n".join([*lines, *busy(found["warnings"])]), json)
+
+
+def _flops_per_token(size: str, context: int) -> float:
+    from gptjax.nn.transformer import flops_per_token
+
+    return flops_per_token(config_from_dict({"model": {**SIZES[size], "context_length": context}}).model)
+
+
+def _bytes_per_step(size: str, dtype: str) -> int:
+    """Return the bytes of the weights that a step of decoding reads: all but the positions; the head is tied."""
+    from gptjax.nn.transformer import count_params
+
+    counts = count_params(config_from_dict({"model": SIZES[size]}).model)
+    return (counts["total"] - counts["positions"]) * (2 if dtype == "bfloat16" else 4)
+
+
+def data(
+    tokenizer: str = "byte",
+    path: UserPath = "shakespeare",
+    peer: Literal["tiktoken"] | None = None,
+    pairs: int = 5,
+    json: bool = False,
+) -> None:
     """Measure tokenization in megabytes per second, and whether batches are loaded faster than training uses them.
 
     Args:
         tokenizer: the tokenizer, as in data.tokenizer: byte, char, gpt2, or the path of a tokenizer.json.
         path: the text, as in data.path.
+        peer: tiktoken encodes the same documents by its own encode_ordinary_batch, on all cores. Without it, only
+            gptjax is measured.
         pairs: number of measurements, of which the median is reported.
         json: print one JSON object instead of text.
     """
     _check_pairs(pairs)
-    from gptjax.data.batches import Batches, training_examples
-    from gptjax.data.corpus import load_corpus
-
+    load = Load()
     batch, context, steps = TRAINING["tiny"]
-    seconds, rates = [], []
-    for _ in range(pairs):
-        with tempfile.TemporaryDirectory() as cache:
-            read = {"path": path, "tokenizer": tokenizer, "cache_dir": cache}
-            cfg = config_from_dict({"workdir": "-", "data": read})
-            began = time.perf_counter()
-            corpus = load_corpus(cfg.data)
-            seconds.append(time.perf_counter() - began)
-            batches = Batches(training_examples(corpus, cfg.data, context, batch, 0), batch, range(batch))
-            rates.append(_delivered(batches, 4000))
-    source = corpus.sources[0]
-    # Bytes of the whole text, from those of its validation part.
-    text_bytes = source.val_bytes / len(source.val) * (source.train_tokens + len(source.val))
-    delivered = statistics.median(rates)
+    found: dict[str, Any] = {"machine": machine()}
+    found |= measure_loading(tokenizer, path, pairs, batch, context)
+    line = f"{path} to ids by {tokenizer}, written into the token cache: {found['mb_per_s']:.1f} MB/s"
+    lines = [machine_line(found["machine"]), f"{line} ({found['text_mb']:.2f} MB, median of {pairs})"]
+    if peer is not None:
+        found |= {"ratio": encode_beside_tiktoken(tokenizer, path, pairs)}
+        lines.append(f"the same beside tiktoken's encode_ordinary_batch: {_interval(found['ratio'])}")
     consumed = compare(_training("tiny", "float32", None), None, pairs, "batches", steps)["gptjax"]["median"]
-    rate = text_bytes / statistics.median(seconds) / 1e6
-    found = {"machine": machine(), "mb_per_s": rate, "delivered_per_s": delivered, "consumed_per_s": consumed}
-    text = (
-        f"{path} to ids by {tokenizer}: {rate:.1f} MB/s ({text_bytes / 1e6:.2f} MB, median of {pairs})\n"
+    delivered = found["delivered_per_s"]
+    lines.append(
         f"batches of {batch} x {context} tokens: {delivered:,.0f} a second delivered, {consumed:,.1f} consumed by "
         f"the tiny model: {delivered / consumed:,.0f}x"
     )
-    _print(found, text, json)
+    found |= {"consumed_per_s": consumed, "warnings": load.warnings(found.get("ratio", {}).get("all", ()))}
+    _print(found, "\n".join([*lines, *busy(found["warnings"])]), json)
 
 
-def _delivered(batches: Any, count: int) -> float:
-    """Return the batches per second that a run's data loader delivers without training."""
-    incoming = batches.iterate(0, prefetch=8)
-    next(incoming)
-    began = time.perf_counter()
-    for _ in range(count):
-        next(incoming)
-    incoming.close()
-    return count / (time.perf_counter() - began)
+def prepare(path: UserPath, tokenizer: str = "gpt2", pairs: int = 3, json: bool = False) -> None:
+    """Measure `gptjax data prepare` in megabytes of text per second, beside its tokenizer alone on all cores.
+
+    Args:
+        path: the source, such as a large .jsonl file; all of its text must fit into memory.
+        tokenizer: the tokenizer, as in data.tokenizer.
+        pairs: number of measurements of each, of which the medians are reported.
+        json: print one JSON object instead of text.
+    """
+    _check_pairs(pairs)
+    load = Load()
+    found = {"machine": machine(), **prepare_beside_the_tokenizer(tokenizer, path, pairs)}
+    found["warnings"] = load.warnings(found["share"]["all"])
+    lines = [
+        machine_line(found["machine"]),
+        f"{path}, {found['text_mb']:,.0f} MB of text: prepared at {found['prepare_mb_per_s']:.1f} MB/s, "
+        f"encoded alone at {found['tokenizer_mb_per_s']:.1f} MB/s: {_interval(found['share'])}",
+        *busy(found["warnings"]),
+    ]
+    _print(found, "\n".join(lines), json)
+
+
+def _interval(ratio: dict[str, Any]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['lowest']:.2f} to {ratio['highest']:.2f} in {len(ratio['all'])} pairs)"
 
 
 def startup(config: UserPath, pairs: int = 3, json: bool = False) -> None:
@@ -272,10 +357,27 @@ def _check_peer(peer: str | None) -> None:
         raise UserError(f"peer {peer} needs PyTorch, transformers and peft: pip install -e '.[peer]'")
 
 
-def _report(title: str, job: dict, peer: str | None, pairs: int, tokens: int, as_json: bool) -> None:
+def _report(
+    title: str,
+    job: dict[str, Any],
+    peer: str | None,
+    pairs: int,
+    tokens: int,
+    as_json: bool,
+    share: Callable[[float], dict[str, Any]] | None = None,
+) -> None:
+    """Compare, and print the result; `share` says how much of the machine's limit a rate of ours is."""
     _check_pairs(pairs)
     _check_peer(peer)
+    tried = {}
+    if peer == BEST:
+        # One completion tells which is fastest; a turn of a slow peer takes half a minute.
+        peer, tried = choose_fastest(job | ({"completions": 1} if "completions" in job else {}), PYTORCH)
     found = compare(job, peer, pairs, "tokens", tokens)
+    if tried:
+        found["tried"] = tried
+    if share is not None:
+        found["share"] = share(found["gptjax"]["median"])
     _print(found, show(title, found, ["gptjax"] if peer is None else ["gptjax", peer]), as_json)
 
 
@@ -284,10 +386,12 @@ def _print(found: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
+    "machine": machine_limits,
     "train": train,
     "lora": lora,
     "sample": sample,
     "data": data,
+    "prepare": prepare,
     "startup": startup,
     "loop": loop,
     "reach": reach,

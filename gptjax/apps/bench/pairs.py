@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gptjax.apps.bench.limits import Load
 from gptjax.display import significant, size, table
 from gptjax.errors import UserError
 
@@ -71,7 +73,7 @@ def compare(ours: dict[str, Any], peer: str | None, pairs: int, unit: str, per_t
         the median rate of each side, in units per second, with its peak memory in bytes; and the ratios of the pairs,
         ours / peer: all of them, their median, lowest and highest.
     """
-    sides = [Side(ours)]
+    load, sides = Load(), [Side(ours)]
     if peer is not None:
         sides.append(Side(ours, checkout=peer) if is_checkout(peer) else Side({**ours, "side": peer}))
     for side in sides:
@@ -90,10 +92,56 @@ def compare(ours: dict[str, Any], peer: str | None, pairs: int, unit: str, per_t
             "peak_bytes": side.close(),
         }
     if peer is not None:
-        ratios = [a / b for a, b in rates]
-        spread = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-        found["ratio"] = spread | {"all": [round(r, 3) for r in ratios]}
+        found["ratio"] = spread_of([a / b for a, b in rates])
+    found["warnings"] = load.warnings(found.get("ratio", {}).get("all", ()))
     return found
+
+
+def spread_of(ratios: Sequence[float]) -> dict[str, Any]:
+    """Return the ratios of pairs: all of them, their median, lowest and highest."""
+    spread = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return spread | {"all": [round(ratio, 3) for ratio in ratios]}
+
+
+def choose_fastest(job: dict[str, Any], names: Sequence[str], turns: int = 3) -> tuple[str, dict[str, float | str]]:
+    """Run each of several peers alone.
+
+    Returns:
+        the fastest; and by name the seconds of the fastest of `turns` turns, or why the peer could not run.
+
+    Raises:
+        UserError: none of them could run.
+    """
+    tried: dict[str, float | str] = {}
+    for name in names:
+        if "compile" in name and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            tried[name] = "needs a C++ compiler, g++ or clang++"
+            continue
+        try:
+            side = Side({**job, "side": name})
+            side.turn()
+            tried[name] = min(side.turn()["seconds"] for _ in range(turns))
+            side.close()
+        except UserError as error:
+            tried[name] = str(error)
+    seconds = {name: value for name, value in tried.items() if isinstance(value, float)}
+    if not seconds:
+        raise UserError(f"none of {', '.join(names)} could run: {next(iter(tried.values()))}")
+    return min(seconds, key=seconds.__getitem__), tried
+
+
+def measure_limits(size: str, rows: int, dtypes: Sequence[str]) -> dict[str, Any]:
+    """Return this machine's limits for a model, in a process of their own (`worker.measure_machine`)."""
+    side = Side({"work": "machine", "side": "gptjax", "size": size, "rows": rows, "dtypes": list(dtypes)})
+    found = side.turn()
+    side.close()
+    return found
+
+
+def fastest_products(limits: dict[str, Any], dtype: str) -> tuple[str, float]:
+    """Return the backend that computed `measure_limits`' products fastest, and its FLOP/s."""
+    rates = {name: rate for name, rate in limits["flops_per_s"][dtype].items() if rate is not None}
+    return max(rates.items(), key=lambda item: item[1])
 
 
 def is_checkout(peer: str) -> bool:
@@ -128,8 +176,20 @@ def machine_line(m: dict[str, Any]) -> str:
 def show(title: str, found: dict[str, Any], sides: Sequence[str]) -> str:
     """Return the result of `compare` as text."""
     rows = [(side, significant(found[side]["median"]), size(found[side]["peak_bytes"])) for side in sides]
-    lines = [title, machine_line(found["machine"]), *table(rows, ("", found["unit"], "peak memory"))]
+    lines = [title, machine_line(found["machine"])]
+    for name, tried in found.get("tried", {}).items():
+        lines.append(f"tried {name}: {tried if isinstance(tried, str) else f'{1000 * tried:,.0f} ms a turn'}")
+    lines += table(rows, ("", found["unit"], "peak memory"))
     if "ratio" in found:
         r = found["ratio"]
         lines.append(f"ratio {r['median']:.2f}x ({r['lowest']:.2f} to {r['highest']:.2f} in {len(r['all'])} pairs)")
-    return "\n".join(lines)
+    if "share" in found:
+        lines.append(f"{found['share']['of']}: {found['share']['value']:.0%} reached")
+    return "\n".join([*lines, *busy(found["warnings"])])
+
+
+def busy(warnings: Sequence[str]) -> list[str]:
+    """Return a line about `Load.warnings`; none where there are none."""
+    return (
+        [f"warning: the machine was busy ({'; '.join(warnings)}); measure again when it is not"] if warnings else []
+    )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.apps.bench.adapters import train_adapters, train_in_peft
+from gptjax.apps.bench.limits import instructions, measure_memory, measure_products, product_shapes
 
 # GPT-2's shape throughout, so that both sides are the same model. tiny: nanoGPT's for a CPU; baby: its "baby GPT".
 SIZES: dict[str, dict[str, int]] = {
@@ -30,7 +31,7 @@ PROMPT_TOKENS = 16
 NANOGPT = {"steps": 2000, "batch": 12, "context": 64, "warmup": 100, "peak_lr": 1e-3, "final_lr": 1e-4}
 
 STRETCH = 50  # steps of a run, and of its compiled step alone, that alternate
-Turn = Callable[[], dict[str, float] | None]  # its own figures; None: its seconds are measured
+Turn = Callable[[], dict[str, Any] | None]  # its own figures; None: its seconds are measured
 
 
 def random_ids(job: dict[str, Any], length: int) -> np.ndarray:
@@ -88,8 +89,18 @@ def _peer_model(job: dict[str, Any], context: int) -> Any:
         eos_token_id=None,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
-    model = GPT2LMHeadModel(config).to(getattr(torch, job["dtype"]))
-    return torch.compile(model) if job["side"] == "hf-compile" else model
+    return GPT2LMHeadModel(config).to(getattr(torch, "float32" if _autocasts(job) else job["dtype"]))
+
+
+def _autocasts(job: dict[str, Any]) -> bool:
+    """Return whether the peer keeps float32 weights and multiplies in bfloat16, as PyTorch's users do on a CPU."""
+    return job["side"].endswith("-bf16")
+
+
+def _autocast(job: dict[str, Any]) -> Any:
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=_autocasts(job))
 
 
 def train_peer(job: dict[str, Any]) -> Turn:
@@ -97,6 +108,7 @@ def train_peer(job: dict[str, Any]) -> Turn:
     import torch
 
     model = _peer_model(job, job["context"])
+    model = torch.compile(model) if "compile" in job["side"] else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=ADAMW["peak_lr"], betas=(ADAMW["b1"], ADAMW["b2"]), weight_decay=ADAMW["weight_decay"]
     )
@@ -104,7 +116,9 @@ def train_peer(job: dict[str, Any]) -> Turn:
 
     def turn() -> None:
         for _ in range(job["steps"]):
-            model(ids, labels=ids).loss.backward()
+            with _autocast(job):
+                loss = model(ids, labels=ids).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["clip_norm"])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -140,14 +154,21 @@ def sample_ours(job: dict[str, Any]) -> Turn:
 def sample_peer(job: dict[str, Any]) -> Turn:
     """Return a turn of the same completions by transformers' generate, from ids to ids."""
     import torch
+    from transformers.generation.configuration_utils import CompileConfig
 
     model = _peer_model(job, SIZES[job["size"]]["context_length"]).eval()
     ids = torch.from_numpy(random_ids(job, PROMPT_TOKENS).astype(np.int64))
-    ones, drawn = torch.ones_like(ids), job["new_tokens"]
+    ones, how = torch.ones_like(ids), {"max_new_tokens": job["new_tokens"], "do_sample": False, "pad_token_id": 0}
+    if "compile" in job["side"]:
+        # transformers compiles the step of generate over a cache of fixed size, by default on GPUs alone.
+        compiling = CompileConfig(fullgraph=False, mode="default")
+        compiling._compile_all_devices = True
+        how |= {"cache_implementation": "static", "compile_config": compiling}
 
     def turn() -> None:
         for _ in range(job["completions"]):
-            model.generate(ids, attention_mask=ones, max_new_tokens=drawn, do_sample=False, pad_token_id=0)
+            with _autocast(job):
+                model.generate(ids, attention_mask=ones, **how)
 
     return turn
 
@@ -275,12 +296,31 @@ def reach_peer(job: dict[str, Any]) -> Turn:
     return turn
 
 
+def measure_machine(job: dict[str, Any]) -> Turn:
+    """Return a turn that measures this machine's limits for a model and data types."""
+    from gptjax.process import prepare_process
+
+    prepare_process()
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    shapes = product_shapes(SIZES[job["size"]], job["rows"])
+
+    def turn() -> dict[str, Any]:
+        rates = {dtype: measure_products(shapes, dtype) for dtype in job["dtypes"]}
+        return {"instructions": instructions(), "flops_per_s": rates, "bytes_per_s": measure_memory()}
+
+    return turn
+
+
+# Ways to run transformers in PyTorch: eager or compiled, in one data type or under autocast to bfloat16.
+PYTORCH = ("hf", "hf-compile", "hf-bf16", "hf-compile-bf16")
 WORK = {
+    ("machine", "gptjax"): measure_machine,
     ("train", "gptjax"): train_ours,
-    ("train", "hf"): train_peer,
-    ("train", "hf-compile"): train_peer,
+    **{("train", name): train_peer for name in PYTORCH},
     ("sample", "gptjax"): sample_ours,
-    ("sample", "hf"): sample_peer,
+    **{("sample", name): sample_peer for name in PYTORCH},
     ("loop", "gptjax"): loop,
     ("lora", "gptjax"): lambda job: train_adapters(job, _steps),
     ("lora", "full"): lambda job: train_adapters(job, _steps),
@@ -307,6 +347,7 @@ def main() -> None:
         figures = turn()
         answer(**(figures or {"seconds": time.perf_counter() - began}))
     answer(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    os._exit(0)  # freeing what is left may abort: see limits.KEPT
 
 
 if __name__ == "__main__":
