@@ -1,6 +1,8 @@
 """The device mesh, and the one table that maps each logical axis to a mesh axis."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from gptjax.errors import UserError
 # Logical axis -> mesh axis or axes. Weights and activations name their axes; nothing else knows the mesh.
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
-    "layers": None,
+    "layers": "pipeline",
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
@@ -27,12 +29,23 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     "choice": None,  # of an expert, by a router
     # activations
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("data", "fsdp", "expert", "pipeline"),
+    "microbatch": ("data", "fsdp", "expert"),  # the sequences of one stage of a pipeline
+    "stage": "pipeline",
     "length": "context",
-    "part": ("data", "fsdp", "expert", "context"),  # of the positions of all sequences, one for each device
+    "part": (
+        "data",
+        "fsdp",
+        "expert",
+        "pipeline",
+        "context",
+    ),  # of the positions of all sequences, one for each device
     "stream_length": ("context", "tensor"),  # between a block's matmuls, where each position is independent
     "residual": None,
 }
+
+
+_used_outside: ContextVar[frozenset[str]] = ContextVar("used_outside", default=frozenset())
 
 
 def make_mesh(axes: Mapping[str, int], devices: list[Any] | None = None, slices: int = 1) -> Mesh:
@@ -94,7 +107,18 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:
     names = AXIS_RULES[axis] or ()
-    return (names,) if isinstance(names, str) else names
+    names = (names,) if isinstance(names, str) else names
+    return tuple(name for name in names if name not in _used_outside.get())
+
+
+@contextmanager
+def without_axis(name: str) -> Iterator[None]:
+    """Leave a mesh axis out of all rules: what is traced inside is one part of what the axis has cut."""
+    token = _used_outside.set(_used_outside.get() | {name})
+    try:
+        yield
+    finally:
+        _used_outside.reset(token)
 
 
 def parts_of(mesh: Mesh | AbstractMesh, axis: str) -> int:

@@ -35,7 +35,7 @@ from gptjax.objectives import (
     without_teacher,
 )
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
-from gptjax.sharding import check_divides, sharding
+from gptjax.sharding import check_divides, parts_of, sharding
 from gptjax.spikes import STATISTICS, first_statistics, judge_step, judge_update
 
 
@@ -119,6 +119,7 @@ def make_trainable(cfg: Config, mesh: Mesh, teacher: ModelConfig | None = None) 
     ):
         check_divides(mesh, key, size, axis)
     check_model_divides(model, mesh)
+    check_pipeline(cfg, mesh)
 
     run = for_mesh(cfg.run, cfg.model, mesh)
     learns_from, taught, described = make_teacher(cfg, mesh, objective, teacher)
@@ -143,6 +144,17 @@ def make_trainable(cfg: Config, mesh: Mesh, teacher: ModelConfig | None = None) 
     state = TrainState(scalar, scalar, weights, moments, averaged if cfg.optim.ema_decay else None, statistics)
     by_rows = sharding(mesh, ("batch", "length"))
     return Trainable(cfg, mesh, graphdef, optimizer, objective, metadata, frozen, state, by_rows, learns_from)
+
+
+def check_pipeline(cfg: Config, mesh: Mesh) -> None:
+    """Raise UserError where the pipeline's microbatches are not equal parts of what the mesh can cut."""
+    rows, parts = cfg.train.batch_sequences // cfg.train.microbatches, parts_of(mesh, "microbatch")
+    asked = cfg.run.pipeline_microbatches
+    if asked is not None and mesh.shape.get("pipeline", 1) > 1 and rows % (asked * parts):
+        raise UserError(
+            f"run.pipeline_microbatches {asked} cannot cut train.batch_sequences / train.microbatches {rows} into "
+            f"equal parts for the mesh's data x fsdp x expert {parts}; make {rows} a multiple of {asked * parts}"
+        )
 
 
 def make_teacher(

@@ -49,7 +49,7 @@ FLOORS = [
     ["goodput"],
     ["nn.weights"],
     ["nn.layers", "nn.blocked", "nn.kernels", "nn.ring", "data"],
-    ["nn.backends", "nn.moe"],
+    ["nn.backends", "nn.moe", "nn.pipeline"],
     ["nn.transformer"],
     ["nn.adapters"],
     ["objectives", "adapter_stack"],

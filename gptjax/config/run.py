@@ -24,6 +24,8 @@ class RunConfig:
             attention), attention (its output), mlp (the MLP's first product).
         scan_layers: compile one block and scan over the layers, which shortens compilation; null means true except on
             CPUs, where a scan is slower.
+        pipeline_microbatches: into how many parts mesh.pipeline cuts the sequences of a step (of train.microbatches);
+            null means up to four a stage. With more, the stages are idle for less, and compute in smaller products.
         verify_interval_steps: steps between checks for devices that compute or store wrong values without an error:
             weights are compared between the devices that hold them, and a gradient between replicas of the data; a
             check takes as long as about two steps. null means none.
@@ -34,11 +36,12 @@ class RunConfig:
     remat: Literal["none", "dots", "full", "named", "offload"] = "none"
     remat_names: tuple[Literal["block_input", "qkv", "attention", "mlp"], ...] = ("attention",)
     scan_layers: bool | None = None
+    pipeline_microbatches: int | None = None
     verify_interval_steps: int | None = None
     profile: str | None = None
 
     def __post_init__(self):
-        check_at_least(1, "run", self, "verify_interval_steps")
+        check_at_least(1, "run", self, "verify_interval_steps", "pipeline_microbatches")
 
     @property
     def profile_steps(self) -> range:
@@ -90,6 +93,8 @@ class MeshConfig:
         context: shards of each sequence (ring attention). Use it for contexts that do not fit on one device.
         expert: shards of the experts of model.mlp.kind moe; elsewhere in the model, each device has its share of the
             batch, as with data. Use it where experts are too many for one device.
+        pipeline: stages that the layers are cut into, through which microbatches pass; outside the blocks, each
+            device has its share of the batch. Use it where weights do not fit and fsdp's network is too slow.
         slices: groups of devices joined only by a data-centre network (TPU slices, GPU nodes); mesh.data spans them
             and must be a multiple of it.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware; null means one.
@@ -100,6 +105,7 @@ class MeshConfig:
     tensor: int = field(default=1, metadata=AXIS)
     context: int = field(default=1, metadata=AXIS)
     expert: int = field(default=1, metadata=AXIS)
+    pipeline: int = field(default=1, metadata=AXIS)
     slices: int = 1
     cpu_devices: int | None = None
 

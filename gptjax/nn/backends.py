@@ -110,7 +110,14 @@ def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     if moe:
         width = "model.mlp.width" if cfg.mlp.moe.width is None else "model.mlp.moe.width"
         mlp += [("model.mlp.moe.experts", cfg.mlp.moe.experts, "expert"), (width, cfg.expert_width, "mlp")]
+    stages = mesh.shape.get("pipeline", 1)
+    if stages > 1 and cfg.n_dense_layers:
+        raise UserError(
+            f"mesh.pipeline {stages} needs layers of one form, and the first {cfg.n_dense_layers} have no experts; "
+            "set mesh.pipeline 1, or model.mlp.moe.first_dense_layers 0"
+        )
     for key, size, axis in (
+        ("model.n_layers", cfg.n_layers, "layers"),
         ("model.n_heads", cfg.n_heads, "heads"),
         ("model.n_kv_heads", cfg.kv_heads, "kv_heads"),
         *mlp,

@@ -34,10 +34,11 @@ from gptjax.nn.layers import (
     stack_layers,
 )
 from gptjax.nn.moe import MoE
+from gptjax.nn.pipeline import count_microbatches, pass_stages
 from gptjax.nn.products import add_bias
 from gptjax.nn.weights import Weight, dense, look_up, multiply_head, transpose
 from gptjax.parametrization import MULTIPLIERS, factor, size_factors
-from gptjax.sharding import constrain
+from gptjax.sharding import constrain, mesh_size
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
 
@@ -160,6 +161,8 @@ class Transformer(nnx.Module):
         x = constrain(x, *STREAM)
         if layers is not None:
             return self._apply_layers(x, ctx, layers, cache)
+        if cache is None and mesh_size("pipeline") > 1:
+            return self._apply_in_stages(x, inputs)
         caches, aux_of_stacks, first = [], [], 0
         for stack in self._stacks():
             structure, state = nnx.split(stack)
@@ -174,6 +177,24 @@ class Transformer(nnx.Module):
             first += n_layers
         joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return x, joined, _sum_aux(aux_of_stacks)
+
+    def _apply_in_stages(self, x: jax.Array, inputs: Inputs) -> tuple[jax.Array, None, Aux]:
+        """Apply the blocks in the stages of a pipeline; as `apply_blocks` without a cache."""
+        structure, state = nnx.split(self.blocks)
+        by_row = {"positions": inputs.positions, "segments": inputs.segments}
+        by_row = {name: array for name, array in by_row.items() if array is not None}
+
+        def stage(layers, x, rows, number):
+            key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, number)
+            apply_block = self._make_apply(structure, self._context(inputs._replace(**rows, dropout_key=key), False))
+            unroll = 1 if scans_layers(self.run) else len(layers[1])
+            x, (_, aux) = jax.lax.scan(apply_block, x, (*layers, None), unroll=unroll)
+            return x, jax.tree.map(lambda values: values.sum(axis=0), aux)
+
+        stacked = (nnx.to_pure_dict(state), jnp.arange(self.cfg.n_layers))
+        n_microbatches = count_microbatches(len(x), self.run.pipeline_microbatches)
+        x, aux = pass_stages(stage, stacked, x, by_row, n_microbatches)
+        return x, None, aux
 
     def _apply_layers(self, x: jax.Array, ctx: Context, layers: list[Params], cache: list[Cache] | None) -> tuple:
         """Apply blocks whose weights are apart; as `apply_blocks`."""
