@@ -137,7 +137,10 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
                 raise SystemExit(USER_ERROR) from None
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
-                raise SystemExit(128 + signal.SIGINT) from None
+                sys.stdout.flush()
+                sys.stderr.flush()
+                # Not by an exception: what an interrupted compilation leaves behind crashes when it is destroyed.
+                os._exit(128 + signal.SIGINT)
             except Exception as error:
                 code, text = describe_failure(error)
                 print(text, file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 from gptjax import cpu
 from gptjax.config import DistributedConfig
 from gptjax.errors import UserError
+from gptjax.files import write_atomically
 
 
 def prepare_process(cpu_devices: int | None = None, distributed: DistributedConfig | None = None) -> None:
@@ -35,6 +36,7 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     cache = os.path.expanduser(f"~/.cache/gptjax/xla-{cpu.count_cores()}-cores")
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    write_cache_entries_whole()
     found = None if distributed is None else find_processes(distributed, os.environ)
     if distributed is None or found is None:
         return
@@ -49,6 +51,23 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
             f"cannot join the other processes ({reason}); check that process 0 runs and is reachable, or set "
             "distributed.coordinator, num_processes and process_id"
         ) from None
+
+
+def write_cache_entries_whole() -> None:
+    """Have JAX write each entry of its compilation cache at once.
+
+    Of a process that is killed while it writes one, a part would stay, of which every later start warns.
+    """
+    from jax._src import compilation_cache, lru_cache  # the cache has no public name
+
+    class WholeEntries(lru_cache.LRUCache):
+        def put(self, key: str, value: bytes) -> None:
+            if self.eviction_enabled:  # it measures what it writes
+                super().put(key, value)
+            elif not (path := self.path / f"{key}{lru_cache._CACHE_SUFFIX}").exists():
+                write_atomically(path, value)
+
+    compilation_cache.LRUCache = WholeEntries
 
 
 def allow_locked_memory() -> None:

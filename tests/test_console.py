@@ -174,6 +174,27 @@ main()
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_an_interrupt_while_a_program_is_compiled_is_no_crash():
+    """jaxlib 0.10 ended with a segmentation fault when it destroyed what it had compiled."""
+    code = """
+import os, signal, threading
+import jax
+from gptjax.console import report_user_errors
+def f(x):
+    for _ in range(100):
+        x = jax.nn.softmax(x @ x)
+    return x.sum()
+@report_user_errors
+def main():
+    lowered = jax.jit(jax.grad(f)).lower(jax.numpy.ones((32, 32)))
+    threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    lowered.compile()
+main()
+"""
+    done = run_script("-c", code)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_an_endless_recursion_is_bounded(capsys):
     @report_user_errors
     def main():

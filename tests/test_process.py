@@ -158,6 +158,27 @@ print('"outer_dimension_partitions":["' in compiled.as_text())
 """
 
 
+KILLED_AS_IT_WRITES = """
+import os, sys
+from gptjax.process import prepare_process
+prepare_process()
+import jax, jax.numpy as jnp
+if sys.argv[1] == "killed":
+    os.replace = os.fsync = lambda *_: os._exit(9)
+jax.jit(lambda x: jnp.linalg.inv(x @ x))(jnp.ones((8, 8))).block_until_ready()
+"""
+
+
+def test_a_killed_process_leaves_no_part_of_a_program_in_the_cache(tmp_path):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert run_script("-c", KILLED_AS_IT_WRITES, "killed", **cache).returncode == 9
+    assert not list(tmp_path.glob("*-cache"))
+    for _ in range(2):
+        done = run_script("-c", KILLED_AS_IT_WRITES, "whole", **cache)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.glob("*-cache"))
+
+
 @pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() == 1, reason="a process's cores can be chosen")
 def test_a_program_compiled_for_one_core_is_not_found_again_by_two(tmp_path):
     cut = [run_script("-c", CUT.format(cores=cores), HOME=str(tmp_path)).stdout for cores in (1, 2)]
