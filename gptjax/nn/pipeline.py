@@ -26,32 +26,32 @@ MOST_PER_STAGE = 4  # microbatches for each stage, where none are asked for: a f
 Stage = Callable[[Any, jax.Array, dict[str, jax.Array], jax.Array], tuple[jax.Array, Aux]]
 
 
-def count_microbatches(rows: int, asked: int | None) -> int:
+def count_microbatches(rows: int, asked: int | None, stages: int, parts: int) -> int:
     """Return into how many microbatches the pipeline cuts so many sequences.
 
     Args:
         asked: run.pipeline_microbatches; None: the most, up to MOST_PER_STAGE a stage, that the mesh can divide.
+        parts: into how many the mesh cuts a microbatch.
     """
-    if asked is not None:
-        return asked
-    parts = parts_of(jax.sharding.get_abstract_mesh(), "microbatch")
-    most = MOST_PER_STAGE * mesh_size(AXIS)
-    return max((n for n in divisors(rows) if n <= most and rows // n % parts == 0), default=1)
+    most = MOST_PER_STAGE * stages
+    return asked or max((n for n in divisors(rows) if n <= most and rows // n % parts == 0), default=1)
 
 
 def pass_stages(
-    stage: Stage, layers: Any, x: jax.Array, by_row: dict[str, jax.Array], n_microbatches: int
+    stage: Stage, layers: Any, x: jax.Array, by_row: dict[str, jax.Array], n_microbatches: int | None
 ) -> tuple[jax.Array, Aux]:
     """Apply all layers to x [B, T, D], in stages.
 
     Args:
         layers: arrays [L, ...].
         by_row: arrays [B, T] that belong to the rows of x.
+        n_microbatches: as `count_microbatches` is asked for.
 
     Returns:
         x; and the auxiliary values, summed over stages and microbatches.
     """
-    S, M = mesh_size(AXIS), n_microbatches
+    S, parts = mesh_size(AXIS), parts_of(jax.sharding.get_abstract_mesh(), "microbatch")
+    M = count_microbatches(len(x), n_microbatches, S, parts)
     layers = jax.tree.map(lambda array: array.reshape(S, -1, *array.shape[1:]), layers)
     given = {"x": x, **by_row}
     incoming = {name: split(array, M) for name, array in given.items()}

@@ -34,7 +34,7 @@ from gptjax.nn.layers import (
     stack_layers,
 )
 from gptjax.nn.moe import MoE
-from gptjax.nn.pipeline import count_microbatches, pass_stages
+from gptjax.nn.pipeline import pass_stages
 from gptjax.nn.products import add_bias
 from gptjax.nn.weights import Weight, dense, look_up, multiply_head, transpose
 from gptjax.parametrization import MULTIPLIERS, factor, size_factors
@@ -192,8 +192,7 @@ class Transformer(nnx.Module):
             return x, jax.tree.map(lambda values: values.sum(axis=0), aux)
 
         stacked = (nnx.to_pure_dict(state), jnp.arange(self.cfg.n_layers))
-        n_microbatches = count_microbatches(len(x), self.run.pipeline_microbatches)
-        x, aux = pass_stages(stage, stacked, x, by_row, n_microbatches)
+        x, aux = pass_stages(stage, stacked, x, by_row, self.run.pipeline_microbatches)
         return x, None, aux
 
     def _apply_layers(self, x: jax.Array, ctx: Context, layers: list[Params], cache: list[Cache] | None) -> tuple:

@@ -22,6 +22,7 @@ from gptjax.errors import UserError, choose
 from gptjax.loss import count_chunks
 from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.backends import BACKENDS
+from gptjax.nn.pipeline import count_microbatches
 from gptjax.nn.transformer import STACKS, count_params, flops_per_token
 from gptjax.objectives import OBJECTIVES, TEACHER
 from gptjax.parametrization import ROLES
@@ -133,20 +134,27 @@ class DeviceSizes(NamedTuple):
     tensor: int
     shards: int  # of the blocks' weights
     itemsize: int  # bytes of an activation's element
+    stages: int  # of the pipeline
+    turns: int  # in which each stage computes a microbatch, or nothing that counts
+    idle: float  # turns for each one that counts, at least 1
     hidden: float  # hidden units of the MLPs that a token passes
     sorted: float  # rows of experts for each token of the device: its choices, and those of others' tokens
 
 
 def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
-    sequences = cfg.train.batch_sequences / cfg.train.microbatches / (axes["data"] * axes["fsdp"] * axes["expert"])
+    stages, parts = axes["pipeline"], axes["data"] * axes["fsdp"] * axes["expert"]
+    rows = cfg.train.batch_sequences // cfg.train.microbatches
+    sequences = cfg.train.batch_sequences / cfg.train.microbatches / (parts * stages)
+    microbatches = count_microbatches(rows, cfg.run.pipeline_microbatches, stages, parts) if stages > 1 else 1
+    turns = microbatches + stages - 1
     tokens = sequences * cfg.model.context_length / axes["context"]
     itemsize = BF16 if cfg.model.dtype == "bfloat16" else F32
-    moe, rows, hidden = cfg.model.mlp.moe, 0.0, cfg.model.mlp_width
+    moe, sorted_rows, hidden = cfg.model.mlp.moe, 0.0, cfg.model.mlp_width
     if cfg.model.mlp.kind == "moe":
-        rows = moe.top_k * axes["expert"]
+        sorted_rows = moe.top_k * axes["expert"]
         hidden = (moe.top_k + moe.shared_experts) * cfg.model.expert_width
-    tensor, shards = axes["tensor"], axes["fsdp"] * axes["tensor"]
-    return DeviceSizes(sequences, tokens, tensor, shards, itemsize, hidden / tensor, rows)
+    tensor, shards, idle = axes["tensor"], axes["fsdp"] * axes["tensor"] * stages, turns / microbatches
+    return DeviceSizes(sequences, tokens, tensor, shards, itemsize, stages, turns, idle, hidden / tensor, sorted_rows)
 
 
 def _n_hidden(cfg: ModelConfig) -> int:
@@ -243,40 +251,49 @@ def estimate(
     return Costs(
         memory=_memory(cfg, held, axes, fused_attention),
         model_flops=tokens * training_flops_per_token(cfg, trained_counts(cfg), teacher),
-        executed_flops=tokens * executed_flops_per_token(cfg, fused_attention, teacher) / topology.n_chips,
+        executed_flops=tokens
+        * executed_flops_per_token(cfg, fused_attention, teacher, _device_sizes(cfg, axes).idle)
+        / topology.n_chips,
         hbm_bytes=_hbm_bytes(cfg, axes, fused_attention),
         collectives=collectives,
         dcn_bytes=dcn,
     )
 
 
-def executed_flops_per_token(cfg: Config, fused_attention: bool, teacher: ModelConfig | None = None) -> float:
+def executed_flops_per_token(
+    cfg: Config, fused_attention: bool, teacher: ModelConfig | None = None, idle: float = 1.0
+) -> float:
     """Return the FLOPs of forward and backward pass and of remat's recomputation, with the padded vocabulary.
 
     Attention has two matmuls forward and four backward, over the whole square of scores. A fused kernel recomputes
     the scores in its backward pass (five matmuls) and skips the masked half. A frozen weight has no gradient, which
     saves two of its six operations. A teacher's forward pass is a third of its training.
+
+    Args:
+        idle: turns of a pipeline for each one that counts: its stages compute in all of them.
     """
     m, blocks, counts = cfg.model, active_counts(cfg.model)["blocks"], trained_counts(cfg)
     square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
     share = 0.5 if fused_attention else 1.0
     again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.run.remat, (2 * blocks, 2))  # named, offload: less
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
-    weights = 6 * (blocks + m.d_model * m.padded_vocab + counts.active_adapters)
+    of_blocks = 6 * (blocks + counts.active_adapters) + again[0] + matmuls * share * square
     taught = 0 if teacher is None else flops_per_token(teacher) / 3
-    return weights - 2 * counts.frozen_active + again[0] + matmuls * share * square + taught
+    return idle * of_blocks + 6 * m.d_model * m.padded_vocab - 2 * counts.frozen_active + taught
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:
     m, s = cfg.model, _device_sizes(cfg, axes)
-    cut_batch = axes["data"] * axes["fsdp"] * axes["expert"] * axes["context"]
+    cut_batch = axes["data"] * axes["fsdp"] * axes["expert"] * axes["pipeline"] * axes["context"]
     arrays = 3 + len(choose(OBJECTIVES, cfg.train.objective, "train.objective").arrays)
     batch = arrays * F32 * cfg.train.batch_sequences * m.context_length / cut_batch
     params, blocks = held["params"], held["blocks"]
     rest = params - blocks - held["teacher"] - (held["trained"] if cfg.lora.rank else 0)
     held_itemsize = HELD_BYTES[base_dtype(cfg)]
     block_weights = blocks / held_itemsize
-    layer_full = block_weights / m.n_layers * axes["fsdp"] * s.itemsize  # one layer's weights, gathered and cast
+    layer_full = (
+        block_weights * s.stages / m.n_layers * axes["fsdp"] * s.itemsize
+    )  # one layer's weights, gathered and cast
     head_trained = head_is_trained(cfg)
     V, D = m.padded_vocab / s.tensor, m.d_model
     H, G = m.n_heads / s.tensor, m.kv_heads / s.tensor
@@ -310,7 +327,7 @@ def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool
         "optimizer": held["optimizer"],
         "batch": batch,
         "gradients": held["trained"] * (2 if cfg.train.microbatches > 1 else 1),
-        "temporaries": m.n_layers * kept + casts + max(layer, loss),
+        "temporaries": m.n_layers * s.idle * kept + casts + max(layer, loss),
         "code": 40e6,
     }
 
@@ -344,8 +361,9 @@ def _hbm_bytes(cfg: Config, axes: dict[str, int], fused: bool) -> float:
     # Each matrix is read twice, and its gradient written; a frozen one is read in the form in which it is held.
     read = HELD_BYTES[base_dtype(cfg)] if cfg.lora.rank else s.itemsize
     gradients = s.itemsize * min(trained.trained / trained.products, 1.0)
-    weights = (2 * read + gradients) * counts["blocks"] * _expert_share(m, axes["expert"]) / m.n_layers / s.tensor
-    layer = s.tokens * arrays * s.itemsize + scores + weights
+    blocks = counts["blocks"] * _expert_share(m, axes["expert"]) / m.n_layers / s.tensor
+    weights = s.turns / s.stages * (2 * read + gradients) * blocks
+    layer = s.idle * (s.tokens * arrays * s.itemsize + scores) + weights
     logits = 6 * F32 * s.tokens * m.padded_vocab / s.tensor
     state = 10 * F32 * trained.trained * _expert_share(m, axes["expert"]) / s.shards
     return cfg.train.microbatches * (passes * m.n_layers * layer + logits) + state
@@ -355,7 +373,7 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     """Return the bytes that one device sends in a step, by purpose, and how many of them leave the slice."""
     m, s, M = cfg.model, _device_sizes(cfg, axes), cfg.train.microbatches
     counts = weight_counts(m)
-    blocks = counts["blocks"] * _expert_share(m, axes["expert"]) * s.itemsize / s.tensor
+    blocks = counts["blocks"] * _expert_share(m, axes["expert"]) * s.itemsize / s.tensor / s.stages
     vocab = m.padded_vocab * m.d_model * s.itemsize / s.tensor
     fsdp, tensor = _ring(axes["fsdp"]), _ring(axes["tensor"])
     trained = trained_counts(cfg)
@@ -364,16 +382,20 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
     stream = s.tokens * m.d_model * s.itemsize
     # Each block has two sums forward and two backward; full remat repeats the first.
     sums = m.n_layers * (5 if cfg.run.remat == "full" else 4) + 2
-    head_grad = vocab / s.itemsize * F32
-    batch_parts, copies = axes["data"] * axes["fsdp"] * axes["expert"], axes["data"] * axes["expert"]
+    head_grad = vocab / s.itemsize * F32 * head_is_trained(cfg)
+    copies = axes["data"] * axes["expert"]
+    batch_parts = copies * axes["fsdp"] * s.stages
+    # Each turn hands a microbatch to the next stage, gathers the next one, and gives out a result.
+    handed = (1 + 2 * _ring(s.stages)) * s.idle * s.stages * stream if s.stages > 1 else 0
     # A layer gathers tokens and scatters sums, forward and backward; full remat gathers once more.
     exchanges = (m.n_layers - m.n_dense_layers) * (5 if cfg.run.remat == "full" else 4)
     made = {
-        "weights gathered": M * fsdp * (2 * blocks + n_tables * vocab),
-        "gradients scattered": M * fsdp * blocks * share,
+        "weights gathered": M * fsdp * (2 * s.turns * blocks + n_tables * vocab),
+        "gradients scattered": M * fsdp * s.turns * blocks * share,
         "embedding's gradient": M * 2 * _ring(batch_parts) * vocab * ("embed" not in frozen_roles(cfg)),
-        "head's gradient": M * (fsdp + 2 * _ring(copies) / axes["fsdp"]) * head_grad * head_is_trained(cfg),
+        "head's gradient": M * (fsdp + 2 * _ring(copies * s.stages) / axes["fsdp"]) * head_grad,
         "gradients over data": M * 2 * _ring(copies) * blocks / axes["fsdp"] * share,
+        "microbatches over stages": M * 2 * handed,
         "tokens over experts": M * exchanges * (axes["expert"] - 1) * stream,
         "activations over tensor": M * 2 * tensor * sums * stream,
         "keys and values over context": M * 4 * _ring(axes["context"]) * m.n_layers

@@ -183,9 +183,9 @@ def suggest(cfg: Config, topology: Topology) -> dict[str, Any] | None:
     axes, limit = resolve_mesh(cfg, topology), 0.9 * topology.chip.hbm_bytes
     whole = {
         "mesh.data": topology.num_slices,
-        "mesh.fsdp": topology.n_chips // topology.num_slices // axes["tensor"] // axes["expert"],
+        "mesh.fsdp": topology.n_chips // topology.num_slices // axes["tensor"] // axes["expert"] // axes["pipeline"],
     }
-    per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"] * axes["expert"])
+    per_step = cfg.train.batch_sequences // (axes["data"] * axes["fsdp"] * axes["expert"] * axes["pipeline"])
     remats = [{}] if cfg.run.remat == "full" else [{}, {"run.remat": "full"}]
     parts = [2**k for k in range(int(math.log2(max(per_step, 1))) + 1) if per_step % 2**k == 0]
     microbatches = [{"train.microbatches": count} if count > 1 else {} for count in parts]
@@ -223,17 +223,23 @@ def candidates(cfg: Config, topology: Topology) -> list[tuple[float, dict[str, A
     """Return every mesh x remat x microbatches x loss chunks that fits by arithmetic, best first.
 
     Each is (expected seconds of a step, overrides, bytes of a chip). It leaves 5 % of the memory free. The axes
-    context and expert are not changed.
+    context, expert and pipeline are not changed.
     """
     found = []
     fixed = resolve_mesh(cfg, topology)
-    for mesh in meshes_to_try(topology, fixed["context"] * fixed["expert"]):
+    for mesh in meshes_to_try(topology, fixed["context"] * fixed["expert"] * fixed["pipeline"]):
         try:
             whole = override(cfg, {**mesh, "train.microbatches": 1})
             held = held_bytes(whole, resolve_mesh(whole, topology), topology.chip.kind == "tpu")
         except UserError:
             continue
-        rows = cfg.train.batch_sequences // mesh["mesh.data"] // mesh["mesh.fsdp"] // fixed["expert"]
+        rows = (
+            cfg.train.batch_sequences
+            // mesh["mesh.data"]
+            // mesh["mesh.fsdp"]
+            // fixed["expert"]
+            // fixed["pipeline"]
+        )
         for remat in ("none", "dots", "full"):
             counts = [2**k for k in range(rows.bit_length()) if rows % 2**k == 0]
             for count, chunks in itertools.product(counts, _loss_chunks(cfg)):
