@@ -15,7 +15,7 @@ from gptjax.config import RunConfig
 from gptjax.engine import power_of_two
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.nn.attention import AttentionInput, KeysValues, causal_mask, float32_product
+from gptjax.nn.attention import AttentionInput, KeysValues, attention_weights, causal_mask, float32_product
 from gptjax.nn.backends import ATTENTIONS
 from gptjax.nn.transformer import Inputs, Transformer, abstract_model, bind_split, logits
 
@@ -81,7 +81,7 @@ def returning_weights(
     (B, T, H, K), G = q.shape, k.shape[2]
     mask = causal_mask(inputs.positions, inputs.positions, inputs.segments, inputs.segments, inputs.window)
     scores = float32_product("BTGRK,BSGK->BGRTS", q.reshape(B, T, G, H // G, K), k) * K**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = attention_weights(scores, mask, inputs)
     y = jnp.einsum("BGRTS,BSGK->BTGRK", weights.astype(v.dtype), v).reshape(B, T, H, K)
     weights = weights.reshape(B, H, T, T)
     return y, (weights, weights)
@@ -132,7 +132,7 @@ class Inspector:
         attention, state = jnp.zeros((len(ids), len(ids)), jnp.float32), log_p(x)
         likeliest, shares = [state.argmax(-1)], [jnp.exp(state.max(-1))]
         for number, weights in enumerate(params[1]):
-            x, cache, _ = model.apply_blocks(x, inputs, None, [weights])
+            x, cache, _ = model.apply_blocks(x, inputs, None, [weights], number)
             attention = jnp.where(number == layer, cache[0].kv[0][0, head], attention)
             state = log_p(x)
             likeliest.append(state.argmax(-1))
@@ -147,8 +147,8 @@ class Inspector:
         model, inputs = self._model(params), Inputs(ids[None])
         x = model.embed_inputs(inputs)
         hidden, attention = [x[0]], []
-        for layer in params[1]:
-            x, cache, _ = model.apply_blocks(x, inputs, None, [layer])
+        for number, weights in enumerate(params[1]):
+            x, cache, _ = model.apply_blocks(x, inputs, None, [weights], number)
             hidden.append(x[0])
             attention.append(cache[0].kv[0][0])
         states = jnp.stack(hidden)
@@ -206,7 +206,7 @@ class Inspector:
         inputs = Inputs(jnp.broadcast_to(ids, (N, len(ids))))
         x = jnp.where(where[:, :, None], clean, other)
         if layer < len(params[1]):
-            x = model.apply_blocks(x, inputs, None, params[1][layer:])[0]
+            x = model.apply_blocks(x, inputs, None, params[1][layer:], layer)[0]
         raw = logits(model, model.readout(x[:, -1:]))[:, 0]
         return raw[:, answer] - raw[:, foil]
 

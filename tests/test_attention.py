@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GPT2_LIKE, make_config, trainable_on
+from conftest import GPT2_LIKE, MODERN, make_config, trainable_on, without_zeros
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from gptjax.errors import UserError
@@ -23,20 +23,22 @@ POSITIONS = jnp.arange(T)[None]
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (B, T)), axis=1)
 
 
-def run(kernel, segments, order=None):
+def run(kernel, segments, order=None, sinks=None, **features):
     """Attention of the same random q, k, v, and the gradients of a weighted sum of it, in the row's own order."""
     order = np.arange(T) if order is None else order
     q, k, v, weights = (jax.random.normal(jax.random.key(i), (B, T, n, K)) for i, n in enumerate((H, G, G, H)))
     segments = None if segments is None else segments[:, order]
 
-    def weighted(q, k, v):
-        y, kv = kernel(q[:, order], k[:, order], v[:, order], AttentionInput(POSITIONS[:, order], segments))
+    def weighted(q, k, v, sinks):
+        inputs = AttentionInput(POSITIONS[:, order], segments, sinks=sinks, **features)
+        y, kv = kernel(q[:, order], k[:, order], v[:, order], inputs)
         for new, given in zip(kv, (k, v), strict=True):
             assert new.shape == (B, G, T, K) and new.dtype == given.dtype
         y = y[:, np.argsort(order)]
         return jnp.sum(y * weights), y
 
-    gradients, y = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+    gradients, y = jax.jit(jax.grad(weighted, argnums=wanted, has_aux=True))(q, k, v, sinks)
     return y, *gradients
 
 
@@ -46,7 +48,7 @@ def case(request):
 
 
 def assert_same(found, expected):
-    for name, a, b in zip(("y", "q", "k", "v"), found, expected, strict=True):
+    for name, a, b in zip(("y", "q", "k", "v", "sinks")[: len(expected)], found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
@@ -72,6 +74,39 @@ def test_ring_equals_the_reference(case, axes):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | axes
     with jax.set_mesh(make_mesh(sizes, jax.devices()[: int(np.prod(list(axes.values())))])):
         assert_same(run(ring_attention, case[0], zigzag(T, axes["context"])), case[1])
+
+
+LOCAL = {"window": 37, "cap": 2.0}
+SINKS = jnp.linspace(-1.0, 2.0, H)
+
+
+def test_windows_caps_and_sinks_are_the_same_in_every_kernel():
+    expected = run(reference_attention, SEGMENTS, sinks=SINKS, **LOCAL)
+    assert_same(run(blocked_attention, SEGMENTS, sinks=SINKS, **LOCAL), expected)
+    assert_same(run(partial(splash_attention, interpret=True), SEGMENTS, sinks=SINKS, **LOCAL), expected)
+    assert np.abs(expected[-1]).min() > 1e-2
+    assert_same(run(ATTENTIONS["xla"], None, window=37), run(reference_attention, None, window=37))
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 4}, jax.devices()[:4])):
+        assert_same(run(ring_attention, SEGMENTS, zigzag(T, 4), **LOCAL), run(reference_attention, SEGMENTS, **LOCAL))
+
+
+LOCAL_MODEL = {**MODERN, "n_layers": 5, "attention": {"window": 5, "pattern": ["local", "local", "global"]}}
+
+
+@pytest.mark.parametrize("features", [{}, {"softcap": 1.0, "sinks": True}], ids=str)
+def test_a_scan_over_a_pattern_of_layers_equals_the_unrolled_one(features):
+    """Five layers of a pattern of three: one group, and a rest of two."""
+    model = {**LOCAL_MODEL, "attention": {**LOCAL_MODEL["attention"], **features}}
+    tokens, found = np.random.default_rng(0).integers(0, 61, (2, 16)), []
+    for scan_layers in (True, False):
+        cfg = make_config(model, run={"scan_layers": scan_layers, "attention": "blocked"})
+        graphdef, params = (
+            abstract_model(cfg.model, cfg.run)[0],
+            without_zeros(init_params(cfg.model, jax.random.key(0))),
+        )
+        value_and_grad = jax.value_and_grad(lambda p, g=graphdef: jnp.square(bind(g, p)(tokens)[0]).mean())
+        found.append(jax.jit(value_and_grad)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), *found)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -128,6 +163,7 @@ def test_auto_is_the_table_on_every_mesh():
         ({"attention": "splash"}, {}, "splash runs on a TPU"),
         ({"attention": "cudnn"}, {}, "cudnn runs on a GPU"),
         ({"context_length": 34}, {"context": 2}, "multiple of 4"),
+        ({"attention": {"sinks": True}}, {"context": 2}, "ring does not compute model.attention.sinks; set mesh.con"),
     ],
 )
 def test_attention_that_a_mesh_cannot_do_is_refused(model, axes, named):

@@ -17,7 +17,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, config_to_yaml
 from gptjax.convert import export_model, import_model, initial_model, open_model
-from gptjax.convert.families import family_for
+from gptjax.convert.forms import family_for
 from gptjax.convert.models import on_first_device
 from gptjax.data.batches import validation_batches
 from gptjax.data.corpus import load_corpus
@@ -53,6 +53,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0],
+}
 FLAT = {**TINY, "num_hidden_layers": 1}  # one layer is enough where another variant has the same tensors in two
 # Each family, and each variant that takes another way through the tables.
 CONFIGS = {
@@ -74,7 +83,7 @@ CONFIGS = {
     "llama3-tied": lambda: transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3, tie_word_embeddings=True),
     "llama-linear-biased": lambda: transformers.LlamaConfig(
         **FLAT,
-        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        rope_parameters=LINEAR,
         attention_bias=True,
         mlp_bias=True,
     ),
@@ -86,9 +95,30 @@ CONFIGS = {
         **TINY, head_dim=24, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
     ),
     "arcee": lambda: transformers.ArceeConfig(**FLAT),
+    # Of 128 tokens, most lie past the windows, and all past 4 times the original context.
+    "mistral-window": lambda: transformers.MistralConfig(**FLAT, sliding_window=40),
+    "qwen3-yarn": lambda: transformers.Qwen3Config(
+        **TINY, head_dim=24, use_sliding_window=True, sliding_window=40, max_window_layers=1, rope_parameters=YARN
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **TINY, head_dim=24, sliding_window=40, query_pre_attn_scalar=20, attn_logit_softcapping=2.0
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **{**TINY, "num_hidden_layers": 3},
+        head_dim=24,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
+    ),
+    "phi3-long": lambda: transformers.Phi3Config(
+        **FLAT, original_max_position_embeddings=32, rope_parameters=LONGROPE, sliding_window=40
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**TINY),
 }
 
-FAMILIES_ONCE = [name for name in CONFIGS if name not in ("gpt2-untied", "llama-linear-biased")]  # to save time
+# Text is compared once a family. In transformers, the factors of Phi-3 change where a text outgrows the first context.
+WITHOUT_TEXT = ("gpt2-untied", "llama-linear-biased", "mistral-window", "qwen3-yarn", "gemma2", "phi3-long", "olmo2")
+FAMILIES_ONCE = [name for name in CONFIGS if name not in WITHOUT_TEXT]
 
 
 def build(name: str, folder: Path, **save) -> Path:

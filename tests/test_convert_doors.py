@@ -145,16 +145,18 @@ def test_a_window_counts_for_the_layers_that_have_one(llama):
     tensors |= {name: np.zeros(n, np.float32) for name, n in biases.items()}
     write_model(llama, tensors)
     window = {"model_type": "qwen2", "sliding_window": 10, "use_sliding_window": True}
-    for keys, context in (
-        ({"max_window_layers": 1}, 10),
-        ({"max_window_layers": 2}, 128),
-        ({}, 128),
-        ({"max_window_layers": 1, "layer_types": ["full_attention"] * 2}, 128),
-        ({"use_sliding_window": False, "max_window_layers": 0}, 128),
-        ({"sliding_window": None, "max_window_layers": 0}, 128),
+    for keys, local in (
+        ({"max_window_layers": 1}, (False, True)),
+        ({"max_window_layers": 2}, (False, False)),
+        ({}, (False, False)),
+        ({"max_window_layers": 1, "layer_types": ["full_attention"] * 2}, (False, False)),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, (True, False)),
+        ({"use_sliding_window": False, "max_window_layers": 0, "layer_types": None}, (False, False)),
+        ({"sliding_window": None, "max_window_layers": 0, "layer_types": None}, (False, False)),
     ):
         edit_config(llama, **{**window, **keys})
-        assert open_model(str(llama)).config.context_length == context, keys
+        config = open_model(str(llama)).config
+        assert (config.local_layers, config.context_length) == (local, 128), keys
     edit_config(llama, **{**window, "max_window_layers": 0, "sliding_window": 0})
     refused(llama, "sliding_window 0 must be a number of at least 1, or null")
     edit_config(llama, **{**window, "sliding_window": None}, layer_types=["sliding_attention"] * 2)

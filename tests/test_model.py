@@ -13,7 +13,7 @@ from flax import nnx
 
 from gptjax.configfile import config_from_dict
 from gptjax.loss import LossSpec, next_token_loss
-from gptjax.nn.attention import attention, causal_mask
+from gptjax.nn.attention import AttentionInput, attention, causal_mask
 from gptjax.nn.convolution import causal_convolution
 from gptjax.nn.layers import gelu, standard_normal
 from gptjax.nn.products import add_bias
@@ -86,7 +86,7 @@ def test_no_logit_depends_on_a_later_token(model):
 def test_attention_equals_jax_nn(heads):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, 4 if i == 0 else heads, 8)) for i in range(3))
     positions = jnp.arange(9)[None]
-    ours = attention(q, k, v, causal_mask(positions, positions))
+    ours = attention(q, k, v, causal_mask(positions, positions), AttentionInput(positions))
     np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
 
 

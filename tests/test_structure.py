@@ -37,6 +37,7 @@ FLOORS = [
         "nn.attention",
         "nn.convolution",
         "nn.products",
+        "nn.rotary",
         "nn.grouped",
         "loss",
         "spikes",
@@ -136,7 +137,8 @@ def test_imports_point_downwards(module):
 
 
 # Modules that run inside compiled programs: whether they may convert floats, and to what (docs/design.md, rule 5).
-CASTS = dict.fromkeys(["nn.layers", "nn.weights", "nn.adapters", "nn.moe", "nn.transformer", "loss", "optim"], "any")
+CASTS = dict.fromkeys(["nn.layers", "nn.rotary", "nn.weights", "nn.adapters", "nn.moe", "nn.transformer"], "any")
+CASTS |= dict.fromkeys(["loss", "optim"], "any")
 CASTS |= dict.fromkeys(["nn.attention", "nn.blocked", "nn.grouped", "nn.ring"], "to the dtype of an argument")
 INTEGERS = ("jnp.int32", "np.int32")
 

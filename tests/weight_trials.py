@@ -28,14 +28,16 @@ from gptjax.errors import UserError
 VOCAB = 61
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
 TOLERANCE = 1e-4
-ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee")
+ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee", "gemma2", "gemma3_text", "phi3", "olmo2")
 FAMILIES = ("gpt2", *ROPE_FAMILIES)
 ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # Keys that may be null, by what their classes take in this version.
 NULLS = {family: ["num_key_value_heads", "head_dim", "sliding_window"] for family in ("llama", "arcee")}
 NULLS |= {"gpt2": ["n_inner"], "mistral": ["head_dim", "sliding_window"]}
-NULLS |= {family: ["num_key_value_heads", "sliding_window"] for family in ("qwen2", "qwen3")}
+NULLS |= {family: ["num_key_value_heads", "sliding_window"] for family in ("qwen2", "qwen3", "phi3")}
+NULLS |= {family: ["final_logit_softcapping"] for family in ("gemma2", "gemma3_text")}
+NULLS |= {"olmo2": ["num_key_value_heads"]}
 # Keys that no class reads, and keys that other families compute with.
 UNKNOWN = {"my_note": "a", "n_ctx": 64, "unsloth_version": "1", "logit_scale": 1.0, "use_mrope": False}
 UNKNOWN |= {
@@ -95,6 +97,9 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
         "tie_word_embeddings": tied,
         "rope_parameters": random_rope(random),
     }
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 1000.0}
+        config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     if family in ("llama", "arcee"):
         config |= {key: bool(random.random() < 0.4) for key in ("attention_bias", "mlp_bias")}
     if family == "qwen3":
@@ -107,7 +112,40 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
             "sliding_window": int(random.choice([4096, 16, 6])),
         }
         config["max_window_layers"] = int(random.integers(0, 4))
+    if family.startswith("gemma"):
+        change_to_gemma(config, random)
+    if family == "phi3":
+        change_to_phi3(config, random)
     return config
+
+
+def change_to_gemma(config: dict[str, Any], random: np.random.Generator) -> None:
+    """Give a config the keys that only Gemma 2 and 3 have."""
+    kinds = ("gelu_pytorch_tanh", "gelu_new", "gelu")
+    config["hidden_activation"] = str(random.choice(kinds, p=[0.8, 0.15, 0.05]))
+    config |= {
+        "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
+        "sliding_window": int(random.choice([4096, 6, 3])),
+        "query_pre_attn_scalar": int(random.choice([16, 24])),
+        "attn_logit_softcapping": [None, 2.0][random.integers(2)],
+        "final_logit_softcapping": [None, 1.0][random.integers(2)],
+        "use_bidirectional_attention": bool(random.random() < 0.05),
+    }
+    if random.random() < 0.5:
+        kinds = ("sliding_attention", "full_attention")
+        config["layer_types"] = [str(random.choice(kinds)) for _ in range(config["num_hidden_layers"])]
+
+
+def change_to_phi3(config: dict[str, Any], random: np.random.Generator) -> None:
+    """Give a config the keys that only Phi-3 has; its texts are longer than the original context."""
+    config.pop("head_dim")
+    share = float(random.choice([1.0, 0.5]))
+    pairs = int(config["hidden_size"] // config["num_attention_heads"] * share) // 2
+    factors = {name: [float(f) for f in 1 + random.random(pairs)] for name in ("short_factor", "long_factor")}
+    scaled = {"rope_type": "longrope", **factors} if random.random() < 0.7 else {"rope_type": "default"}
+    config["rope_parameters"] = {"rope_theta": 10000.0, "partial_rotary_factor": share, **scaled}
+    config |= {"original_max_position_embeddings": 8, "sliding_window": [None, 6, 4096][random.integers(3)]}
+    config |= {"pad_token_id": None}
 
 
 def random_rope(random: np.random.Generator) -> dict[str, Any]:
@@ -175,7 +213,9 @@ def rewrite_config(family: str, file: Path, way: str, random: np.random.Generato
     values = json.loads(file.read_text())
     if way == "named":
         values["transformers_weights"] = "weights.safetensors"
-    if "rope_parameters" in values and random.random() < 0.4:  # as transformers 4
+    if family == "gemma3_text":
+        rewrite_gemma3_rope(values, random)
+    elif "rope_parameters" in values and random.random() < 0.4:  # as transformers 4
         rope = values.pop("rope_parameters")
         values["rope_theta"] = rope.pop("rope_theta")
         values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
@@ -197,6 +237,15 @@ def rewrite_config(family: str, file: Path, way: str, random: np.random.Generato
     if random.random() < 0.1:
         values["tie_word_embeddings"] = not values.get("tie_word_embeddings", True)
     file.write_text(json.dumps(values))
+
+
+def rewrite_gemma3_rope(values: dict[str, Any], random: np.random.Generator) -> None:
+    """Write the rotary positions of Gemma 3 as transformers 4: two bases."""
+    if random.random() < 0.4:
+        rope = values.pop("rope_parameters")
+        values["rope_theta"] = rope["full_attention"].pop("rope_theta")
+        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        values["rope_scaling"] = None if rope["full_attention"]["rope_type"] == "default" else rope["full_attention"]
 
 
 def theirs(folder: Path) -> np.ndarray | None:
@@ -255,10 +304,10 @@ def trial(family: str, number: int) -> Outcome:
 def table(outcomes: dict[str, list[Outcome]]) -> str:
     """Return counts by family, and the reasons of refusals, most common first."""
     kinds = ("equal", "refused", "both refused", "different")
-    lines = [f"{'family':8} {'tried':>6} " + " ".join(f"{kind:>12}" for kind in kinds)]
+    lines = [f"{'family':12} {'tried':>6} " + " ".join(f"{kind:>12}" for kind in kinds)]
     for family, found in outcomes.items():
         counts = collections.Counter(outcome.kind for outcome in found)
-        lines.append(f"{family:8} {len(found):6} " + " ".join(f"{counts[kind]:12}" for kind in kinds))
+        lines.append(f"{family:12} {len(found):6} " + " ".join(f"{counts[kind]:12}" for kind in kinds))
     for kind in kinds[1:]:
         reasons = collections.Counter(o.reason for found in outcomes.values() for o in found if o.kind == kind)
         lines += [f"{kind}: {count:5}  {text}" for text, count in reasons.most_common()]

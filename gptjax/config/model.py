@@ -12,18 +12,32 @@ class RopeScaling:
     """Scaling of the rotary wavelengths, for contexts longer than the model was pre-trained on.
 
     Args:
-        kind: llama3 scales only the long wavelengths (Llama 3.1); linear scales all of them, and reads only `factor`.
-        factor: factor by which wavelengths are scaled.
+        kind: llama3 scales only the long wavelengths (Llama 3.1); linear scales all of them, and reads only `factor`;
+            yarn scales long ones, keeps short ones and blends between them; longrope has a factor for each.
+        factor: factor by which wavelengths are scaled; with longrope only attention_factor depends on it.
         low_freq_factor: wavelengths longer than original_context / low_freq_factor are scaled by the whole factor.
         high_freq_factor: wavelengths shorter than original_context / high_freq_factor are not scaled.
         original_context: the context length of the pre-training, in tokens.
+        beta_fast: with yarn, wavelengths that turn more often than this in the original context are kept.
+        beta_slow: with yarn, wavelengths that turn less often than this are scaled by the whole factor.
+        truncate: with yarn, whether the two bounds are rounded to whole pairs of a head's dimensions.
+        attention_factor: factor on the rotated queries and keys; null means what yarn and longrope make of factor.
+        short_factors: with longrope, the factor of each wavelength where model.context_length is at most
+            original_context.
+        long_factors: the same where it is more.
     """
 
-    kind: Literal["llama3", "linear"] = "llama3"
+    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,11 +49,16 @@ class PositionsConfig:
         theta: base of the rotary wavelengths; raise it for long contexts, lower it for windows of a few hundred
             tokens.
         scaling: scaling of the rotary wavelengths for contexts longer than the pre-training's; null means none.
+        rotated_frac: share of a head's dimensions that are rotated, the first ones.
+        local_theta: theta of the layers with a window, whose wavelengths are then not scaled (Gemma 3); null means
+            that all layers rotate alike.
     """
 
     kind: Literal["learned", "rope"] = "learned"
     theta: float = 10000.0
     scaling: RopeScaling | None = None
+    rotated_frac: float = 1.0
+    local_theta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +67,16 @@ class NormConfig:
 
     Args:
         kind: layernorm (GPT-2) or rmsnorm (Llama).
+        place: pre normalises what attention and the MLP read; post what they add to the residual stream (OLMo 2);
+            both does both (Gemma).
+        from_one: whether a scale is stored as its difference from 1 (Gemma).
         weights: whether each norm has a learned scale (and, in LayerNorm with model.bias, a learned shift).
         eps: value added to the variance before the square root.
     """
 
     kind: Literal["layernorm", "rmsnorm"] = "layernorm"
+    place: Literal["pre", "post", "both"] = "pre"
+    from_one: bool = False
     weights: bool = True
     eps: float = 1e-5
 
@@ -62,13 +86,32 @@ class AttentionConfig:
     """Options of attention. The kernel that computes it is run.attention.
 
     Args:
+        window: number of positions, its own included, that a query of a local layer attends to; null means all.
+        pattern: which layers have the window, local, and which attend to all positions, global; it repeats over the
+            layers, such as [local, global] (Gemma 2).
+        softcap: cap c of the scores, c * tanh(scores / c); null means none.
+        scale_width: scores are divided by the root of this; null means the head's width.
+        sinks: whether each head has a learned logit in the softmax's denominator, to which attention that no position
+            deserves can go (gpt-oss).
         qk_norm: apply RMSNorm to each head's queries and keys, which permits higher learning rates.
+        qk_norm_over: whether that norm is over each head alone, or over all heads together (OLMo 2).
         qkv_bias: whether the query, key and value projections have biases; null means as model.bias. Qwen2 has these
             biases and no others.
     """
 
+    window: int | None = None
+    pattern: tuple[Literal["local", "global"], ...] = ("local",)
+    softcap: float | None = None
+    scale_width: float | None = None
+    sinks: bool = False
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "heads"] = "head"
     qkv_bias: bool | None = None
+
+    def __post_init__(self):
+        check_at_least(1, "model.attention", self, "window")
+        check_positive("model.attention", self, "softcap", "scale_width")
+        check(len(self.pattern) > 0, "model.attention.pattern", "[]", "must name local or global; make it [local]")
 
 
 @dataclass(frozen=True)
@@ -82,7 +125,7 @@ class MoeConfig:
         experts: number of experts (E) in a layer.
         top_k: number of experts that a token is sent to.
         width: width of an expert's hidden layer; null means as model.mlp.width.
-        activation: of the experts, the shared ones and the dense layers: gelu, swiglu or relu2.
+        activation: of the experts, the shared ones and the dense layers: gelu, swiglu, geglu or relu2.
         shared_experts: number of further experts that every token is sent to, computed as one MLP.
         first_dense_layers: number of layers, the first ones, with an MLP of model.mlp.width in place of experts.
         scores: how the router's logits become scores: softmax over the experts, or sigmoid of each.
@@ -95,7 +138,7 @@ class MoeConfig:
     experts: int = 8
     top_k: int = 2
     width: int | None = None
-    activation: Literal["gelu", "swiglu", "relu2"] = "swiglu"
+    activation: Literal["gelu", "swiglu", "geglu", "relu2"] = "swiglu"
     shared_experts: int = 0
     first_dense_layers: int = 0
     scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -116,14 +159,14 @@ class MlpConfig:
     """The MLP of a block.
 
     Args:
-        kind: gelu (GPT-2, the tanh approximation), swiglu (Llama, with a third matrix), relu2 (ReLU squared) or moe,
-            a mixture of experts, each an MLP, of which a token passes a few.
-        width: width of the hidden layer (F); null means 4 * model.d_model. With swiglu, two thirds of that gives as
-            many parameters.
+        kind: gelu (GPT-2, the tanh approximation), swiglu (Llama) or geglu (Gemma), with a third matrix, relu2 (ReLU
+            squared) or moe, a mixture of experts, each an MLP, of which a token passes a few.
+        width: width of the hidden layer (F); null means 4 * model.d_model. With a third matrix, two thirds of that
+            gives as many parameters.
         moe: the experts; read where kind is moe.
     """
 
-    kind: Literal["gelu", "swiglu", "relu2", "moe"] = "gelu"
+    kind: Literal["gelu", "swiglu", "geglu", "relu2", "moe"] = "gelu"
     width: int | None = None
     moe: MoeConfig = field(default_factory=MoeConfig)
 
@@ -167,6 +210,7 @@ class ModelConfig:
             helps small models on few tokens (docs/recipe.md).
         bias: whether linear layers and LayerNorm have biases.
         tie_embeddings: whether the output head shares the weights of the token embedding.
+        embed_multiplier: factor on the tokens' vectors, such as the root of d_model (Gemma).
         logit_softcap: cap c of the logits, c * tanh(logits / c); null means none.
         init: gpt2 draws from normal(0.02) and divides residual projections by sqrt(2 L); zero starts residual
             projections and an untied head at zero, and draws other matrices with deviation 1 / sqrt(fan_in).
@@ -188,6 +232,7 @@ class ModelConfig:
     conv_width: int | None = None
     bias: bool = True
     tie_embeddings: bool = True
+    embed_multiplier: float = 1.0
     logit_softcap: float | None = None
     init: Literal["gpt2", "zero"] = "gpt2"
     dropout: float = 0.0
@@ -202,8 +247,8 @@ class ModelConfig:
         check_at_least(1, "model", self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim")
         check_at_least(1, "model", self, "conv_width", "context_length", "vocab_multiple", "vocab_size")
         check_at_least(1, "model.mlp", self.mlp, "width")
-        check_positive("model", self, "logit_softcap")
-        check_positive("model.positions", self.positions, "theta")
+        check_positive("model", self, "logit_softcap", "embed_multiplier")
+        check_positive("model.positions", self.positions, "theta", "local_theta")
         check_positive("model.norm", self.norm, "eps")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
         self._check_heads()
@@ -226,8 +271,18 @@ class ModelConfig:
             self.n_kv_heads,
             f"does not divide model.n_heads {self.n_heads}; choose one of {divisors(self.n_heads)}",
         )
+        rope, share = self.positions, self.positions.rotated_frac
+        learned = rope.kind == "learned"
         odd = "is odd: rotary positions turn pairs, so make it even"
-        check(self.positions.kind == "learned" or self.d_head % 2 == 0, "model.head_dim", self.d_head, odd)
+        check(learned or self.d_head % 2 == 0, "model.head_dim", self.d_head, odd)
+        check(0 < share <= 1, "model.positions.rotated_frac", share, "must lie in (0, 1]")
+        pairs = self.rotated_width // 2
+        wanted = f"does not rotate pairs of model.head_dim {self.d_head}; make its product with that an even number"
+        check(learned or self.rotated_width == 2 * pairs > 0, "model.positions.rotated_frac", share, wanted)
+        if not learned and rope.scaling is not None and rope.scaling.kind == "longrope":
+            for name in ("short_factors", "long_factors"):
+                given, rule = len(getattr(rope.scaling, name)), f"factors must be {pairs}, one for each pair"
+                check(given == pairs, f"model.positions.scaling.{name}", given, rule)
 
     def _check_parametrization(self) -> None:
         chosen = self.parametrization
@@ -246,6 +301,23 @@ class ModelConfig:
     def d_head(self) -> int:
         """Return the width of a head (K)."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotated_width(self) -> int:
+        """Return how many of a head's dimensions are rotated."""
+        return int(self.d_head * self.positions.rotated_frac)
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Return of each layer whether it has the window of `attention.window`; without one, none has."""
+        pattern, window = self.attention.pattern, self.attention.window
+        return tuple(window is not None and pattern[i % len(pattern)] == "local" for i in range(self.n_layers))
+
+    @property
+    def attended_positions(self) -> int:
+        """Return over how many positions attention reaches, summed over the layers: the context, or the window."""
+        T, window = self.context_length, self.attention.window
+        return sum(min(T, window) if local else T for local in self.local_layers)
 
     @property
     def mlp_width(self) -> int:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig, nested_values
 from gptjax.configfile import config_from_dict
-from gptjax.convert.families import FAMILIES, ROPE_TYPES, Family
+from gptjax.convert.families import FAMILIES, Family
 from gptjax.convert.foreign import another_head, unknown_family
+from gptjax.convert.forms import ROPE_DEFAULTS, ROPE_TYPES
 from gptjax.errors import UserError
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
@@ -91,17 +92,16 @@ def import_config(config: Mapping[str, Any]) -> Imported:
     for ours, theirs, default in family.keys:
         if ours != "bias":
             model[ours] = _value(ours, theirs, config.get(theirs, default), default)
-    form = {"positions.kind", "norm.kind", "mlp.kind", "attention.qk_norm"} & family.form.keys()
-    form |= {field for field in family.form if field.startswith("mlp.moe.")}
-    model |= {field: family.form[field] for field in form}
+    shared = ("positions.kind", "norm.", "mlp.", "attention.qk_norm")
+    model |= {field: value for field, value in family.form.items() if field.startswith(shared)}
+    if "embed_multiplier" in family.form:
+        model["embed_multiplier"] = model["d_model"] ** 0.5
     model["bias"], absent = _import_biases(family, config)
     if family.form["attention.qkv_bias"] is True and not model["bias"]:
         model["attention.qkv_bias"] = True
     if model["positions.kind"] == "rope":
-        model |= _import_rope(config)
-    if (window := _window(family, config, model["n_layers"])) is not None:
-        # Up to the window's length, a sliding window has no effect.
-        model["context_length"] = min(model["context_length"], window)
+        model |= _import_rope(family, config)
+    model |= _import_window(family, config, model["n_layers"])
     try:
         return Imported(config_from_dict({"model": nested_values(model)}).model, absent)
     except UserError as error:
@@ -138,6 +138,8 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
     used |= {*READ_ELSEWHERE, *family.unread, "layer_types"}
     if family.form["positions.kind"] == "rope":
         used |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+    if family.local_theta is not None:
+        used |= {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
     if family.window is not None:
         used |= {*family.window, "max_window_layers"}
     unknown = [key for key in config if key not in used and not key.startswith(IRRELEVANT_BEGINNINGS)]
@@ -159,43 +161,91 @@ def _has_effect(value: Any) -> bool:
     return value is True or (value is not False and value not in (None, 0, 1, [], {}))
 
 
-def _window(family: Family, config: Mapping[str, Any], n_layers: int) -> int | None:
-    """Return over how many tokens attention reaches where a layer has a sliding window; None where none has."""
+LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def _import_window(family: Family, config: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
+    """Return our keys of a sliding window and of the layers that have it; none where no layer has."""
     key, switch = family.window or (None, None)
     kinds = config.get("layer_types")
-    sliding = "sliding_attention"
     if kinds is not None:
-        allowed = {"full_attention", sliding} if switch else {"full_attention"}
+        allowed = LAYER_TYPES.keys() if family.layers is not None else {"full_attention"}
         if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= allowed:
             raise UserError(
                 f"config.json: layer_types must be {n_layers} of {' or '.join(sorted(allowed))}, to be run here"
             )
     if key is None:
-        return None
+        return {}
     window = config.get(key, DEFAULT_WINDOW)
     if switch is not None and not config.get(switch, False):
         window = None
     if window is None:
-        if kinds is not None and sliding in kinds:
-            raise UserError(f"config.json: layer_types has {sliding}, but there is no {key}; make them agree")
-        return None
+        if kinds is not None and "sliding_attention" in kinds:
+            raise UserError(f"config.json: layer_types has sliding_attention, but there is no {key}; make them agree")
+        return {}
     if type(window) is not int or window < 1:
         raise UserError(f"config.json: {key} {window!r} must be a number of at least 1, or null")
-    if switch is None:
-        return window
-    full = config.get("max_window_layers", DEFAULT_FULL_LAYERS)
-    if type(full) is not int:
-        raise UserError(f"config.json: max_window_layers {full!r} must be a number")
-    return window if (sliding in kinds if kinds is not None else full < n_layers) else None
+    if kinds is not None:
+        layers = [LAYER_TYPES[kind] for kind in kinds]
+    elif family.layers is None:
+        layers = ["local"]
+    else:
+        layers = _usual_layers(family, config, n_layers)
+    if "local" not in layers:
+        return {}
+    period = next(p for p in range(1, len(layers) + 1) if all(x == layers[i % p] for i, x in enumerate(layers)))
+    return {"attention.window": window, "attention.pattern": layers[:period]}
 
 
-def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _usual_layers(family: Family, config: Mapping[str, Any], n_layers: int) -> list[str]:
+    """Return which layers have the window, where the config.json names no layers."""
+    if family.layers == ():
+        full = config.get("max_window_layers", DEFAULT_FULL_LAYERS)
+        if type(full) is not int:
+            raise UserError(f"config.json: max_window_layers {full!r} must be a number")
+        return ["global" if i < full else "local" for i in range(n_layers)]
+    pattern = list(family.layers)
+    if family.local_theta is not None:
+        period = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", len(pattern)))
+        if type(period) is not int or period < 1:
+            raise UserError(f"config.json: sliding_window_pattern {period!r} must be a number of at least 1")
+        pattern = ["local"] * (period - 1) + ["global"]
+    return [pattern[i % len(pattern)] for i in range(n_layers)]
+
+
+def _import_rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return our keys of rotary positions. transformers 5 keeps theirs in `rope_parameters`, 4 in `rope_theta` and
-    `rope_scaling`; with both, 5 takes `rope_scaling`."""
+    `rope_scaling`; with both, 5 takes `rope_scaling`. A family with two bases has `rope_parameters` for each."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta, local = config.get("rope_theta", family.theta), {}
+    if family.local_theta is not None:
+        nested = config.get("rope_parameters") or {}
+        parts = [nested.get(name) or {} for name in ("full_attention", "sliding_attention")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise UserError(f"config.json: the rope parameters {nested!r} must be an object for each layer type")
+        if parts[1].get("rope_type", "default") != "default":
+            raise UserError(
+                f"config.json: rope_type {parts[1]['rope_type']!r} of sliding_attention cannot be run here"
+            )
+        given = {**parts[0], **(config.get("rope_scaling") or {})}
+        freq = config.get("rope_local_base_freq", family.local_theta)
+        local = {"positions.local_theta": parts[1].get("rope_theta", freq)}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")
+    scaling = _import_scaling(family, config, given)
+    partial = given.get("partial_rotary_factor")
+    if "positions.rotated_frac" in (ours for ours, _, _ in family.keys) and partial is not None:
+        local["positions.rotated_frac"] = partial
+    elif partial not in (None, 1):
+        raise UserError(f"config.json: partial_rotary_factor {partial} cannot be run here, only 1.0")
+    return {"positions.theta": given.get("rope_theta", theta), "positions.scaling": scaling, **local}
+
+
+def _import_scaling(family: Family, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return our `positions.scaling`; None where the wavelengths are not scaled."""
     kind = given.get("rope_type", given.get("type", "default"))
+    if family.title == "Phi-3" and kind in ("su", "yarn"):
+        kind = "longrope"  # its names of old
     if kind == "dynamic":  # it changes only positions beyond max_position_embeddings, which are not run here
         kind, given = "default", {key: value for key, value in given.items() if key != "factor"}
         print(
@@ -206,22 +256,26 @@ def _import_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")
     names = ROPE_TYPES[kind]
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names.values()}
+    if kind in ("default", "longrope"):
+        used.add("original_max_position_embeddings")
     if strange := given.keys() - used:
         key = min(strange)
         raise UserError(
             f"config.json: {key} {given[key]!r} is not a key of the rope_type {kind!r} here; remove it if the "
             "weights were trained without it"
         )
-    turned = given.get("partial_rotary_factor")
-    if turned not in (None, 1):
-        raise UserError(f"config.json: partial_rotary_factor {turned} cannot be run here, only 1.0")
+    longest = config.get("max_position_embeddings", 2048)
+    values = dict(given)
     if "original_context" in names:
         theirs = names["original_context"]
-        longest = given.get(theirs, config.get("max_position_embeddings"))
-        given = {**given, theirs: config.get(theirs, longest)}
-    missing = [theirs for theirs in names.values() if given.get(theirs) is None]
+        values[theirs] = config.get(theirs, given.get(theirs, longest))
+    if kind == "longrope" and values.get("factor") is None:
+        values["factor"] = longest / values[names["original_context"]]
+    missing = [theirs for ours, theirs in names.items() if ours not in ROPE_DEFAULTS and values.get(theirs) is None]
     if missing:
         raise UserError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
-    scaling = {ours: given[theirs] for ours, theirs in names.items()}
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {"positions.theta": theta, "positions.scaling": {"kind": kind, **scaling} if scaling else None}
+    scaling = {}
+    for ours, theirs in names.items():
+        value = values.get(theirs)
+        scaling[ours] = ROPE_DEFAULTS.get(ours) if value is None else value
+    return {"kind": kind, **scaling} if scaling else None

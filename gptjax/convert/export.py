@@ -24,7 +24,8 @@ from gptjax.config import CheckpointConfig
 from gptjax.configfile import config_from_dict, config_to_yaml
 from gptjax.convert.base import describe_base
 from gptjax.convert.card import model_card
-from gptjax.convert.families import FAMILIES, export_config, exported_form, family_for
+from gptjax.convert.families import FAMILIES
+from gptjax.convert.forms import export_config, exported_form, family_for
 from gptjax.convert.models import Model, on_first_device, open_model
 from gptjax.convert.peft import CONFIG, check_base_of, read_adapter, read_adapter_config, write_adapter
 from gptjax.convert.safetensors import write_safetensors

@@ -5,12 +5,8 @@ To add one: a `Family`, and a line in `FAMILIES`.
 Sources: the configuration_*.py and modeling_*.py of `transformers` for the same `model_type`.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
-
-from gptjax.config import ModelConfig, override, plain_values
-from gptjax.errors import UserError
 
 
 class Tensor(NamedTuple):
@@ -19,7 +15,8 @@ class Tensor(NamedTuple):
     Attributes:
         name: the tensor's name, with `{}` for the layer, and a second one for the expert.
         dims: the tensor's dimensions, in order, each a product of axes (docs/design.md's letters): `HK,D`. E is the
-            number of experts, P counts the parts that are fused into one tensor, N is the width of a norm or bias.
+            number of experts, P counts equal parts that are fused into one tensor, Q the heads of queries, keys and
+            values that are, N is the width of a norm or bias.
         part: index of the fused part.
     """
 
@@ -38,8 +35,12 @@ class Family(NamedTuple):
         form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
         demands: their keys, with the values under which the model is the one that we run. The first is exported.
         aliases: other names of their keys, which override them (`attribute_map` of their config class).
-        window: their key for a sliding window (4096 without the key), and the key that turns it on; None: the family
-            has no window.
+        window: their key for a sliding window, and the key that turns it on; None: the family has no window.
+        layers: which layers have the window where the config.json does not say, as `attention.pattern`; (): those
+            from `max_window_layers` on; None: all, and it cannot say otherwise.
+        written: their keys that an export writes because the class's value is that of one published model.
+        theta: the base of the rotary wavelengths where there is no key.
+        local_theta: that of the layers with a window, where the family has another; None: as all.
         prefix: of the tensors' names, which a file of the bare model lacks.
         tensors: by our weight's path.
         ignored: endings of tensors that hold no weights.
@@ -62,13 +63,15 @@ class Family(NamedTuple):
     aliases: dict[str, str]
     biases: dict[str, str]
     unread: tuple[str, ...] = ()
+    layers: tuple[str, ...] | None = None
+    written: tuple[tuple[str, Any], ...] = ()
+    theta: float = 10000.0
+    local_theta: float | None = None
 
 
 # The names of one function in `transformers` (activations.py).
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 SILUS = ("silu", "swish")
-IN_NO_FAMILY = {"logit_softcap": None, "conv_width": None}  # values of features that no family has
-
 _GPT2 = Family(
     title="GPT-2",
     architecture="GPT2LMHeadModel",
@@ -264,6 +267,7 @@ FAMILIES: dict[str, Family] = {
         ),
         form={**_ANY_HEADS, "bias": False, "attention.qkv_bias": True},
         window=("sliding_window", "use_sliding_window"),
+        layers=(),
     ),
     "qwen3": _LLAMA._replace(
         title="Qwen3",
@@ -280,6 +284,7 @@ FAMILIES: dict[str, Family] = {
         form={**_ANY_HEADS, "bias": False, "attention.qk_norm": True},
         demands={"hidden_act": SILUS, "attention_bias": (False,)},
         window=("sliding_window", "use_sliding_window"),
+        layers=(),
     ),
     "mixtral": _LLAMA._replace(
         title="Mixtral",
@@ -342,91 +347,134 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Their `rope_type`, with our names of its values and theirs.
-ROPE_TYPES: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_context": "original_max_position_embeddings",
-    },
+_GEMMA2_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
 }
 
 
-def _facts(cfg: ModelConfig) -> dict[str, Any]:
-    """Return a model's form, in the terms of `Family.form`."""
-    even_heads = cfg.d_head * cfg.n_heads == cfg.d_model
-    qkv_bias = cfg.bias if cfg.attention.qkv_bias is None else cfg.attention.qkv_bias
-    return {
-        **plain_values(cfg),
-        "attention.qkv_bias": "bias" if qkv_bias == cfg.bias else qkv_bias,
-        "n_kv_heads": "n_heads" if cfg.kv_heads == cfg.n_heads else cfg.kv_heads,
-        "head_dim": "d_model / n_heads" if even_heads else cfg.d_head,
-        "d_model": "a multiple of n_heads" if cfg.d_model % cfg.n_heads == 0 else cfg.d_model,
+def _with_norms(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Return Llama's tensors with these norms of a block in place of its own."""
+    others = {
+        path: tensor
+        for path, tensor in tensors.items()
+        if path.split(".")[1:2] not in (["attention_norm"], ["mlp_norm"])
     }
-
-
-def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
-    """Return the fields in which a model differs from a family's form, each with both values for the user."""
-    facts, form = _facts(cfg), {**family.form, **IN_NO_FAMILY}
-    if facts["attention.qkv_bias"] == "bias" and family.form["attention.qkv_bias"] != "bias":
-        facts["attention.qkv_bias"] = cfg.bias
-    # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.
-    spare = {"bias", "attention.qkv_bias"} if family.form.get("bias") is True else set()
-    return {
-        field: f"model.{field} {_in_yaml(facts[field])} where {family.title} has {_in_yaml(wanted)}"
-        for field, wanted in form.items()
-        if facts[field] != wanted and not (field in spare and not facts[field])
+    norms = {
+        f"blocks.{ours}.scale": Tensor(f"model.layers.{{}}.{theirs}.weight", "N") for ours, theirs in names.items()
     }
+    return {**others, **norms}
 
 
-def _in_yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+_GEMMA2 = _LLAMA._replace(
+    title="Gemma 2",
+    architecture="Gemma2ForCausalLM",
+    biases={},
+    keys=(
+        *_with_defaults(
+            _UNBIASED,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+            max_position_embeddings=8192,
+            vocab_size=256000,
+            tie_word_embeddings=True,
+        ),
+        ("attention.scale_width", "query_pre_attn_scalar", 256),
+        ("attention.softcap", "attn_logit_softcapping", 50.0),
+        ("logit_softcap", "final_logit_softcapping", 30.0),
+    ),
+    form={
+        **_ANY_HEADS,
+        "bias": False,
+        "mlp.kind": "geglu",
+        "norm.place": "both",
+        "norm.from_one": True,
+        "embed_multiplier": "the root of d_model",
+    },
+    demands={
+        "hidden_activation": (*TANH_GELUS[1:], TANH_GELUS[0]),
+        "attention_bias": (False,),
+        "use_bidirectional_attention": (False, None),
+    },
+    window=("sliding_window", None),
+    layers=("local", "global"),
+    tensors=_with_norms(_LLAMA.tensors, _GEMMA2_NAMES),
+    unread=("hidden_act", "cache_implementation"),
+)
+_PHI3_TENSORS = {
+    **{path: t for path, t in _LLAMA.tensors.items() if not path.startswith(("blocks.attention.", "blocks.mlp."))},
+    "blocks.attention.query": Tensor("model.layers.{}.self_attn.qkv_proj.weight", "QK,D", 0),
+    "blocks.attention.key": Tensor("model.layers.{}.self_attn.qkv_proj.weight", "QK,D", 1),
+    "blocks.attention.value": Tensor("model.layers.{}.self_attn.qkv_proj.weight", "QK,D", 2),
+    "blocks.attention.out": _LLAMA.tensors["blocks.attention.out"],
+    "blocks.mlp.gate": Tensor("model.layers.{}.mlp.gate_up_proj.weight", "PF,D", 0),
+    "blocks.mlp.up": Tensor("model.layers.{}.mlp.gate_up_proj.weight", "PF,D", 1),
+    "blocks.mlp.down": _LLAMA.tensors["blocks.mlp.down"],
+}
 
-
-def family_for(cfg: ModelConfig, origin: str | None = None) -> str:
-    """Return the `model_type` under which a model can be exported; `origin`, where it came from, if that still fits.
-
-    Raises:
-        UserError: no family has this form; the message names the fields that differ from the nearest family.
-    """
-    kinds = [origin, *FAMILIES] if origin in FAMILIES else list(FAMILIES)
-    obstacles = {kind: _obstacles(FAMILIES[kind], cfg) for kind in kinds}
-    best = min(kinds, key=lambda kind: len(obstacles[kind]))
-    if obstacles[best]:
-        raise UserError(
-            f"no Hugging Face family has this model's form; differing: {', '.join(obstacles[best].values())} "
-            f"(model.preset {FAMILIES[best].preset} can be exported)"
-        )
-    return best
-
-
-def exported_form(cfg: ModelConfig, kind: str) -> ModelConfig:
-    """Return the same model with every tensor of the family: norms with weights, and biases where the family has
-    them.
-    """
-    form = FAMILIES[kind].form
-    biases = {"bias": True, "attention.qkv_bias": None} if form.get("bias") is True else {}
-    return override(cfg, {"norm.weights": True, **biases})
-
-
-def export_config(cfg: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
-    """Return the config.json of a model; `transformers` 4 and 5 read it to the same model."""
-    family = FAMILIES[kind]
-    resolved = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.d_head, "mlp.width": cfg.mlp_width}
-    resolved["mlp.moe.width"] = cfg.expert_width
-    ours_values = plain_values(cfg) | resolved
-    values = {theirs: ours_values[ours] for ours, theirs, _ in family.keys}
-    values |= {key: allowed[0] for key, allowed in family.demands.items()}
-    if cfg.positions.kind == "rope":
-        scaling = cfg.positions.scaling
-        values["rope_theta"] = cfg.positions.theta
-        values["rope_scaling"] = scaling and {
-            "rope_type": scaling.kind,
-            **{theirs: getattr(scaling, ours) for ours, theirs in ROPE_TYPES[scaling.kind].items()},
-        }
-    if family.window is not None:
-        values[family.window[0]] = None
-    return {"architectures": [family.architecture], "model_type": kind, **values, "torch_dtype": dtype}
+FAMILIES |= {
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2._replace(
+        title="Gemma 3",
+        architecture="Gemma3ForCausalLM",
+        keys=_with_defaults(
+            [key for key in _GEMMA2.keys if key[0] != "attention.softcap"],
+            max_position_embeddings=131072,
+            vocab_size=262208,
+            final_logit_softcapping=None,
+        ),
+        form={**_GEMMA2.form, "attention.qk_norm": True},
+        layers=("local",) * 5 + ("global",),
+        unread=(*_GEMMA2.unread, "attn_logit_softcapping"),  # its class has the key and does not compute it
+        theta=1000000.0,
+        local_theta=10000.0,
+    ),
+    "phi3": _LLAMA._replace(
+        title="Phi-3",
+        architecture="Phi3ForCausalLM",
+        biases={},
+        keys=(
+            *_with_defaults(
+                _UNBIASED,
+                hidden_size=3072,
+                intermediate_size=8192,
+                max_position_embeddings=4096,
+                rms_norm_eps=1e-5,
+                vocab_size=32064,
+            ),
+            ("positions.rotated_frac", "partial_rotary_factor", 1.0),
+        ),
+        form={**_LLAMA.form, "bias": False},
+        window=("sliding_window", None),
+        tensors=_PHI3_TENSORS,
+        written=(("pad_token_id", None),),
+    ),
+    "olmo2": _LLAMA._replace(
+        title="OLMo 2",
+        architecture="Olmo2ForCausalLM",
+        biases={},
+        keys=_with_defaults(_UNBIASED, rms_norm_eps=1e-5, vocab_size=50304),
+        form={
+            **_LLAMA.form,
+            "bias": False,
+            "norm.place": "post",
+            "attention.qk_norm": True,
+            "attention.qk_norm_over": "heads",
+        },
+        demands={"hidden_act": SILUS, "attention_bias": (False,), "clip_qkv": (None,)},
+        tensors={
+            **_with_norms(
+                _LLAMA.tensors,
+                {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+            ),
+            "blocks.attention.query_norm.scale": Tensor("model.layers.{}.self_attn.q_norm.weight", "HK"),
+            "blocks.attention.key_norm.scale": Tensor("model.layers.{}.self_attn.k_norm.weight", "GK"),
+        },
+    ),
+}

@@ -17,7 +17,7 @@ from gptjax.config import RopeScaling
 from gptjax.convert.foreign import kind_of
 from gptjax.convert.gguf_vocabulary import gguf_tokenizer
 from gptjax.errors import UserError
-from gptjax.nn.layers import rotary_angles
+from gptjax.nn.rotary import rotary_angles
 from gptjax.tokenizers import Tokenizer
 
 # Our config.json's key, by GGUF's (after `llama.`); those without a default are in every file.
@@ -255,6 +255,8 @@ def _rope_scaling(config: Mapping[str, Any], given: Mapping[str, Any], tensors: 
         return None if factors is None else _llama3_scaling(config, factors)
     if factors is not None:
         raise UserError(f"it has {ROPE_FACTORS} and the rope scaling {kind!r}; only one of them can be run here")
+    if kind != "linear":
+        raise UserError(f"rope_type {kind!r} cannot be run here from a GGUF file; give the Hugging Face directory")
     return {"rope_type": kind, "factor": _value(factor)}
 
 

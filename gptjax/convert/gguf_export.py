@@ -15,13 +15,14 @@ from tokenizers import Regex, pre_tokenizers
 
 from gptjax.config import ModelConfig
 from gptjax.convert.export import tokenizer_files
-from gptjax.convert.families import FAMILIES, exported_form, family_for
+from gptjax.convert.families import FAMILIES
+from gptjax.convert.forms import exported_form, family_for
 from gptjax.convert.gguf import ARCHITECTURES, ROPE_FACTORS
 from gptjax.convert.gguf_vocabulary import CONTROL, CUTS, NO_MERGE, USER_DEFINED
 from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
-from gptjax.nn.layers import rotary_angles
+from gptjax.nn.rotary import rotary_angles
 from gptjax.paths import writing
 from gptjax.tokenizers import Tokenizer
 
@@ -50,6 +51,10 @@ def export_gguf(run: str, out: str, type: Literal["f16", "q8_0"] = "f16") -> Non
     kind = family_for(model.config, model.meta.get("origin", {}).get("model_type"))
     if kind not in WRITTEN:
         raise UserError(f"{run!r} is a {FAMILIES[kind].title}; a GGUF file can be written of {', '.join(WRITTEN)}")
+    scaling = model.config.positions.scaling
+    if any(model.config.local_layers) or (scaling is not None and scaling.kind in ("yarn", "longrope")):
+        what = "a sliding window" if any(model.config.local_layers) else f"rope scaling {scaling.kind}"
+        raise UserError(f"{run!r} has {what}, which no GGUF file can be written with here; export it by to-hf")
     vocabulary = _vocabulary(model.tokenizer, model.config.vocab_size)
     layout = Layout(FAMILIES[kind], exported_form(model.config, kind))
     params = without_multipliers(model.config, model.read(on_first_device(model.config)))

@@ -144,7 +144,7 @@ def _about_shapes(family: Family, wrong: list[str], found: Mapping[str, Any], wa
     first = re.sub(r"\.\d+\.", ".{}.", wrong[0])
     dims = next(tensor.dims for tensor in family.tensors.values() if tensor.name == first)
     of_letter = {"V": "vocab_size", "D": "d_model", "N": "d_model", "F": "mlp.width", "T": "context_length"}
-    of_letter |= {"H": "n_heads", "E": "mlp.moe.experts", "G": "n_kv_heads", "K": "head_dim"}
+    of_letter |= {"H": "n_heads", "Q": "n_heads", "E": "mlp.moe.experts", "G": "n_kv_heads", "K": "head_dim"}
     fields = {of_letter[letter] for letter in dims if letter in of_letter}
     fields |= {"mlp.moe.width"} if "F" in dims else set()
     keys = ", ".join(theirs for ours, theirs, _ in family.keys if ours in fields)

@@ -27,8 +27,6 @@ LETTERS = {
     "norm": "N",
     "choice": "E",
 }
-PARTS = 3  # of a fused tensor: query, key and value
-
 Path = tuple[str, ...]
 
 
@@ -81,7 +79,8 @@ class Layout:
         self.family, self.cfg, self.absent = family, cfg, absent
         _, params, metadata = abstract_model(cfg)
         self.sizes = {"V": cfg.vocab_size, "D": cfg.d_model, "H": cfg.n_heads, "G": cfg.kv_heads, "K": cfg.d_head}
-        self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "P": PARTS, "E": cfg.mlp.moe.experts}
+        self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "E": cfg.mlp.moe.experts}
+        self.sizes["Q"] = cfg.n_heads + 2 * cfg.kv_heads
         # An expert's matrix is a tensor of its own.
         self.stacks = {path: meta["axes"][: meta["n_stacked"]] for path, meta in metadata.items()}
         self.axes = {path: meta["axes"][meta["n_stacked"] :] for path, meta in metadata.items()}
@@ -118,14 +117,22 @@ class Layout:
         """Return a tensor's part for a weight, as a view in the order of our axes."""
         dims, part = self.place(path).dims.replace(",", ""), self.place(path).part
         unfolded = tensor.reshape([self._size(path, letter) for letter in dims])
-        if part is not None:
+        if part is not None and "P" in dims:
             unfolded = unfolded[(slice(None),) * dims.index("P") + (part,)]
             dims = dims.replace("P", "")
+        elif part is not None:
+            H, G = self.cfg.n_heads, self.cfg.kv_heads
+            heads = (slice(0, H), slice(H, H + G), slice(H + G, None))[part]
+            unfolded = unfolded[(slice(None),) * dims.index("Q") + (heads,)]
+            dims = dims.replace("Q", "G" if part else "H")
         return unfolded.transpose([dims.index(LETTERS[axis]) for axis in self.axes[path]])
 
     def _size(self, path: Path, letter: str) -> int:
         if letter == "F" and "expert" in self.stacks[path]:
             return self.cfg.expert_width
+        if letter == "P":
+            fused = self.place(path).name
+            return sum(tensor.name == fused for tensor in self.family.tensors.values())
         return self.widths[path] if letter == "N" else self.sizes[letter]
 
 
@@ -193,9 +200,12 @@ def _aligned_zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
 def multipliers(cfg: ModelConfig) -> dict[str, float]:
     """Return the parametrization's multipliers, by pattern of the paths of the weights that they fold into."""
     queries = r"/query_norm/" if cfg.attention.qk_norm else r"/query(_bias)?$"
+    added = r"^blocks/(attention/out|mlp/down)(_bias)?$"
+    if cfg.norm.place != "pre":
+        added = r"^blocks/(attention|mlp)_post_norm/"
     return {
         r"^final_norm/": factor(cfg, MULTIPLIERS["output"]),
-        r"^blocks/(attention/out|mlp/down)(_bias)?$": factor(cfg, MULTIPLIERS["residual"]),
+        added: factor(cfg, MULTIPLIERS["residual"]),
         queries: attention_multiplier(cfg),
     }
 
@@ -211,15 +221,21 @@ def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
             attention = {**attention, "query_norm": {"scale": jnp.ones((cfg.n_layers, cfg.d_head))}}
         blocks = {**params["blocks"], "attention": attention}
         params = {**params, "blocks": blocks, "final_norm": {"scale": jnp.ones(cfg.d_model)}}
-    return jax.tree.map_with_path(
-        lambda keys, leaf: leaf * first_match(multiplied, "/".join(key.key for key in keys), 1.0), params
-    )
+
+    def multiply(keys: Any, leaf: jax.Array) -> jax.Array:
+        by = first_match(multiplied, "/".join(key.key for key in keys), 1.0)
+        if by != 1 and cfg.norm.from_one and keys[-1].key == "scale":
+            return (leaf + 1) * by - 1
+        return leaf * by
+
+    return jax.tree.map_with_path(multiply, params)
 
 
 def write_value(layout: Layout, params: Params, name: str) -> np.ndarray:
     """Return a tensor of the family, float32. Weights that the model lacks are neutral: scales of 1, biases of 0."""
     found = layout.tensors[name]
-    tensor = np.full(found.shape, 1.0 if found.paths[0][-1] == "scale" else 0.0, np.float32)
+    neutral = 1.0 if found.paths[0][-1] == "scale" and not layout.cfg.norm.from_one else 0.0
+    tensor = np.full(found.shape, neutral, np.float32)
     for path in found.paths:
         try:
             weight = leaf_at(params, path)

@@ -53,12 +53,17 @@ class AttentionInput(NamedTuple):
         segments: [B, T] int32; a query attends within its segment only. None: a row is one segment.
         window: a query attends to this many positions at most, its own included. None: to all.
         cache: of earlier positions. None: the keys are those of the queries' own tokens.
+        cap: of the scores, which become cap * tanh(scores / cap) (Gemma 2, arXiv 2408.00118, section 2). None: none.
+        sinks: [H] float32, a logit of each head that is in the denominator of its softmax and has no value (gpt-oss,
+            arXiv 2508.10925, section 2.2). None: none.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
     window: int | None = None
     cache: AttentionCache | None = None
+    cap: float | None = None
+    sinks: jax.Array | None = None
 
 
 # q [B, T, H, K], k and v [B, T, G, K] -> y of q's shape; keys and values [B, G, S, K] of these positions, or the
@@ -97,13 +102,35 @@ def causal_mask(
     return mask
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def cap_scores(scores: jax.Array, cap: float | None) -> jax.Array:
+    """Compute cap * tanh(scores / cap); the scores themselves without a cap."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def attention_weights(scores: jax.Array, mask: jax.Array, inputs: AttentionInput) -> jax.Array:
+    """Compute the softmax of scores [B, G, R, T, S] over the positions that the mask [B or 1, T, S] allows, float32.
+
+    Args:
+        inputs: whose cap and sinks apply.
+    """
+    scores = cap_scores(scores, inputs.cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if inputs.sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = inputs.sinks.reshape(1, *scores.shape[1:3], 1, 1)
+    largest = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
+    weights = jnp.exp(scores - largest)
+    return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sinks - largest))
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, inputs: AttentionInput) -> jax.Array:
     """Compute softmax(q k^T / sqrt(K)) v over the positions that the mask allows; the softmax in float32.
 
     Args:
         q: [B, T, H, K]; query heads g R ... (g + 1) R - 1 share the key/value head g.
         k, v: [B, S, G, K].
         mask: [B or 1, T, S] bool.
+        inputs: whose cap and sinks apply.
 
     Returns:
         [B, T, H, K], in q's dtype.
@@ -112,19 +139,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     G = k.shape[2]
     q = q.reshape(B, T, G, H // G, K)
     scores = float32_product("BTGRK,BSGK->BGRTS", q, k) * K**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = attention_weights(scores, mask, inputs).astype(v.dtype)
     return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v).reshape(B, T, H, K)
 
 
 def as_cache(k: jax.Array, v: jax.Array) -> KeysValues:
     """Transpose keys and values from [B, T, G, K] to the cache's layout, [B, G, T, K]."""
     return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-
-
-def is_plain(inputs: AttentionInput) -> bool:
-    """Return whether attention is that of whole rows to themselves, which is all that fused kernels compute."""
-    return inputs.cache is None and inputs.window is None
 
 
 def reference_attention(
@@ -134,7 +155,7 @@ def reference_attention(
     assert inputs.cache is None
     positions, segments = inputs.positions, inputs.segments
     mask = causal_mask(positions, positions, segments, segments, inputs.window)
-    return checkpoint_name(attention(q, k, v, mask), "attention"), as_cache(k, v)
+    return checkpoint_name(attention(q, k, v, mask, inputs), "attention"), as_cache(k, v)
 
 
 def cached_attention(
@@ -157,8 +178,8 @@ def cached_attention(
     queries = jnp.swapaxes(q, 1, 2).reshape(*heads, H // G * T, K)
     scores = float32_product("...QK,...SK->...QS", queries, keys) * K**-0.5
     mask = causal_mask(inputs.positions, slots.positions, window=inputs.window)
-    masked = jnp.where(mask[:, None, None], scores.reshape(B, G, H // G, T, S), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(masked, axis=-1).astype(v.dtype).reshape(*heads, H // G * T, S)
+    weights = attention_weights(scores.reshape(B, G, H // G, T, S), mask, inputs)
+    weights = weights.astype(v.dtype).reshape(*heads, H // G * T, S)
     y = jnp.einsum("...QS,...SK->...QK", weights, values)
     return jnp.swapaxes(y.reshape(B, H, T, K), 1, 2), (split_heads(keys, B), split_heads(values, B))
 

@@ -35,6 +35,8 @@ def make_convolution(attention: str, positions: jax.Array) -> Callable[..., tupl
     return partial(ring_convolution if attention == "ring" else causal_convolution, positions)
 
 
+# What of `model.attention` a kernel does not compute.
+ATTENTION_LACKS = {"xla": ("softcap", "sinks"), "cudnn": ("softcap", "sinks"), "ring": ("sinks",)}
 ATTENTION_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the others run on any platform
 
 # What `auto` and null mean, by the platform of a mesh's devices.
@@ -52,8 +54,15 @@ def for_platform(run: RunConfig, cfg: ModelConfig, platform: str) -> RunConfig:
         attention = chosen["attention"]
         if attention == "cudnn" and (cfg.dtype == "float32" or cfg.d_head % 8 or cfg.d_head > 128):
             attention = "xla"  # the fused kernel does not compute these
+        if missing_features(attention, cfg):
+            attention = "blocked"
     scan_layers = chosen["scan_layers"] if run.scan_layers is None else run.scan_layers
     return replace(run, attention=attention, scan_layers=scan_layers)
+
+
+def missing_features(attention: str, cfg: ModelConfig) -> list[str]:
+    """Return the keys of `model.attention` that the model uses and the kernel does not compute."""
+    return [name for name in ATTENTION_LACKS.get(attention, ()) if getattr(cfg.attention, name)]
 
 
 def for_mesh(run: RunConfig, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
@@ -78,6 +87,9 @@ def for_mesh(run: RunConfig, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Run
         )
     if attention in ATTENTION_NEEDS and parts > 1:
         raise UserError(f"run.attention {attention} does not cut sequences; make it ring, or mesh.context 1")
+    if missing := missing_features(attention, cfg):
+        remedy = "mesh.context 1" if parts > 1 else "run.attention auto"
+        raise UserError(f"run.attention {attention} does not compute model.attention.{missing[0]}; set {remedy}")
     if attention == "ring":
         _check_ring(cfg, parts)
     return run
@@ -115,6 +127,13 @@ def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
         raise UserError(
             f"mesh.pipeline {stages} needs layers of one form, and the first {cfg.n_dense_layers} have no experts; "
             "set mesh.pipeline 1, or model.mlp.moe.first_dense_layers 0"
+        )
+    of_stages = {cfg.local_layers[i :: cfg.n_layers // stages or 1] for i in range(cfg.n_layers // stages or 1)}
+    if cfg.n_layers % stages == 0 and any(len(set(layers)) > 1 for layers in of_stages):
+        raise UserError(
+            f"mesh.pipeline {stages} needs stages of one pattern of layers, and {cfg.n_layers // stages} layers do not "
+            f"repeat model.attention.pattern of {len(cfg.attention.pattern)}; make model.n_layers / mesh.pipeline a "
+            "multiple of it"
         )
     for key, size, axis in (
         ("model.n_layers", cfg.n_layers, "layers"),

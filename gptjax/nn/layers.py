@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.config import ModelConfig, RopeScaling
+from gptjax.config import ModelConfig
 from gptjax.nn.attention import AttentionCache, AttentionInput, CacheSlots, Kernel, KeysValues
 from gptjax.nn.products import add_bias
+from gptjax.nn.rotary import Rotation, rotate
 from gptjax.nn.weights import multiply, project_heads
 from gptjax.parametrization import INIT_STDS, MULTIPLIERS, attention_multiplier, factor, growth, role_named
 from gptjax.sharding import constrain
@@ -40,6 +41,8 @@ class Context(NamedTuple):
         kernel: computes attention.
         convolve: a causal convolution, (x [B, T, D], taps [W, D], recent [B, W - 1, D]) -> (x's shape, recent).
         rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
+        local_rotation: those of layers with a window.
+        window: of the layer; None for all positions.
         positions: [B or 1, T] int32.
         segments: [B, T] int32; None where a row is one segment.
         slots: of the key/value cache; None without one.
@@ -48,16 +51,20 @@ class Context(NamedTuple):
 
     kernel: Kernel
     convolve: Callable[..., tuple[jax.Array, jax.Array | None]]
-    rotation: tuple[jax.Array, jax.Array] | None
+    rotation: Rotation | None
+    local_rotation: Rotation | None
     positions: jax.Array
     segments: jax.Array | None = None
     slots: CacheSlots | None = None
     dropout_key: jax.Array | None = None
+    window: int | None = None
 
-    def attention_input(self, kv: KeysValues | None) -> AttentionInput:
-        """Return what a layer's attention depends on, given the layer's cached keys and values."""
+    def attention_input(
+        self, kv: KeysValues | None, cap: float | None = None, sinks: jax.Array | None = None
+    ) -> AttentionInput:
+        """Return what a layer's attention depends on, given the layer's cached keys and values, cap and sinks."""
         cache = None if kv is None or self.slots is None else AttentionCache(kv, self.slots)
-        return AttentionInput(self.positions, self.segments, cache=cache)
+        return AttentionInput(self.positions, self.segments, self.window, cache, cap, sinks)
 
 
 class Cache(NamedTuple):
@@ -164,63 +171,42 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, width: int, theta: float, scaling: RopeScaling | None) -> tuple:
-    """Cosine and sine of position / wavelength (Su et al. 2021, arXiv 2104.09864, equation 15).
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axes, in float32.
 
     Args:
-        positions: [B, T] int32.
-        scaling: linear divides every frequency by a factor (Chen et al. 2023, arXiv 2306.15595); llama3 the low
-            ones only, keeps the high ones, and blends between them.
-
-    Returns:
-        two arrays [B, T, 1, width / 2], float32.
+        shape: of the last axes, which are normalised together.
+        axes: logical axes of a weight of this shape.
     """
-    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    if scaling is not None and scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    elif scaling is not None:
-        turns = scaling.original_context * frequency / (2 * jnp.pi)  # in the context of the pre-training
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = jnp.clip((turns - low) / (high - low), 0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
 
-
-@jax.custom_vjp
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the pairs (i, i + K/2) of x [B, T, H, K] by their angles, in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rotation
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _rotate_backward(rotation: tuple[jax.Array, jax.Array], y_grad: jax.Array) -> tuple[jax.Array, None]:
-    """Turn the gradient back: one pass over it, where the derivative of each operation would store it in float32."""
-    cos, sin = rotation
-    return rotate(y_grad, (cos, -sin)), None
-
-
-rotate.defvjp(lambda x, rotation: (rotate(x, rotation), rotation), _rotate_backward)
-
-
-class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
-
-    def __init__(self, cfg: ModelConfig, width: int, rngs: nnx.Rngs, kind: str | None = None):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        shape: tuple[int, ...],
+        rngs: nnx.Rngs,
+        kind: str | None = None,
+        axes: tuple[str, ...] = ("norm",),
+    ):
         self.kind, self.eps, self.dtype = kind or cfg.norm.kind, cfg.norm.eps, cfg.dtype
-        self.scale = param(rngs, (width,), ("norm",), "norm", fill=1.0) if cfg.norm.weights else None
+        self.axes, self.offset = tuple(range(-len(shape), 0)), 1.0 if cfg.norm.from_one else 0.0
+        self.scale = param(rngs, shape, axes, "norm", fill=1 - self.offset) if cfg.norm.weights else None
         shifted = cfg.norm.weights and cfg.bias and self.kind == "layernorm"
-        self.bias = param_if(shifted, rngs, (width,), ("norm",), "bias")
+        self.bias = param_if(shifted, rngs, shape, axes, "bias")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        x = x if self.scale is None else x * self.scale[...]
+            x = x - x.mean(self.axes, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(self.axes, keepdims=True) + self.eps)
+        if self.scale is not None:
+            x = x * (self.scale[...] + self.offset if self.offset else self.scale[...])
         x = x if self.bias is None else x + self.bias[...]
         return x.astype(self.dtype)
+
+
+def normalise(norm: Norm | None, x: jax.Array) -> jax.Array:
+    """Apply a norm, where there is one."""
+    return x if norm is None else norm(x)
 
 
 class Attention(nnx.Module):
@@ -229,7 +215,9 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         D, H, G, K = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head
         std = init_std(cfg, "matrix", D)
-        self.dtype, self.query_multiplier = cfg.dtype, attention_multiplier(cfg)
+        self.dtype, self.cap = cfg.dtype, cfg.attention.softcap
+        # Kernels divide scores by the root of K.
+        self.query_multiplier = attention_multiplier(cfg) * (K / (cfg.attention.scale_width or K)) ** 0.5
         self.query = param(rngs, (D, H, K), ("embed", "heads", "head_dim"), "matrix", std)
         self.key = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), "matrix", std)
         self.value = param(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), "matrix", std)
@@ -241,8 +229,17 @@ class Attention(nnx.Module):
         self.key_bias = param_if(qkv_bias, rngs, (G, K), ("kv_heads", "head_dim"), "bias")
         self.value_bias = param_if(qkv_bias, rngs, (G, K), ("kv_heads", "head_dim"), "bias")
         self.out_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
-        self.query_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.attention.qk_norm else None
-        self.key_norm = Norm(cfg, K, rngs, kind="rmsnorm") if cfg.attention.qk_norm else None
+        self.query_norm = self._head_norm(cfg, H, "heads", rngs)
+        self.key_norm = self._head_norm(cfg, G, "kv_heads", rngs)
+        self.sinks = param_if(cfg.attention.sinks, rngs, (H,), ("heads",), "bias")
+
+    def _head_norm(self, cfg: ModelConfig, n_heads: int, axis: str, rngs: nnx.Rngs) -> Norm | None:
+        """Return the norm of queries or keys, over each head or over all of them; None without one."""
+        if not cfg.attention.qk_norm:
+            return None
+        if cfg.attention.qk_norm_over == "head":
+            return Norm(cfg, (cfg.d_head,), rngs, kind="rmsnorm")
+        return Norm(cfg, (n_heads, cfg.d_head), rngs, kind="rmsnorm", axes=(axis, "head_dim"))
 
     def __call__(self, x: jax.Array, ctx: Context, kv: KeysValues | None) -> tuple[jax.Array, KeysValues]:
         """Map x [B, T, D] to the same shape.
@@ -264,7 +261,8 @@ class Attention(nnx.Module):
         if ctx.rotation is not None:
             q, k = rotate(q, ctx.rotation), rotate(k, ctx.rotation)
         q, k, v = checkpoint_name((q * self.query_multiplier, k, v), "qkv")
-        y, kv = ctx.kernel(q, k, v, ctx.attention_input(kv))
+        sinks = None if self.sinks is None else self.sinks[...]
+        y, kv = ctx.kernel(q, k, v, ctx.attention_input(kv, self.cap, sinks))
         return linear("BTHK,HKD->BTD", y, self.out, self.out_bias, self.dtype), kv
 
 
@@ -280,21 +278,23 @@ ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "gelu": gelu,
     "relu2": lambda h: jnp.square(jax.nn.relu(h)),
     "swiglu": lambda h, gate: jax.nn.silu(gate) * h,
+    "geglu": lambda h, gate: gelu(gate) * h,
 }
+GATED = ("swiglu", "geglu")  # activations that multiply by a gate, a third matrix
 
 
 class MLP(nnx.Module):
-    """Two matrices around a tanh-GELU or ReLU squared (So et al. 2021), or SwiGLU's three (Shazeer 2020)."""
+    """Two matrices around a tanh-GELU or ReLU squared (So et al. 2021), or three, with a gate (Shazeer 2020)."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.mlp_width
-        std = init_std(cfg, "matrix", D)
+        std, gated = init_std(cfg, "matrix", D), cfg.mlp.kind in GATED
         self.kind, self.dtype = cfg.mlp.kind, cfg.dtype
         self.up = param(rngs, (D, F), ("embed", "mlp"), "matrix", std)
-        self.gate = param(rngs, (D, F), ("embed", "mlp"), "matrix", std) if cfg.mlp.kind == "swiglu" else None
+        self.gate = param(rngs, (D, F), ("embed", "mlp"), "matrix", std) if gated else None
         self.down = param(rngs, (F, D), ("mlp", "embed"), "matrix", init_std(cfg, "residual", F))
         self.up_bias = param_if(cfg.bias, rngs, (F,), ("mlp",), "bias")
-        self.gate_bias = param_if(cfg.bias and cfg.mlp.kind == "swiglu", rngs, (F,), ("mlp",), "bias")
+        self.gate_bias = param_if(cfg.bias and gated, rngs, (F,), ("mlp",), "bias")
         self.down_bias = param_if(cfg.bias, rngs, (D,), ("norm",), "bias")
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
@@ -312,8 +312,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Computes x + attention(norm(x)), then x + mlp(norm(x)).
 
-    The parametrization may scale what is added. With a `conv_width`, each norm's output passes through a causal
-    convolution.
+    `norm.place` says whether what is read is normalised, or what is added, or both. The parametrization may scale
+    what is added. With a `conv_width`, what is read passes through a causal convolution.
 
     Args:
         make_mlp: makes the MLP, of `transformer.MLPS`.
@@ -321,10 +321,14 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, make_mlp: Callable[[ModelConfig, nnx.Rngs], nnx.Module]):
         self.rate, self.multiplier = cfg.dropout, factor(cfg, MULTIPLIERS["residual"])
-        self.attention_norm = Norm(cfg, cfg.d_model, rngs)
+        before, after = cfg.norm.place != "post", cfg.norm.place != "pre"
+        width = (cfg.d_model,)
+        self.attention_norm = Norm(cfg, width, rngs) if before else None
         self.attention = Attention(cfg, rngs)
-        self.mlp_norm = Norm(cfg, cfg.d_model, rngs)
+        self.attention_post_norm = Norm(cfg, width, rngs) if after else None
+        self.mlp_norm = Norm(cfg, width, rngs) if before else None
         self.mlp = make_mlp(cfg, rngs)
+        self.mlp_post_norm = Norm(cfg, width, rngs) if after else None
         W = cfg.conv_width or 0
         self.attention_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
         self.mlp_conv = param_if(W > 0, rngs, (W, cfg.d_model), ("position", "norm"), "conv")
@@ -341,11 +345,13 @@ class Block(nnx.Module):
         kv, recent = (None, (None, None)) if cache is None else cache
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         x = checkpoint_name(constrain(x, *STREAM), "block_input")
-        h, attention_recent = self.convolve(self.attention_norm(x), self.attention_conv, ctx, recent[0])
+        h, attention_recent = self.convolve(normalise(self.attention_norm, x), self.attention_conv, ctx, recent[0])
         y, kv = self.attention(h, ctx, kv)
+        y = normalise(self.attention_post_norm, y)
         x = constrain(x + self.multiplier * dropout(y, self.rate, keys[0]), *STREAM)
-        h, mlp_recent = self.convolve(self.mlp_norm(x), self.mlp_conv, ctx, recent[1])
+        h, mlp_recent = self.convolve(normalise(self.mlp_norm, x), self.mlp_conv, ctx, recent[1])
         y, aux = self.mlp(h, ctx)
+        y = normalise(self.mlp_post_norm, y)
         x = x + self.multiplier * dropout(y, self.rate, keys[1])
         return x, Cache(kv, (attention_recent, mlp_recent)), aux
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig, MoeConfig
 from gptjax.nn.grouped import grouped_product
-from gptjax.nn.layers import ACTIVATIONS, MLP, Aux, Context, init_std, param, param_if
+from gptjax.nn.layers import ACTIVATIONS, GATED, MLP, Aux, Context, init_std, param, param_if
 from gptjax.nn.weights import Adapted, Int8, Weight
 from gptjax.sharding import by_shard, divides_into, mesh_size
 
@@ -42,7 +42,7 @@ class MoE(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         moe: MoeConfig = cfg.mlp.moe
         D, E, F = cfg.d_model, moe.experts, cfg.expert_width
-        std, gated = init_std(cfg, "matrix", D), moe.activation == "swiglu"
+        std, gated = init_std(cfg, "matrix", D), moe.activation in GATED
         self.moe, self.dtype = moe, cfg.dtype
         self.router = param(rngs, (D, E), ("embed", "choice"), "router", init_std(cfg, "router", D))
         self.balance = param_if(moe.balance_rate is not None, rngs, (E,), ("choice",), "balance")

@@ -8,12 +8,14 @@ visitor's early one too, or its late chunk the visitor's late one. At home come 
 Letters: 2 chunks, B sequences, T = S = c positions, G key/value heads, R query heads for each of them, K head width.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import AttentionInput, KeysValues, as_cache, float32_product, is_plain
+from gptjax.nn.attention import AttentionInput, KeysValues, as_cache, cap_scores, float32_product
 from gptjax.nn.convolution import causal_convolution
 from gptjax.sharding import by_shard
 
@@ -27,10 +29,14 @@ def zigzag(length: int, n: int) -> np.ndarray:
 
 
 def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: AttentionInput) -> tuple[jax.Array, KeysValues]:
-    """Compute causal attention within segments, over rows whose positions `zigzag` has ordered (a `Kernel`)."""
-    assert is_plain(inputs)
+    """Compute causal attention within segments, over rows whose positions `zigzag` has ordered (a `Kernel`).
+
+    Blocks that lie outside a window are computed nevertheless. It has no sinks.
+    """
+    assert inputs.cache is None and inputs.sinks is None
     queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
-    on_each_shard = by_shard(_local, (queries, keys, keys, ("batch", "length")), queries)
+    local = partial(_local, inputs.window, inputs.cap)
+    on_each_shard = by_shard(local, (queries, keys, keys, ("batch", "length")), queries)
     return on_each_shard(q, k, v, inputs.segments), as_cache(k, v)
 
 
@@ -54,7 +60,7 @@ def _convolve_chunks(positions, x, taps):
     return jnp.concatenate([y for y, _ in convolved], axis=1)
 
 
-def _local(q, k, v, segments):
+def _local(window, cap, q, k, v, segments):
     B, T, H, K = q.shape
     G = k.shape[2]
     segments = jnp.zeros((B, T), jnp.int32) if segments is None else segments
@@ -62,18 +68,19 @@ def _local(q, k, v, segments):
         q.reshape(B, 2, T // 2, G, H // G, K),
         *(x.reshape(B, 2, T // 2, *x.shape[2:]) for x in (k, v, segments)),
     )
-    return jnp.moveaxis(_ring(*(jnp.moveaxis(x, 1, 0) for x in parts)), 0, 1).reshape(q.shape)
+    y = _ring(window, cap, *(jnp.moveaxis(x, 1, 0) for x in parts))
+    return jnp.moveaxis(y, 0, 1).reshape(q.shape)
 
 
-@jax.custom_vjp
-def _ring(q, k, v, segments):
-    return _forward(q, k, v, segments)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(window, cap, q, k, v, segments):
+    return _forward(window, cap, q, k, v, segments)[0]
 
 
-def _forward(q, k, v, segments):
-    def visit(sums, guest, a, b, diagonal):
+def _forward(window, cap, q, k, v, segments):
+    def visit(sums, guest, a, b, apart):
         (y, log_sum), (k, v, ids) = sums, guest
-        scores = _scores(q[a], k[b], segments[a], ids[b], diagonal)
+        scores = _scores(q[a], k[b], segments[a], ids[b], apart, window, cap)
         block_sum = jax.nn.logsumexp(scores, axis=-1)
         block = float32_product("BGRTS,BSGK->BGRTK", jnp.exp(scores - block_sum[..., None]).astype(v.dtype), v[b])
         total = jnp.logaddexp(log_sum[a], block_sum)
@@ -87,14 +94,17 @@ def _forward(q, k, v, segments):
     return y, (q, k, v, segments, y, log_sum)
 
 
-def _backward(kept, y_grad):
+def _backward(window, cap, kept, y_grad):
     q, k, v, segments, y, log_sum = kept
     inner = float32_product("NBTGRK,NBTGRK->NBGRT", y_grad, y)  # sum of each row of weights x their gradients
 
-    def visit(q_grad, guest, a, b, diagonal):
+    def visit(q_grad, guest, a, b, apart):
         k, v, ids, k_grad, v_grad = guest
-        weights = jnp.exp(_scores(q[a], k[b], segments[a], ids[b], diagonal) - log_sum[a][..., None])
+        scores = _scores(q[a], k[b], segments[a], ids[b], apart, window, cap)
+        weights = jnp.exp(scores - log_sum[a][..., None])
         slopes = float32_product("BTGRK,BSGK->BGRTS", y_grad[a], v[b]) - inner[a][..., None]
+        if cap is not None:
+            slopes *= 1 - jnp.square(jnp.clip(scores / cap, -1, 1))  # a masked score has no weight
         slopes = (weights * slopes * q.shape[-1] ** -0.5).astype(q.dtype)
         q_grad = q_grad.at[a].add(float32_product("BGRTS,BSGK->BTGRK", slopes, k[b]))
         k_grad = k_grad.at[b].add(float32_product("BGRTS,BTGRK->BSGK", slopes, q[a]))
@@ -111,28 +121,35 @@ _MASKED = -1e30  # a score of no weight; finite, so that differences of two such
 
 
 def _round(visit, home, guest):
-    """Fold `visit(home, guest, a, b, diagonal)` over pairs of chunks, own a and visiting b, while guests go round."""
+    """Fold `visit(home, guest, a, b, apart)` over pairs of chunks, own a and visiting b, while guests go round.
+
+    `apart` is by how many chunks b lies before a in the sequence.
+    """
     n, here = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
 
     def onwards(x):
         return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)])
 
-    for a, b, diagonal in ((0, 0, True), (1, 1, True), (1, 0, False)):
-        home, guest = visit(home, guest, a, b, diagonal)
+    for a, b, apart in ((0, 0, 0), (1, 1, 0), (1, 0, 2 * n - 1 - 2 * here)):
+        home, guest = visit(home, guest, a, b, apart)
 
     def step(carry, away):
-        home, guest = visit(*carry, 1, 0, False)
+        origin = (here - away) % n
+        home, guest = visit(*carry, 1, 0, 2 * n - 1 - here - origin)
         same = jnp.where(here >= away, 0, 1)  # guests of device here - away, which has the earlier early chunk or not
-        home, guest = visit(home, guest, same, same, False)
+        home, guest = visit(home, guest, same, same, jnp.abs(here - origin))
         return (home, onwards(guest)), None
 
     return jax.lax.scan(step, (home, onwards(guest)), jnp.arange(1, n))[0]
 
 
-def _scores(q, k, q_segments, k_segments, diagonal: bool):
+def _scores(q, k, q_segments, k_segments, apart, window, cap):
     """[B, G, R, T, S] float32."""
-    scores = float32_product("BTGRK,BSGK->BGRTS", q, k) * q.shape[-1] ** -0.5
+    T = q.shape[1]
+    scores = cap_scores(float32_product("BTGRK,BSGK->BGRTS", q, k) * q.shape[-1] ** -0.5, cap)
     allowed = q_segments[:, :, None] == k_segments[:, None, :]
-    if diagonal:
-        allowed &= np.tri(q.shape[1], dtype=bool)
+    if isinstance(apart, int):  # on the diagonal
+        allowed &= np.tri(T, dtype=bool)
+    if window is not None:
+        allowed &= apart * T + jnp.arange(T)[:, None] - jnp.arange(T) < window
     return jnp.where(allowed[:, None, None], scores, _MASKED)

@@ -30,12 +30,12 @@ from gptjax.nn.layers import (
     dropout,
     init_std,
     param,
-    rotary_angles,
     stack_layers,
 )
 from gptjax.nn.moe import MoE
 from gptjax.nn.pipeline import pass_stages
 from gptjax.nn.products import add_bias
+from gptjax.nn.rotary import rotary_angles
 from gptjax.nn.weights import Weight, dense, look_up, multiply_head, transpose
 from gptjax.parametrization import MULTIPLIERS, factor, size_factors
 from gptjax.sharding import constrain, mesh_size
@@ -46,6 +46,7 @@ Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs i
 MLPS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "gelu": MLP,
     "swiglu": MLP,
+    "geglu": MLP,
     "relu2": MLP,
     "moe": MoE,
 }
@@ -104,7 +105,7 @@ class Transformer(nnx.Module):
         self.dense_blocks = stack_layers(lambda rngs: Block(dense, rngs, MLP), n_dense, rngs) if n_dense else None
         make_mlp = MLPS[cfg.mlp.kind]
         self.blocks = stack_layers(lambda rngs: Block(cfg, rngs, make_mlp), cfg.n_layers - n_dense, rngs)
-        self.final_norm = Norm(cfg, D, rngs)
+        self.final_norm = Norm(cfg, (D,), rngs)
         untied = not cfg.tie_embeddings
         self.head = param(rngs, (D, V), ("embed", "vocab"), "head", init_std(cfg, "head", D)) if untied else None
 
@@ -132,6 +133,8 @@ class Transformer(nnx.Module):
         """Look up the tokens' vectors and add those of their positions: [B, T, D] in the compute dtype."""
         cfg, key = self.cfg, inputs.dropout_key
         x = constrain(look_up(self.embed.get_value(), inputs.tokens, cfg.dtype), *WHOLE_STREAM)
+        if cfg.embed_multiplier != 1:
+            x *= cfg.embed_multiplier
         if self.positions is not None:
             rows = self.positions[...].astype(cfg.dtype)[jnp.maximum(inputs.row_positions, 0)]
             x = add_bias(x, rows[0]) if len(rows) == 1 else x + rows
@@ -145,13 +148,15 @@ class Transformer(nnx.Module):
         inputs: Inputs,
         cache: Cache | list[Cache] | None = None,
         layers: list[Params] | None = None,
+        first: int = 0,
     ) -> tuple[jax.Array, Cache | list[Cache], Aux]:
-        """Apply all blocks to x [B, T, D].
+        """Apply blocks to x [B, T, D], all of them or those given.
 
         Args:
             inputs: those that x was embedded from.
             cache: of earlier positions: a `Cache` whose arrays have a leading axis L, or with `layers` a list of L.
             layers: the weights of each block (`split_layers`), in place of the stacked ones that the model holds.
+            first: the number of the first of these layers.
 
         Returns:
             x; the cache of these positions, or the given one with them in it; and the blocks' auxiliary values,
@@ -160,20 +165,21 @@ class Transformer(nnx.Module):
         ctx = self._context(inputs, cached=cache is not None)
         x = constrain(x, *STREAM)
         if layers is not None:
-            return self._apply_layers(x, ctx, layers, cache)
+            return self._apply_layers(x, ctx, layers, cache, first)
         if cache is None and mesh_size("pipeline") > 1:
             return self._apply_in_stages(x, inputs)
-        caches, aux_of_stacks, first = [], [], 0
+        caches, aux_of_stacks = [], []
         for stack in self._stacks():
             structure, state = nnx.split(stack)
             weights = nnx.to_pure_dict(state)
             n_layers = len(jax.tree.leaves(weights)[0])
             of_stack = cache if n_layers == self.cfg.n_layers else _layers_of(cache, first, n_layers)
-            unroll = 1 if scans_layers(self.run) else n_layers
             stacked = (weights, jnp.arange(first, first + n_layers), of_stack)
-            x, (of_stack, aux) = jax.lax.scan(self._make_apply(structure, ctx), x, stacked, unroll=unroll)
-            caches.append(of_stack)
-            aux_of_stacks.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
+            for part, local in _repeated(self.cfg.local_layers[first : first + n_layers]):
+                applied = [self._make_apply(structure, ctx, is_local) for is_local in local]
+                x, (of_part, aux) = self._scan(applied, x, jax.tree.map(lambda a, part=part: a[part], stacked))
+                caches.append(of_part)
+                aux_of_stacks.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
             first += n_layers
         joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return x, joined, _sum_aux(aux_of_stacks)
@@ -186,22 +192,45 @@ class Transformer(nnx.Module):
 
         def stage(layers, x, rows, number):
             key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, number)
-            apply_block = self._make_apply(structure, self._context(inputs._replace(**rows, dropout_key=key), False))
-            unroll = 1 if scans_layers(self.run) else len(layers[1])
-            x, (_, aux) = jax.lax.scan(apply_block, x, (*layers, None), unroll=unroll)
-            return x, jax.tree.map(lambda values: values.sum(axis=0), aux)
+            ctx, aux_of_parts = self._context(inputs._replace(**rows, dropout_key=key), False), []
+            for part, local in _repeated(self.cfg.local_layers[: len(layers[1])]):  # every stage has the same pattern
+                applied = [self._make_apply(structure, ctx, is_local) for is_local in local]
+                x, (_, aux) = self._scan(applied, x, jax.tree.map(lambda a, part=part: a[part], (*layers, None)))
+                aux_of_parts.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
+            return x, _sum_aux(aux_of_parts)
 
         stacked = (nnx.to_pure_dict(state), jnp.arange(self.cfg.n_layers))
         x, aux = pass_stages(stage, stacked, x, by_row, self.run.pipeline_microbatches)
         return x, None, aux
 
-    def _apply_layers(self, x: jax.Array, ctx: Context, layers: list[Params], cache: list[Cache] | None) -> tuple:
+    def _scan(self, applied: list[Callable[..., tuple[jax.Array, Any]]], x: jax.Array, stacked: Any) -> tuple:
+        """Apply layers one after the other, the first by the first of `applied`, and so on in a circle."""
+        n_layers, period = len(jax.tree.leaves(stacked)[0]), len(applied)
+        unroll = 1 if scans_layers(self.run) else n_layers
+        if period == 1:
+            return jax.lax.scan(applied[0], x, stacked, unroll=unroll)
+
+        def apply_group(x, group):
+            made = []
+            for i, apply_block in enumerate(applied):
+                x, of_layer = apply_block(x, jax.tree.map(lambda a, i=i: a[i], group))
+                made.append(of_layer)
+            return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *made)
+
+        groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), stacked)
+        x, made = jax.lax.scan(apply_group, x, groups, unroll=-(-unroll // period))
+        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
+
+    def _apply_layers(
+        self, x: jax.Array, ctx: Context, layers: list[Params], cache: list[Cache] | None, first: int
+    ) -> tuple:
         """Apply blocks whose weights are apart; as `apply_blocks`."""
-        applied = [self._make_apply(nnx.split(stack)[0], ctx) for stack in self._stacks()]
+        structures = [nnx.split(stack)[0] for stack in self._stacks()]
         caches, aux_of_layers = [], []
         for i, weights in enumerate(layers):
-            apply_block = applied[0 if _is_dense(weights) else -1]
-            x, (layer_cache, aux) = apply_block(x, (weights, i, None if cache is None else cache[i]))
+            structure = structures[0 if _is_dense(weights) else -1]
+            apply_block = self._make_apply(structure, ctx, self.cfg.local_layers[first + i])
+            x, (layer_cache, aux) = apply_block(x, (weights, first + i, None if cache is None else cache[i]))
             caches.append(layer_cache)
             aux_of_layers.append(aux)
         return x, caches, _sum_aux(aux_of_layers)
@@ -210,8 +239,14 @@ class Transformer(nnx.Module):
         """Return the stacks of blocks of one form, in the order of the layers."""
         return [self.blocks] if self.dense_blocks is None else [self.dense_blocks, self.blocks]
 
-    def _make_apply(self, structure: nnx.GraphDef, ctx: Context) -> Callable[..., tuple[jax.Array, Any]]:
-        """Return (x, (a block's weights, its number, its cache)) -> (x, (cache, auxiliary values))."""
+    def _make_apply(self, structure: nnx.GraphDef, ctx: Context, local: bool) -> Callable[..., tuple[jax.Array, Any]]:
+        """Return (x, (a block's weights, its number, its cache)) -> (x, (cache, auxiliary values)).
+
+        Args:
+            local: whether the block's attention has a window.
+        """
+        if local:
+            ctx = ctx._replace(window=self.cfg.attention.window, rotation=ctx.local_rotation)
 
         def apply_block(x, layer):
             weights, index, cache = layer
@@ -232,13 +267,18 @@ class Transformer(nnx.Module):
         return constrain(x, *WHOLE_STREAM)
 
     def _context(self, inputs: Inputs, cached: bool) -> Context:
-        cfg, positions = self.cfg, inputs.row_positions
-        rotation = None
-        if cfg.positions.kind == "rope":
-            rotation = rotary_angles(positions, cfg.d_head, cfg.positions.theta, cfg.positions.scaling)
+        cfg, positions, rope = self.cfg, inputs.row_positions, self.cfg.positions
+        rotation = local_rotation = None
+        if rope.kind == "rope":
+            long = rope.scaling is not None and cfg.context_length > rope.scaling.original_context
+            rotation = rotary_angles(positions, cfg.rotated_width, rope.theta, rope.scaling, long)
+            local_rotation = rotation
+            if rope.local_theta is not None:
+                local_rotation = rotary_angles(positions, cfg.rotated_width, rope.local_theta, None)
         kernel = ATTENTIONS["cached" if cached else self.run.attention]
         convolve = make_convolution(self.run.attention, positions)
-        return Context(kernel, convolve, rotation, positions, inputs.segments, inputs.slots, inputs.dropout_key)
+        rotations = rotation, local_rotation
+        return Context(kernel, convolve, *rotations, positions, inputs.segments, inputs.slots, inputs.dropout_key)
 
     def head_weight(self) -> Weight:
         """Return the head, or the transposed embedding where they are tied, in the form in which it is held."""
@@ -290,6 +330,22 @@ def bind_split(graphdef: nnx.GraphDef, rest: Params, layers: list[Params]) -> Tr
 def _is_dense(layer: Params) -> bool:
     """Return whether a block has no experts."""
     return "router" not in layer["mlp"]
+
+
+def _repeated(local: tuple[bool, ...]) -> list[tuple[slice, tuple[bool, ...]]]:
+    """Cut layers into parts of which each repeats a pattern: the shortest one as often as it fits, and the rest.
+
+    Args:
+        local: of each layer, whether its attention has a window.
+
+    Returns:
+        the layers of each part, and its pattern.
+    """
+    n = len(local)
+    period = next(p for p in range(1, n + 1) if all(local[i] == local[i % p] for i in range(n)))
+    whole = n - n % period
+    parts = [(slice(0, whole), local[:period]), (slice(whole, n), local[whole:])]
+    return parts if whole < n else parts[:1]
 
 
 def _layers_of(cache: Cache | None, first: int, n_layers: int) -> Cache | None:
@@ -382,10 +438,12 @@ def count_params(cfg: ModelConfig, active: bool = False) -> dict[str, int]:
 def flops_per_token(cfg: ModelConfig) -> float:
     """Return the floating-point operations of forward and backward for one token: 6 N + 12 L H K T.
 
+    In a layer with a window, T is at most the window.
+
     N counts the weights that multiply one token: no embeddings of tokens or positions, but the head, tied or not, and
     of experts those that the token passes. The second term is attention, counted in full, causal or not (Chowdhery et
     al. 2022, arXiv 2204.02311, appendix B).
     """
     counts = count_params(cfg, active=True)
     matmul = counts["blocks"] + cfg.d_model * cfg.vocab_size
-    return 6 * matmul + 12 * cfg.n_layers * cfg.n_heads * cfg.d_head * cfg.context_length
+    return 6 * matmul + 12 * cfg.n_heads * cfg.d_head * cfg.attended_positions

@@ -22,6 +22,7 @@ from gptjax.errors import UserError, choose
 from gptjax.loss import count_chunks
 from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.backends import BACKENDS
+from gptjax.nn.layers import GATED
 from gptjax.nn.pipeline import count_microbatches
 from gptjax.nn.transformer import STACKS, count_params, flops_per_token
 from gptjax.objectives import OBJECTIVES, TEACHER
@@ -159,7 +160,7 @@ def _device_sizes(cfg: Config, axes: dict[str, int]) -> DeviceSizes:
 
 def _n_hidden(cfg: ModelConfig) -> int:
     """Return how many arrays of hidden units an MLP makes: products, and what the activation makes of them."""
-    return 3 if "swiglu" in (cfg.mlp.kind, cfg.mlp.moe.activation if cfg.mlp.kind == "moe" else "") else 2
+    return 3 if (cfg.mlp.moe.activation if cfg.mlp.kind == "moe" else cfg.mlp.kind) in GATED else 2
 
 
 def _expert_share(cfg: ModelConfig, parts: int) -> float:
@@ -266,20 +267,27 @@ def executed_flops_per_token(
     """Return the FLOPs of forward and backward pass and of remat's recomputation, with the padded vocabulary.
 
     Attention has two matmuls forward and four backward, over the whole square of scores. A fused kernel recomputes
-    the scores in its backward pass (five matmuls) and skips the masked half. A frozen weight has no gradient, which
-    saves two of its six operations. A teacher's forward pass is a third of its training.
+    the scores in its backward pass (five matmuls) and skips what is masked: the later half, and all before a
+    window. A frozen weight has no gradient, which saves two of its six operations. A teacher's forward pass is a
+    third of its training.
 
     Args:
         idle: turns of a pipeline for each one that counts: its stages compute in all of them.
     """
     m, blocks, counts = cfg.model, active_counts(cfg.model)["blocks"], trained_counts(cfg)
-    square = 2 * m.n_layers * m.n_heads * m.d_head * m.context_length  # one matmul of the scores' size
-    share = 0.5 if fused_attention else 1.0
+    one = 2 * m.n_heads * m.d_head  # of a token and a position that it attends to, in one matmul of the scores' size
+    square = one * (visited_positions(m) if fused_attention else m.n_layers * m.context_length)
     again = {"none": (0, 0), "dots": (0, 2)}.get(cfg.run.remat, (2 * blocks, 2))  # named, offload: less
     matmuls = 2 + (5 if fused_attention else 4) + again[1]
-    of_blocks = 6 * (blocks + counts.active_adapters) + again[0] + matmuls * share * square
+    of_blocks = 6 * (blocks + counts.active_adapters) + again[0] + matmuls * square
     taught = 0 if teacher is None else flops_per_token(teacher) / 3
     return idle * of_blocks + 6 * m.d_model * m.padded_vocab - 2 * counts.frozen_active + taught
+
+
+def visited_positions(m: ModelConfig) -> float:
+    """Return to how many positions a token attends on average, summed over the layers."""
+    T, window = m.context_length, min(m.attention.window or m.context_length, m.context_length)
+    return sum(window - window**2 / (2 * T) if local else T / 2 for local in m.local_layers)
 
 
 def _memory(cfg: Config, held: dict[str, int], axes: dict[str, int], fused: bool) -> dict[str, float]:

@@ -84,7 +84,7 @@ def causal_share(cfg: Config) -> float:
     """Return the FLOPs with causal attention counted at half, divided by those with attention counted in full."""
     m = cfg.model
     full = flops_per_token(m)
-    return 1 - 6 * m.n_layers * m.n_heads * m.d_head * m.context_length / full
+    return 1 - 6 * m.n_heads * m.d_head * m.attended_positions / full
 
 
 def calibrate(rows: list[Published]) -> np.ndarray:
