@@ -162,7 +162,23 @@ def to_gguf(run: UserPath, *, out: UserPath, type: Literal["f16", "q8_0"] = "f16
     print(f"{shell('llama-cli', '-m', out)} runs it")
 
 
-CONVERSIONS: dict[str, Callable[..., None]] = {"from-hf": from_hf, "to-hf": to_hf, "to-gguf": to_gguf}
+def print_config(config_json: UserPath) -> None:
+    """Print the section model of a config file for a config.json, so that its shape can be planned or trained.
+
+    Args:
+        config_json: a Hugging Face config.json, or the folder that has one; its weights are not read.
+    """
+    from gptjax.convert.configs import model_section
+
+    print(model_section(config_json), end="")
+
+
+CONVERSIONS: dict[str, Callable[..., None]] = {
+    "from-hf": from_hf,
+    "to-hf": to_hf,
+    "to-gguf": to_gguf,
+    "config": print_config,
+}
 
 
 @report_user_errors

@@ -116,7 +116,7 @@ CONFIGS = {
     "olmo2": lambda: transformers.Olmo2Config(**TINY),
 }
 
-# Text is compared once a family. In transformers, the factors of Phi-3 change where a text outgrows the first context.
+# Text is compared once a family; in transformers, Phi-3's factors change where a text outgrows its first context.
 WITHOUT_TEXT = ("gpt2-untied", "llama-linear-biased", "mistral-window", "qwen3-yarn", "gemma2", "phi3-long", "olmo2")
 FAMILIES_ONCE = [name for name in CONFIGS if name not in WITHOUT_TEXT]
 

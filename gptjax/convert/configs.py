@@ -4,12 +4,16 @@ Source: the configuration_*.py of `transformers` 5.24, and its configuration_uti
 masking_utils.py for the keys of all families.
 """
 
+import json
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.config import ModelConfig, nested_values
+import yaml
+
+from gptjax.config import ModelConfig, nested_values, plain_values
 from gptjax.configfile import config_from_dict
 from gptjax.convert.families import FAMILIES, Family
 from gptjax.convert.foreign import another_head, unknown_family
@@ -77,6 +81,28 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if reason := another_head(config):
         raise UserError(reason)
     return FAMILIES[kind]
+
+
+def model_section(path: str) -> str:
+    """Return the section `model` of a config file, as YAML, for a config.json or the folder that has one.
+
+    Raises:
+        UserError: it cannot be read; or as `import_config`.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(file)!r} is not JSON: {error}") from None
+    if not isinstance(config, Mapping):
+        raise UserError(f"{str(file)!r} must hold a JSON object")
+    found, usual = plain_values(import_config(config).model), plain_values(ModelConfig())
+    return yaml.safe_dump(
+        {"model": nested_values({k: v for k, v in found.items() if v != usual[k]})}, sort_keys=False
+    )
 
 
 def import_config(config: Mapping[str, Any]) -> Imported:
