@@ -163,12 +163,13 @@ def test_auto_is_the_table_on_every_mesh():
         ({"attention": "splash"}, {}, "splash runs on a TPU"),
         ({"attention": "cudnn"}, {}, "cudnn runs on a GPU"),
         ({"context_length": 34}, {"context": 2}, "multiple of 4"),
+        ({"attention": {"window": 4, "pattern": ["local", "global"]}}, {"pipeline": 2}, "multiple of it"),
         ({"attention": {"sinks": True}}, {"context": 2}, "ring does not compute model.attention.sinks; set mesh.con"),
     ],
 )
 def test_attention_that_a_mesh_cannot_do_is_refused(model, axes, named):
     with pytest.raises(UserError, match=named):
-        trainable_on(make_config({**GPT2_LIKE, **model}), axes.get("context", 1), **axes)
+        trainable_on(make_config({**GPT2_LIKE, **model}), int(np.prod(list(axes.values()))), **axes)
 
 
 @pytest.mark.parametrize(

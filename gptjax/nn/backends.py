@@ -128,12 +128,12 @@ def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
             f"mesh.pipeline {stages} needs layers of one form, and the first {cfg.n_dense_layers} have no experts; "
             "set mesh.pipeline 1, or model.mlp.moe.first_dense_layers 0"
         )
-    of_stages = {cfg.local_layers[i :: cfg.n_layers // stages or 1] for i in range(cfg.n_layers // stages or 1)}
-    if cfg.n_layers % stages == 0 and any(len(set(layers)) > 1 for layers in of_stages):
+    per_stage = max(cfg.n_layers // stages, 1)
+    if any(local != cfg.local_layers[i % per_stage] for i, local in enumerate(cfg.local_layers)):
         raise UserError(
-            f"mesh.pipeline {stages} needs stages of one pattern of layers, and {cfg.n_layers // stages} layers do not "
-            f"repeat model.attention.pattern of {len(cfg.attention.pattern)}; make model.n_layers / mesh.pipeline a "
-            "multiple of it"
+            f"mesh.pipeline {stages} needs stages of one pattern, and {cfg.n_layers // stages} layers do not repeat "
+            f"model.attention.pattern of {len(cfg.attention.pattern)}; make model.n_layers / mesh.pipeline a multiple "
+            "of it"
         )
     for key, size, axis in (
         ("model.n_layers", cfg.n_layers, "layers"),
