@@ -131,9 +131,9 @@ def check_model_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     per_stage = max(cfg.n_layers // stages, 1)
     if any(local != cfg.local_layers[i % per_stage] for i, local in enumerate(cfg.local_layers)):
         raise UserError(
-            f"mesh.pipeline {stages} needs stages of one pattern, and {cfg.n_layers // stages} layers do not repeat "
-            f"model.attention.pattern of {len(cfg.attention.pattern)}; make model.n_layers / mesh.pipeline a multiple "
-            "of it"
+            f"mesh.pipeline {stages} needs stages of one pattern, and {per_stage} layers do not repeat the "
+            f"{len(cfg.attention.pattern)} of model.attention.pattern; make model.n_layers / mesh.pipeline "
+            "a multiple of it"
         )
     for key, size, axis in (
         ("model.n_layers", cfg.n_layers, "layers"),
