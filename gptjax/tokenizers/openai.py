@@ -84,10 +84,14 @@ class TiktokenTokenizer:
         return self._encoding.decode_single_token_bytes(id) if id < len(self._spec[2]) else None
 
     def to_dict(self) -> dict[str, Any]:
-        name, pattern, ranks = self._spec
-        tokens = " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
-        parts = {"name": name, "pattern": pattern, "special_tokens": self.special_tokens, "ranks": tokens}
+        name, pattern, _ = self._spec
+        parts = {"name": name, "pattern": pattern, "special_tokens": self.special_tokens, "ranks": self._tokens}
         return {"kind": self.kind, **parts, **template_of(self)}
+
+    @cached_property
+    def _tokens(self) -> str:
+        ranks = self._spec[2]
+        return " ".join(base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__))
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any]) -> "TiktokenTokenizer":

@@ -117,6 +117,7 @@ def choose_fastest(job: dict[str, Any], names: Sequence[str], turns: int = 3) ->
         if "compile" in name and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             tried[name] = "needs a C++ compiler, g++ or clang++"
             continue
+        print(f"trying {name}", file=sys.stderr)  # to compile takes a minute
         try:
             side = Side({**job, "side": name})
             side.turn()
