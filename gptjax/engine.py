@@ -36,6 +36,7 @@ from gptjax.sharding import constrain
 
 UNUSED = np.iinfo(np.int32).max  # the position of a slot that holds no token of its row
 CHUNK = 32  # the most tokens of one call of `step`
+INSERT_BLOCK = 64  # slots that are written at once when a prompt is placed in a row
 
 
 class Request(NamedTuple):
@@ -280,9 +281,7 @@ class Engine:
             positions = jnp.where(index < length, index, UNUSED).astype(jnp.int32)
 
             def in_circle(old, new):  # [B, G, S, K], and [N, G, W, K]
-                prompt = new[i, :, :S]
-                prompt = jnp.pad(prompt, ((0, 0), (0, S - prompt.shape[1]), (0, 0)))
-                return old.at[row].set(jnp.roll(prompt, first, axis=1))
+                return _write_in_circle(old, new[i], row, first, length)
 
             cache = [
                 Cache(
@@ -359,6 +358,27 @@ def as_arrays(requests: Sequence[Request], n: int) -> dict[str, Any]:
         "sampling": as_rows([r.sampling for r in filled]),
         "adapter": np.array([r.adapter for r in filled], np.int32),
     }
+
+
+def _write_in_circle(old: jax.Array, prompt: jax.Array, row, first, length) -> jax.Array:
+    """Write a prompt's keys or values [G, W, K] into a row of old [B, G, S, K], from slot `first` of the circle.
+
+    The row's other slots become zero: values that are not finite would reach its sums through weights of zero. The
+    prompt is written in blocks, in place; a roll of the whole row would pass four times through its memory.
+    """
+    S = old.shape[2]
+    old, first, block = old.at[row].set(0), first % S, min(S, INSERT_BLOCK)
+    n_blocks = -(-S // block)
+
+    def write(number, old: jax.Array) -> jax.Array:
+        start = jnp.minimum((first // block + number) % n_blocks * block, S - block)
+        index = (start + jnp.arange(block) - first) % S
+        piece = jnp.where((index < length)[:, None], jnp.take(prompt, index, axis=1, mode="clip"), 0)
+        return jax.lax.dynamic_update_slice(old, piece[None], (row, 0, start, 0))
+
+    # One more than the prompt covers, since the circle's last block may overlap the one before it.
+    count = jnp.minimum(-(-(first % block + length) // block) + 1, n_blocks)
+    return jax.lax.fori_loop(0, count, write, old)
 
 
 def _each_kv(f, caches: list[Cache]) -> list[Cache]:

@@ -27,6 +27,7 @@ from gptjax.engine import UNUSED, Engine, Prefix, power_of_two
 from gptjax.nn.attention import CacheSlots
 from gptjax.nn.layers import Cache
 from gptjax.nn.transformer import Inputs, logits
+from gptjax.sharding import constrain
 
 CHUNK_TOKENS = 128  # the most tokens that one call reads
 CPU_CHUNK_TOKENS = 64  # on a CPU, which reads as many tokens a second in shorter chunks, and others wait half as long
@@ -95,8 +96,8 @@ class PromptReader:
     Args:
         engine: whose weights and layout of the cache are used.
         slots: the most tokens of a prompt.
-        kept_tokens: how many tokens' keys and values are kept for prompts that begin alike; the least recently used
-            are forgotten.
+        kept_tokens: for how many tokens' keys and values memory is taken, to keep them for prompts that begin alike;
+            the least recently used are forgotten.
     """
 
     def __init__(self, engine: Engine, slots: int, kept_tokens: int = 0):
@@ -104,24 +105,26 @@ class PromptReader:
         most = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS
         self.chunk = min(most, max(LEAST_WIDTH, power_of_two(slots)))
         self._slots = -(-slots // self.chunk) * self.chunk
-        self._kept: OrderedDict[bytes, list[Cache]] = OrderedDict()
+        self._kept: OrderedDict[bytes, int] = OrderedDict()  # a chunk's name -> its place in the pool
         self._most_kept = kept_tokens // self.chunk
-        self._empty = jax.jit(lambda: engine.empty_cache(1, self._slots))
+        self._begin = jax.jit(self._join_chunks)
         self._read = jax.jit(self._read_chunk, static_argnames="wanted", donate_argnums=1)
-        self._cut = jax.jit(self._cut_chunk)
-        self._paste = jax.jit(self._paste_chunk, donate_argnums=0)
+        self._store = jax.jit(self._store_chunk, donate_argnums=0)
+        with engine.on_mesh():
+            self._pool = jax.jit(self._empty_pool)()
 
     def begin(self, ids: Sequence[int], wanted: Wanted = "next", adapter: int = 0) -> Reading:
         """Return a reading of a prompt of at least one token, with what is kept of its beginning."""
         reading = Reading(np.asarray(ids, np.int32), wanted, adapter)
+        places = np.zeros(self._slots // self.chunk, np.int32)
+        for number, name in enumerate(self._names(reading) if wanted == "next" else []):
+            if name not in self._kept:
+                break
+            self._kept.move_to_end(name)
+            places[number] = self._kept[name]
+            reading.read += self.chunk
         with self._engine.on_mesh():
-            reading._cache = self._empty()
-            for number, name in enumerate(self._names(reading) if wanted == "next" else []):
-                if name not in self._kept:
-                    break
-                self._kept.move_to_end(name)
-                reading._cache = self._paste(reading._cache, self._kept[name], np.int32(number * self.chunk))
-                reading.read += self.chunk
+            reading._cache = self._begin(self._pool, places, np.int32(reading.read // self.chunk))
         reading.reused = reading.read
         return reading
 
@@ -179,10 +182,13 @@ class PromptReader:
         number = reading.read // self.chunk - 1
         if self._most_kept == 0 or number >= len(names):
             return
-        self._kept[names[number]] = self._cut(reading._cache, np.int32(number * self.chunk))
-        self._kept.move_to_end(names[number])
-        while len(self._kept) > self._most_kept:
-            self._kept.popitem(last=False)
+        name = names[number]
+        if name not in self._kept:
+            full = len(self._kept) == self._most_kept
+            place = self._kept.popitem(last=False)[1] if full else len(self._kept)
+            self._pool = self._store(self._pool, reading._cache, np.int32(number * self.chunk), np.int32(place))
+            self._kept[name] = place
+        self._kept.move_to_end(name)
 
     def _read_chunk(self, weights, cache, adapter, tokens, targets, start, length, wanted: Wanted):
         """Read `length` tokens of tokens [1, W] into the cache, from slot `start`."""
@@ -203,13 +209,44 @@ class PromptReader:
             found["values"], found["ids"] = jax.lax.top_k(log_p, min(N_ALTERNATIVES, log_p.shape[1]))
         return cache, found
 
-    def _cut_chunk(self, cache: list[Cache], start) -> list[Cache]:
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.chunk, axis=2)
-        return [layer._replace(kv=jax.tree.map(cut, layer.kv)) for layer in cache]
+    def _empty_pool(self) -> list[Cache]:
+        """Return room for the chunks that are kept: of each layer, a `Cache` whose rows are chunks."""
 
-    def _paste_chunk(self, cache: list[Cache], piece: list[Cache], start) -> list[Cache]:
-        paste = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        def rows(leaf: jax.Array) -> jax.Array:
+            sharded = (None, "kv_heads", None, None) if leaf.ndim == 4 else (None, None, None)
+            return constrain(jnp.zeros((max(1, self._most_kept), *leaf.shape[1:]), leaf.dtype), *sharded)
+
+        return jax.tree.map(rows, self._engine.empty_cache(1, self.chunk))
+
+    def _store_chunk(self, pool: list[Cache], cache: list[Cache], start, place) -> list[Cache]:
+        """Write the chunk of a prompt's cache that begins at slot `start` to a place in the pool."""
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.chunk, axis=2)
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=0)
         return [
-            Cache(jax.tree.map(paste, layer.kv, chunk.kv), chunk.recent)
-            for layer, chunk in zip(cache, piece, strict=True)
+            Cache(
+                jax.tree.map(lambda kept, new: write(kept, cut(new)), kept.kv, new.kv),
+                jax.tree.map(write, kept.recent, new.recent),
+            )
+            for kept, new in zip(pool, cache, strict=True)
         ]
+
+    def _join_chunks(self, pool: list[Cache], places: jax.Array, count) -> list[Cache]:
+        """Return a prompt's cache with the first `count` chunks of the pool's `places`, and nothing behind them."""
+
+        def take(kept: jax.Array, place: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(kept, place, 1, axis=0)
+
+        def paste(number, cache: list[Cache]) -> list[Cache]:
+            def into(old: jax.Array, kept: jax.Array) -> jax.Array:
+                chunk = take(kept, places[number])
+                return jax.lax.dynamic_update_slice_in_dim(old, chunk, number * self.chunk, axis=2)
+
+            return [
+                Cache(
+                    jax.tree.map(into, old.kv, kept.kv),
+                    jax.tree.map(lambda _, kept: take(kept, places[number]), old.recent, kept.recent),
+                )
+                for old, kept in zip(cache, pool, strict=True)
+            ]
+
+        return jax.lax.fori_loop(0, count, paste, self._engine.empty_cache(1, self._slots))

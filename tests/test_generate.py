@@ -14,7 +14,7 @@ from conftest import GPT2_LIKE, MODERN, make_config, run_script, trainable_on, w
 import gptjax
 from gptjax.closing import LiveSampler
 from gptjax.config import ModelConfig
-from gptjax.engine import Engine, Request
+from gptjax.engine import Engine, Request, _write_in_circle
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel, row_keys
 from gptjax.nn.transformer import Params, abstract_model, init_params
@@ -390,3 +390,19 @@ def test_sample_refuses_what_it_cannot_use(trained, tmp_path):
         assert "Traceback" not in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("S", [10, 12, 3])
+def test_a_prompt_lies_in_its_row_of_the_circle_and_zeros_elsewhere(S, monkeypatch):
+    """Blocks that divide the circle and that do not, prompts that wrap around its end, of every length."""
+    monkeypatch.setattr("gptjax.engine.INSERT_BLOCK", 4)
+    rng = np.random.default_rng(0)
+    write = jax.jit(_write_in_circle)
+    old, prompt = rng.normal(size=(2, 2, S, 3)), rng.normal(size=(2, S + 2, 3))
+    old[1] = np.nan  # of whoever had the row before
+    for first in range(-S, S):
+        for length in range(1, S + 1):
+            expected = np.array(old)
+            expected[1] = 0
+            expected[1][:, (first + np.arange(length)) % S] = prompt[:, :length]
+            np.testing.assert_allclose(write(old, prompt, 1, first, length), expected, rtol=1e-6)
