@@ -270,16 +270,17 @@ def _import_rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 def _import_scaling(family: Family, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return our `positions.scaling`; None where the wavelengths are not scaled."""
     kind = given.get("rope_type", given.get("type", "default"))
-    if family.title == "Phi-3" and kind in ("su", "yarn"):
-        kind = "longrope"  # its names of old
+    known = ROPE_TYPES if family.ropes is None else family.ropes
+    if "yarn" not in known and kind in ("su", "yarn"):
+        kind = "longrope"  # Phi-3's names of old
     if kind == "dynamic":  # it changes only positions beyond max_position_embeddings, which are not run here
         kind, given = "default", {key: value for key, value in given.items() if key != "factor"}
         print(
             "note: config.json: rope_type 'dynamic': run up to max_position_embeddings, where it is the default",
             file=sys.stderr,
         )
-    if kind not in ROPE_TYPES:
-        raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(ROPE_TYPES)}")
+    if kind not in known:
+        raise UserError(f"config.json: rope_type {kind!r} cannot be run here; known: {', '.join(known)}")
     names = ROPE_TYPES[kind]
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names.values()}
     if kind in ("default", "longrope"):

@@ -39,6 +39,7 @@ class Family(NamedTuple):
         layers: which layers have the window where the config.json does not say, as `attention.pattern`; (): those
             from `max_window_layers` on; None: all, and it cannot say otherwise.
         written: their keys that an export writes because the class's value is that of one published model.
+        ropes: the rope types that its class takes; None: all that are known.
         theta: the base of the rotary wavelengths where there is no key.
         local_theta: that of the layers with a window, where the family has another; None: as all.
         prefix: of the tensors' names, which a file of the bare model lacks.
@@ -65,6 +66,7 @@ class Family(NamedTuple):
     unread: tuple[str, ...] = ()
     layers: tuple[str, ...] | None = None
     written: tuple[tuple[str, Any], ...] = ()
+    ropes: tuple[str, ...] | None = None
     theta: float = 10000.0
     local_theta: float | None = None
 
@@ -454,6 +456,7 @@ FAMILIES |= {
         window=("sliding_window", None),
         tensors=_PHI3_TENSORS,
         written=(("pad_token_id", None),),
+        ropes=("default", "longrope"),
     ),
     "olmo2": _LLAMA._replace(
         title="OLMo 2",

@@ -76,6 +76,9 @@ def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
         form["attention.window"] = "in no layer" if family.window is None else "in all layers"
     if cfg.positions.kind == "rope":
         form["positions.local_theta"] = family.local_theta is not None
+        scaling = cfg.positions.scaling
+        if scaling is not None and family.ropes is not None and scaling.kind not in family.ropes:
+            facts["positions.scaling.kind"], form["positions.scaling.kind"] = scaling.kind, " or ".join(family.ropes)
     if facts["attention.qkv_bias"] == "bias" and family.form["attention.qkv_bias"] != "bias":
         facts["attention.qkv_bias"] = cfg.bias
     # A tensor that the family has and the model lacks is exported as what changes nothing: zeros.

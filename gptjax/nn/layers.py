@@ -41,22 +41,22 @@ class Context(NamedTuple):
         kernel: computes attention.
         convolve: a causal convolution, (x [B, T, D], taps [W, D], recent [B, W - 1, D]) -> (x's shape, recent).
         rotation: cosine and sine of the rotary angles, [B or 1, T, 1, K / 2] float32; None without RoPE.
-        local_rotation: those of layers with a window.
-        window: of the layer; None for all positions.
         positions: [B or 1, T] int32.
         segments: [B, T] int32; None where a row is one segment.
         slots: of the key/value cache; None without one.
         dropout_key: None when nothing is dropped.
+        local_rotation: the rotation of layers with a window.
+        window: of the layer; None for all positions.
     """
 
     kernel: Kernel
     convolve: Callable[..., tuple[jax.Array, jax.Array | None]]
     rotation: Rotation | None
-    local_rotation: Rotation | None
     positions: jax.Array
     segments: jax.Array | None = None
     slots: CacheSlots | None = None
     dropout_key: jax.Array | None = None
+    local_rotation: Rotation | None = None
     window: int | None = None
 
     def attention_input(

@@ -277,8 +277,8 @@ class Transformer(nnx.Module):
                 local_rotation = rotary_angles(positions, cfg.rotated_width, rope.local_theta, None)
         kernel = ATTENTIONS["cached" if cached else self.run.attention]
         convolve = make_convolution(self.run.attention, positions)
-        rotations = rotation, local_rotation
-        return Context(kernel, convolve, *rotations, positions, inputs.segments, inputs.slots, inputs.dropout_key)
+        given = positions, inputs.segments, inputs.slots, inputs.dropout_key
+        return Context(kernel, convolve, rotation, *given, local_rotation=local_rotation)
 
     def head_weight(self) -> Weight:
         """Return the head, or the transposed embedding where they are tied, in the form in which it is held."""
