@@ -93,6 +93,7 @@ def test_windows_caps_and_sinks_are_the_same_in_every_kernel():
 LOCAL_MODEL = {**MODERN, "n_layers": 5, "attention": {"window": 5, "pattern": ["local", "local", "global"]}}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("features", [{}, {"softcap": 1.0, "sinks": True}], ids=str)
 def test_a_scan_over_a_pattern_of_layers_equals_the_unrolled_one(features):
     """Five layers of a pattern of three: one group, and a rest of two."""

@@ -90,6 +90,7 @@ def lm() -> LanguageModel:
     return LanguageModel(cfg, params, CharTokenizer(ALPHABET))
 
 
+@pytest.mark.whole
 def test_one_beam_is_greedy_and_more_are_at_least_as_probable(lm):
     prompts = ["A", "BCDEF", "GHI"]
     greedy = lm.complete(prompts, 10, Sampling(0))

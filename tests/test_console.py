@@ -186,6 +186,7 @@ def f(x):
     return x.sum()
 @report_user_errors
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     lowered = jax.jit(jax.grad(f)).lower(jax.numpy.ones((32, 32)))
     threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     lowered.compile()

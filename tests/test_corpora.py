@@ -344,6 +344,7 @@ def test_places_may_differ_where_a_checkpoint_knows_the_data():
     assert "data.mixture" in differing_keys(config("a"), heavier, hashed=True)
 
 
+@pytest.mark.whole
 def test_a_run_resumes_where_it_and_its_corpus_were_moved_to(tiny_run, tmp_path, corpus_file):
     first, second = tmp_path / "old" / "run", tmp_path / "new" / "run"
     text = tmp_path / "old" / "text.txt"

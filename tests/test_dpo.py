@@ -164,6 +164,7 @@ def test_ten_steps_have_the_loss_gradient_and_rewards_of_trl(
     assert margins[-1] > 0.1
 
 
+@pytest.mark.whole
 def test_smoothing_a_chunked_loss_and_a_mesh(pairs, tokenizer_folder, token_cache):
     corpus = load_corpus(data_of(pairs, tokenizer_folder, token_cache))
     batch = first_rows(corpus, 8)

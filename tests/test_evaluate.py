@@ -162,6 +162,7 @@ def test_bad_data_is_an_error_of_one_line(loaded, tmp_path, verb, content, messa
         commands.VERBS[verb]("MODEL", data=str(tmp_path / "data"))
 
 
+@pytest.mark.whole
 def test_lm_eval_runs_a_task_with_a_model_of_gptjax(loaded, tmp_path, capsys, monkeypatch):
     pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
     from gptjax.apps.evaluate import harness

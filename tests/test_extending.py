@@ -96,6 +96,7 @@ def steps_of(objective: str, microbatches: int, devices: int = 1, **axes):
     return state.params, metrics, make_eval_step(t)(state.params, batch)
 
 
+@pytest.mark.whole
 def test_pairs_stay_together_in_microbatches_and_on_devices():
     part("An objective")
     params, metrics, evaluated = steps_of("prefer_first", 1)
@@ -156,6 +157,7 @@ def with_size(model, params, batch, key):
     return {"loss": (sums[0], batch["weights"].sum()), **aux}
 
 
+@pytest.mark.whole
 def test_an_auxiliary_loss_of_a_block_is_added_in_its_own_mean_whatever_the_microbatches():
     OBJECTIVES["with_size"] = Objective(with_size)
     params, metrics, _ = steps_of("with_size", 1)

@@ -88,6 +88,16 @@ def test_a_prompt_and_its_continuation_may_fill_the_context(lm):
     assert found.tokens == greedy_by_full_forward(lm, "A" * (T - 3), 4)[0]
 
 
+def test_layers_with_windows_decode_as_the_full_forward():
+    attention = {"window": 5, "pattern": ["local", "global"], "softcap": 20.0, "sinks": True}
+    positions = {"kind": "rope", "rotated_frac": 0.5, "local_theta": 100.0}
+    lm = LanguageModel(*model_parts({**GPT2_LIKE, "attention": attention, "positions": positions}))
+    for completion in lm.complete(["A", "BCDEFGH"], 9, Sampling(temperature=0)):
+        tokens, logprobs = greedy_by_full_forward(lm, completion.prompt, 9)
+        assert completion.tokens == tokens
+        np.testing.assert_allclose(completion.logprobs, logprobs, atol=2e-5)
+
+
 def test_past_the_context_the_window_slides(lm):
     """The older half is forgotten: what follows is what a prompt of the newer half would give."""
     T = lm.config.context_length
@@ -141,6 +151,7 @@ def test_eight_devices_give_the_text_of_one(lm, parts):
     np.testing.assert_allclose(sharded.logits(ids), lm.logits(ids), atol=1e-4)
 
 
+@pytest.mark.whole
 def test_a_run_samples_its_weights_where_they_lie_and_compiles_once():
     """Weights that fit no single device are sampled too; an evaluation's sample does not compile anew."""
     t = trainable_on(make_config(GPT2_LIKE), 8, fsdp=4, tensor=2)

@@ -116,6 +116,7 @@ def test_a_run_that_diverges_ends_with_2_and_says_so(tiny_run, tmp_path, interva
     assert not list((workdir / "checkpoints").glob("*tmp*"))  # the save in flight was finished
 
 
+@pytest.mark.whole
 def test_a_hook_of_ones_own_sees_every_step(corpus_file, token_cache, tmp_path):
     from conftest import TINY_RUN
 

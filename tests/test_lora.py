@@ -40,6 +40,7 @@ def with_random_b(state):
     return state._replace(params={**state.params, ADAPTER: placed})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("base_dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_mesh_and_microbatches_give_the_losses_of_one_device(base_dtype):
     lora = {**LORA, "base_dtype": base_dtype}
@@ -59,6 +60,7 @@ def test_a_mesh_and_microbatches_give_the_losses_of_one_device(base_dtype):
     np.testing.assert_allclose(run_steps(sharded, 4)[0], expected, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_no_gradient_of_a_frozen_matrix_is_kept():
     """The compiled step's temporaries are smaller than one copy of the blocks' matrices."""
     shape = {**MODERN, "d_model": 256, "mlp": "gelu", "qk_norm": False, "conv_width": None}

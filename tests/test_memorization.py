@@ -36,6 +36,7 @@ def test_exposure_is_the_bits_by_which_a_canary_outranks_chance():
     assert exposure(-50.0, others, 10**6) == 0
 
 
+@pytest.mark.whole
 def test_an_untrained_model_remembers_nothing_and_a_figure_has_its_error(tmp_path):
     cfg = make_config({**GPT2_LIKE, "vocab_size": 257, "context_length": 64, "init": "gpt2"}).model
     lm = LanguageModel(cfg, init_params(cfg, jax.random.key(0)), ByteTokenizer())

@@ -142,6 +142,7 @@ class WithAux(nnx.Module):
         return x, cache, {**aux, "size": (jnp.square(x).mean(), jnp.float32(1))}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("other", [{}, {"scan_layers": True}, {"scan_layers": True, "remat": "full"}], ids=str)
 def test_what_blocks_return_besides_is_summed_over_the_layers(other):
     made, tokens = make_config(MODERN, run=other), some_tokens(2, 16)

@@ -183,6 +183,7 @@ def run_steps(cfg, devices: int = 1, steps: int = 1, **axes):
     return state, metrics, losses
 
 
+@pytest.mark.whole
 def test_microbatches_add_up_and_the_balance_is_their_mean():
     """router_z is a mean over tokens, so that M = 4 is M = 1; load_balance is of each microbatch, as it says."""
     model = mixture(MODERN, balance_rate=1e-3)
@@ -202,6 +203,7 @@ def test_microbatches_add_up_and_the_balance_is_their_mean():
     assert abs(float(metrics["train/load_balance"]) - float(expected)) > 1e-4
 
 
+@pytest.mark.whole
 def test_a_balancing_bias_moves_by_its_rate_against_the_load():
     model = mixture({**MODERN, "n_layers": 1}, balance_rate=0.01)
     cfg = make_config(model, optim={"peak_lr": 0.02, "warmup_steps": 2})
@@ -222,6 +224,7 @@ def test_a_balancing_bias_moves_by_its_rate_against_the_load():
     assert (treated.group.rule, treated.lr, treated.decay) == ("sign", 0.5, 0.0)
 
 
+@pytest.mark.whole
 def test_dense_layers_come_first_and_decoding_equals_the_full_forward():
     moe = {"first_dense_layers": 1, "shared_experts": 1}
     cfg, params, tokenizer = model_parts(mixture({**MODERN, "n_layers": 3}, **moe))

@@ -75,6 +75,7 @@ def test_stages_give_the_losses_of_one_device(one_device, name, axes):
     np.testing.assert_allclose(losses_on(configured(name), 8, **axes), one_device(name), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_all_stages_compute_in_every_turn_and_are_idle_as_the_theory_says():
     """M microbatches through S stages: M + S - 1 turns, which the compiled loop counts."""
     for microbatches, turns in ((2, 3), (8, 9)):

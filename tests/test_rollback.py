@@ -86,6 +86,7 @@ def test_bad_batches_in_a_row_are_passed_and_a_resume_decides_the_same(train):
     ]
 
 
+@pytest.mark.whole
 def test_single_bad_batches_are_skipped_and_no_checkpoint_is_written_meanwhile(train, monkeypatch):
     saved, save = [], trainer.save
     monkeypatch.setattr(trainer, "save", lambda *args: saved.append(int(args[4].step)) or save(*args))

@@ -129,6 +129,7 @@ def test_models_are_listed_named_and_counted(server):
     assert not any('model=""' in name for name in after)  # which the warm-up was counted as
 
 
+@pytest.mark.whole
 def test_runs_with_adapters_of_one_base_are_read_as_one_group(tmp_path, hf_directory):
     """What a command line names: a base of Hugging Face, and two of PEFT's adapters of it, imported."""
     torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")

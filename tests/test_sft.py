@@ -228,6 +228,7 @@ def step_on(batch, microbatches=1, devices=1, **axes):
     return float(metrics["train/loss"]), float(metrics["grad_norm"]), state.params
 
 
+@pytest.mark.whole
 def test_packing_microbatches_and_devices_change_nothing(tmp_path, tokenizer_folder, token_cache):
     lengths = [1, 40, 2, 35, 1, 1, 30, 3, 1, 2, 20, 1, 1, 2, 1, 1, 4]
     chats = [{"prompt": "Who?", "response": "king " * n + "é"} for n in lengths]

@@ -32,6 +32,7 @@ def model(seed: int = 0, **shape) -> LanguageModel:
     return lm
 
 
+@pytest.mark.whole
 def test_the_text_is_that_of_the_model_alone():
     """Beyond the context too, where the older half is forgotten; by drafts that agree always, in part, and seldom."""
     lm = model(**CONVOLUTION)
@@ -49,6 +50,7 @@ def test_the_text_is_that_of_the_model_alone():
     assert rates["itself", 0] > 3 and rates["itself", 0.7] > 3 and min(rates.values()) > 1, rates
 
 
+@pytest.mark.whole
 def test_pairs_of_tokens_have_the_models_probabilities():
     """Pearson's chi-square test of 700 draws of two tokens, of a fixed seed, against the exact probabilities."""
     lm, n = model(), 700
@@ -89,6 +91,7 @@ def test_a_draft_of_other_tokens_is_refused():
         SpeculativeDecoder(model(), ModelDraft(other))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("draft", ["ngram", "tests/old_run/run"])
 def test_sample_with_a_draft_prints_the_same_text(draft, capsys):
     how = ["tests/old_run/run", "--prompt", "the king", "--max_new_tokens=20", "--num_samples=2"]

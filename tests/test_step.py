@@ -84,6 +84,7 @@ def test_fsdp_holds_an_eighth_of_weights_and_moments_on_each_device():
     assert all(size <= whole / 8 + spared for size in held.values())
 
 
+@pytest.mark.whole
 def test_accumulating_four_microbatches_on_four_devices_changes_nothing():
     """Masked tokens make the microbatches unequal, so a mean of means would show."""
     results = []
@@ -97,6 +98,7 @@ def test_accumulating_four_microbatches_on_four_devices_changes_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)
 
 
+@pytest.mark.whole
 def test_one_batch_can_be_learnt_by_heart():
     cfg = make_config(GPT2_LIKE, optim={"peak_lr": 0.01, "schedule": "constant"})
     losses, state, _ = run_steps(trainable_on(cfg), 150, same_batch=True)

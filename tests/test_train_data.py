@@ -45,6 +45,7 @@ def mixed(prepared, tmp_path_factory) -> tuple[Path, list[str]]:
     return workdir, args
 
 
+@pytest.mark.whole
 def test_each_source_of_a_mixture_has_its_validation_loss(mixed):
     rows = [json.loads(line) for line in (mixed[0] / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if "val/loss" in row):
@@ -52,6 +53,7 @@ def test_each_source_of_a_mixture_has_its_validation_loss(mixed):
     assert row["val/loss/one"] < rows[0]["val/loss/one"]
 
 
+@pytest.mark.whole
 def test_worker_processes_change_nothing_and_end_quietly(mixed, tmp_path):
     result = run_script(*mixed[1], f"--workdir={tmp_path / 'run'}", "--data.workers=2")
     assert result.returncode == 0, result.stderr
@@ -70,6 +72,7 @@ def test_another_mixture_is_refused_unless_asked_for(mixed, prepared, tmp_path):
     assert losses(workdir)[-1]["step"] == 35
 
 
+@pytest.mark.whole
 def test_a_run_learns_from_packed_rows(prepared, tmp_path):
     result = run_script(
         "tests/train_briefly.py", *TINY_RUN, f"--data.path={prepared['packed']}", f"--workdir={tmp_path / 'run'}"

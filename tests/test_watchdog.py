@@ -41,6 +41,7 @@ def test_a_process_is_ended_even_while_no_thread_of_python_runs():
     assert "in hold_the_lock_of_python\n" in done.stderr
 
 
+@pytest.mark.whole
 def test_progress_and_waiting_for_another_process_are_not_stuck():
     done = run(
         "faults.START_FACTOR = 3; watchdog.start_phase()\n"
