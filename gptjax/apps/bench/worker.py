@@ -196,6 +196,8 @@ class Alternating:
             self.pairs.append((run_s, (ended - began) / STRETCH))
             self.turned, self.resumed_at = end.step, time.perf_counter()
 
+    def ends_run(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
