@@ -175,11 +175,9 @@ class Transformer(nnx.Module):
             n_layers = len(jax.tree.leaves(weights)[0])
             of_stack = cache if n_layers == self.cfg.n_layers else _layers_of(cache, first, n_layers)
             stacked = (weights, jnp.arange(first, first + n_layers), of_stack)
-            for part, local in _repeated(self.cfg.local_layers[first : first + n_layers]):
-                applied = [self._make_apply(structure, ctx, is_local) for is_local in local]
-                x, (of_part, aux) = self._scan(applied, x, jax.tree.map(lambda a, part=part: a[part], stacked))
-                caches.append(of_part)
-                aux_of_stacks.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
+            x, of_parts, aux = self._apply_stack(structure, ctx, x, stacked, first)
+            caches += of_parts
+            aux_of_stacks.append(aux)
             first += n_layers
         joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return x, joined, _sum_aux(aux_of_stacks)
@@ -192,16 +190,35 @@ class Transformer(nnx.Module):
 
         def stage(layers, x, rows, number):
             key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, number)
-            ctx, aux_of_parts = self._context(inputs._replace(**rows, dropout_key=key), False), []
-            for part, local in _repeated(self.cfg.local_layers[: len(layers[1])]):  # every stage has the same pattern
-                applied = [self._make_apply(structure, ctx, is_local) for is_local in local]
-                x, (_, aux) = self._scan(applied, x, jax.tree.map(lambda a, part=part: a[part], (*layers, None)))
-                aux_of_parts.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
-            return x, _sum_aux(aux_of_parts)
+            ctx = self._context(inputs._replace(**rows, dropout_key=key), cached=False)
+            # The layers of every stage have the pattern of the first stage's.
+            x, _, aux = self._apply_stack(structure, ctx, x, (*layers, None), first=0)
+            return x, aux
 
         stacked = (nnx.to_pure_dict(state), jnp.arange(self.cfg.n_layers))
         x, aux = pass_stages(stage, stacked, x, by_row, self.run.pipeline_microbatches)
         return x, None, aux
+
+    def _apply_stack(
+        self, structure: nnx.GraphDef, ctx: Context, x: jax.Array, stacked: Any, first: int
+    ) -> tuple[jax.Array, list[Cache], Aux]:
+        """Apply layers of one form, in loops over the repetitions of their pattern of windows.
+
+        Args:
+            stacked: weights, numbers and cache of the layers, each with a leading axis of layers.
+            first: the number of the first of them.
+
+        Returns:
+            x, the caches of the loops, and the auxiliary values, summed over the layers.
+        """
+        caches, aux_of_parts = [], []
+        n_layers = len(jax.tree.leaves(stacked)[0])
+        for part, local in _repeated(self.cfg.local_layers[first : first + n_layers]):
+            applied = [self._make_apply(structure, ctx, is_local) for is_local in local]
+            x, (of_part, aux) = self._scan(applied, x, jax.tree.map(lambda a, part=part: a[part], stacked))
+            caches.append(of_part)
+            aux_of_parts.append(jax.tree.map(lambda values: values.sum(axis=0), aux))
+        return x, caches, _sum_aux(aux_of_parts)
 
     def _scan(self, applied: list[Callable[..., tuple[jax.Array, Any]]], x: jax.Array, stacked: Any) -> tuple:
         """Apply layers one after the other, the first by the first of `applied`, and so on in a circle."""
