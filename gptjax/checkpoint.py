@@ -303,6 +303,14 @@ def read_newest(
     return None
 
 
+def read_newest_meta(workdir: str) -> tuple[int, dict[str, Any]] | None:
+    """Return the step of a run's newest undamaged checkpoint, and its plain values; None where nothing is saved."""
+    checkpoints = Checkpoints(workdir)
+    saved = read_newest(checkpoints, checkpoints.meta, ("meta",))
+    checkpoints.close()
+    return saved
+
+
 def proves_damage(error: BaseException | None) -> bool:
     """Return whether an error, or its cause, can only come from a file that is missing, truncated or changed."""
     while error is not None and not isinstance(error, UserError):

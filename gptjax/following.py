@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gptjax.checkpoint import Checkpoints, read_newest
+from gptjax.checkpoint import read_newest_meta
 from gptjax.config import Config, MixtureSource
 from gptjax.configfile import config_from_dict
 from gptjax.data.shards import is_prepared
@@ -82,9 +82,7 @@ def _is_finished(path: str) -> bool:
 
 def saved_sources(cfg: Config) -> tuple[int, tuple[MixtureSource, ...]]:
     """Return the step of the run's newest checkpoint, 0 without one, and the sources that it was trained on."""
-    checkpoints = Checkpoints(cfg.workdir)
-    saved = read_newest(checkpoints, checkpoints.meta, ("meta",))
-    checkpoints.close()
+    saved = read_newest_meta(cfg.workdir)
     return (0, ()) if saved is None else (saved[0], config_from_dict(saved[1]["config"]).data.mixture)
 
 

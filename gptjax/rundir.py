@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from gptjax.checkpoint import Checkpoints, read_newest
+from gptjax.checkpoint import Checkpoints, read_newest_meta
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
 from gptjax.data.reading import readable
@@ -25,9 +25,7 @@ def check_workdir(cfg: Config) -> None:
     workdir = epath.Path(cfg.workdir)
     with readable(cfg.workdir):
         workdir.exists()  # a bucket may be out of reach
-    checkpoints = Checkpoints(cfg.workdir)
-    saved = read_newest(checkpoints, checkpoints.meta, ("meta",))
-    checkpoints.close()
+    saved = read_newest_meta(cfg.workdir)
     metrics, path = workdir / "metrics.jsonl", workdir / "config.yaml"
     if saved is not None:
         earlier = config_from_dict(saved[1]["config"])

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+import yaml
 
 import gptjax
 from gptjax import cli
 from gptjax.config import RopeScaling
+from gptjax.configfile import config_from_dict
 from gptjax.convert import import_model, open_model
-from gptjax.convert.models import read_json
+from gptjax.convert.configs import import_config, read_json
 from gptjax.convert.safetensors import INDEX, NAME, SafetensorsFolder, read_header, write_safetensors
 from gptjax.errors import UserError
 from gptjax.generate import Sampling
@@ -394,6 +396,22 @@ def test_a_damaged_gguf_file_is_refused(hf_directory, tmp_path):
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(UserError, match="ffn_xx"):
         open_model(str(path))
+
+
+def test_a_config_json_becomes_the_model_section_of_a_config(tmp_path, capsys):
+    given = {"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    given |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 61, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    expected = import_config(given).model
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert cli.convert(["config", str(path)]) == 0
+        values = yaml.safe_load(capsys.readouterr().out)
+        assert config_from_dict(values).model == expected
+    for text in ("[1]", "{", None):
+        (tmp_path / "config.json").unlink() if text is None else (tmp_path / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            cli.convert(["config", str(tmp_path)])
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_json_that_is_nested_too_deeply_is_refused(tmp_path):

@@ -83,6 +83,19 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; raise UserError where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
 def model_section(path: str) -> str:
     """Return the section `model` of a config file, as YAML, for a config.json or the folder that has one.
 
@@ -90,19 +103,10 @@ def model_section(path: str) -> str:
         UserError: it cannot be read; or as `import_config`.
     """
     file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(file)!r} is not JSON: {error}") from None
-    if not isinstance(config, Mapping):
-        raise UserError(f"{str(file)!r} must hold a JSON object")
+    config = read_json(file / "config.json" if file.is_dir() else file)
     found, usual = plain_values(import_config(config).model), plain_values(ModelConfig())
-    return yaml.safe_dump(
-        {"model": nested_values({k: v for k, v in found.items() if v != usual[k]})}, sort_keys=False
-    )
+    section = nested_values({key: value for key, value in found.items() if value != usual[key]})
+    return yaml.safe_dump({"model": section}, sort_keys=False)
 
 
 def import_config(config: Mapping[str, Any]) -> Imported:

@@ -2,7 +2,6 @@
 that the caller names.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from gptjax.convert.base import (
     hold_all,
     merged,
 )
-from gptjax.convert.configs import family_of, import_config
+from gptjax.convert.configs import family_of, import_config, read_json
 from gptjax.convert.families import FAMILIES
 from gptjax.convert.foreign import model_inside, no_model
 from gptjax.convert.gguf import read_gguf
@@ -217,19 +216,6 @@ def _open_tensors(path: Path, config: dict[str, Any], source: TensorSource, toke
     return Model(
         model, tokenizer, path, {"origin": origin}, False, lambda abstract: read_params(layout, source, abstract)
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; raise UserError where it holds none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return values
 
 
 # Fields in which a model may differ from the one it starts from, since they change only how it runs or trains.

@@ -18,9 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gptjax.config import LoraConfig
 from gptjax.convert.base import SavedAdapter
+from gptjax.convert.configs import read_json
 from gptjax.convert.families import FAMILIES
 from gptjax.convert.forms import exported_form, family_for
-from gptjax.convert.models import Model, read_json
+from gptjax.convert.models import Model
 from gptjax.convert.safetensors import NAME, SafetensorsFolder, read_facts, write_safetensors
 from gptjax.convert.weights import Layout, leaf_at, multipliers
 from gptjax.errors import UserError
