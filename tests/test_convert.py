@@ -17,6 +17,8 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, config_to_yaml
 from gptjax.convert import export_model, import_model, initial_model, open_model
+from gptjax.convert.configs import DEFAULT_FULL_LAYERS, import_config
+from gptjax.convert.families import FAMILIES
 from gptjax.convert.forms import family_for
 from gptjax.convert.models import on_first_device
 from gptjax.data.batches import validation_batches
@@ -30,6 +32,7 @@ from gptjax.start import Fixed, first_state
 from gptjax.tokenizers import ByteTokenizer, tokenizer_from_dict
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install -e '.[peer]'")
 transformers = pytest.importorskip("transformers", reason="pip install -e '.[peer]'")
 
 VOCAB = 400
@@ -189,6 +192,50 @@ def test_a_model_of_transformers_computes_the_same_here_and_leaves_as_it_came(na
     # transformers rebuilds a Qwen2 tokenizer by its class, and the tokenizer.json that leaves is what it then is.
     for file in ("tokenizer.json", "tokenizer_config.json") if name != "qwen2" else ():
         assert (back / file).read_bytes() == (source / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_as_transformers_5_has_them_in_memory_are_the_same(name, built, tmp_path):
+    """What torch and accelerate save of a model's state_dict, in which all experts of a layer are one tensor."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(built[name])
+    (tmp_path / "config.json").write_text((built[name] / "config.json").read_text())
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensors
+    safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
+    models = [open_model(path) for path in (built[name], tmp_path)]
+    params = [jax.tree.leaves(found.read(on_first_device(found.config))) for found in models]
+    assert all(np.array_equal(a, b) for a, b in zip(*params, strict=True))
+
+    tensors["model.layers.0.mlp.experts.down_proj"] = tensors["model.layers.0.mlp.experts.down_proj"][:3].clone()
+    safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"experts.down_proj \(3, .* rows instead of 256"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_key_that_a_config_lacks_has_the_value_of_its_class(kind):
+    """What `transformers` computes with where a config.json has few keys."""
+    config, family = transformers.AutoConfig.for_model(kind), FAMILIES[kind]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for ours, theirs, default in family.keys:
+        if theirs in defaults or (default is not None and ours != "positions.rotated_frac"):
+            assert defaults[theirs] == default, theirs
+    for key, allowed in family.demands.items():
+        assert key not in defaults or defaults[key] in allowed, key
+    if family.window is not None:
+        key, switch, window = family.window
+        assert defaults[key] == window
+        assert switch is None or defaults[switch] is False
+        assert defaults.get("max_window_layers") in (None, DEFAULT_FULL_LAYERS)
+    if family.form["positions.kind"] == "rope":
+        rope = config.rope_parameters
+        assert rope.get("full_attention", rope)["rope_theta"] == family.theta
+        assert rope.get("sliding_attention", {"rope_theta": None})["rope_theta"] == family.local_theta
+        bare = import_config({"model_type": kind}).model
+        assert (bare.positions.theta, bare.positions.local_theta) == (family.theta, family.local_theta)
+        everywhere = getattr(config, "sliding_window", None) is not None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * bare.n_layers
+        assert bare.local_layers == tuple(everywhere and kind == "sliding_attention" for kind in kinds)
 
 
 def test_a_bfloat16_model_in_shards_is_read_and_written_in_bfloat16(built, tmp_path):

@@ -29,7 +29,8 @@ VOCAB = 61
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
 TOLERANCE = 1e-4
 ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee", "gemma2", "gemma3_text", "phi3", "olmo2")
-FAMILIES = ("gpt2", *ROPE_FAMILIES)
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe")
+FAMILIES = ("gpt2", *ROPE_FAMILIES, *EXPERT_FAMILIES)
 ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # Keys that may be null, by what their classes take in this version.
@@ -37,7 +38,9 @@ NULLS = {family: ["num_key_value_heads", "head_dim", "sliding_window"] for famil
 NULLS |= {"gpt2": ["n_inner"], "mistral": ["head_dim", "sliding_window"]}
 NULLS |= {family: ["num_key_value_heads", "sliding_window"] for family in ("qwen2", "qwen3", "phi3")}
 NULLS |= {family: ["final_logit_softcapping"] for family in ("gemma2", "gemma3_text")}
-NULLS |= {"olmo2": ["num_key_value_heads"]}
+NULLS |= {"olmo2": ["num_key_value_heads"], "mixtral": ["head_dim", "sliding_window"]}
+NULLS |= {"qwen3_moe": ["sliding_window", "mlp_only_layers"]}
+LOST = r"1\.mlp(?!.*down)|1\.block_sparse_moe(?!.*w2)"  # tensors of layer 1 that an incomplete file lacks
 # Keys that no class reads, and keys that other families compute with.
 UNKNOWN = {"my_note": "a", "n_ctx": 64, "unsloth_version": "1", "logit_scale": 1.0, "use_mrope": False}
 UNKNOWN |= {
@@ -102,9 +105,9 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
         config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     if family in ("llama", "arcee"):
         config |= {key: bool(random.random() < 0.4) for key in ("attention_bias", "mlp_bias")}
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         config["attention_bias"] = bool(random.random() < 0.1)
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         config["sliding_window"] = [None, 4096, 16, 6][random.integers(4)]
     if family.startswith("qwen"):
         config |= {
@@ -116,6 +119,8 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
         change_to_gemma(config, random)
     if family == "phi3":
         change_to_phi3(config, random)
+    if family in EXPERT_FAMILIES:
+        change_to_experts(family, config, random)
     return config
 
 
@@ -146,6 +151,27 @@ def change_to_phi3(config: dict[str, Any], random: np.random.Generator) -> None:
     config["rope_parameters"] = {"rope_theta": 10000.0, "partial_rotary_factor": share, **scaled}
     config |= {"original_max_position_embeddings": 8, "sliding_window": [None, 6, 4096][random.integers(3)]}
     config |= {"pad_token_id": None}
+
+
+def change_to_experts(family: str, config: dict[str, Any], random: np.random.Generator) -> None:
+    """Give a config the keys that only mixtures of experts have."""
+    experts = int(random.integers(1, 6))
+    config |= {
+        "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
+        "num_experts_per_tok": int(random.integers(1, experts + 1)),
+        "num_local_experts" if family == "mixtral" else "num_experts": experts,
+        "output_router_logits": bool(random.random() < 0.2),
+        "router_aux_loss_coef": 0.02,
+    }
+    if family == "mixtral":
+        config["router_jitter_noise"] = float(random.choice([0.0, 0.1]))
+        return
+    config |= {
+        "moe_intermediate_size": int(random.choice([16, 24])),
+        "norm_topk_prob": bool(random.random() < 0.6),
+        "decoder_sparse_step": int(random.choice([1, 2], p=[0.9, 0.1])),
+        "mlp_only_layers": [0] if random.random() < 0.1 else [],
+    }
 
 
 def random_rope(random: np.random.Generator) -> dict[str, Any]:
@@ -190,7 +216,7 @@ def save(family: str, config: dict[str, Any], random: np.random.Generator, folde
         head = 0.1 * torch.randn(VOCAB, model.get_output_embeddings().weight.shape[1], dtype=dtype)
         change_tensors(weights, lambda tensors: {**tensors, "lm_head.weight": head})
     if way == "cut":  # a layer fewer or more than config.json says, or one tensor lost
-        change_tensors(weights, lambda tensors: {k: v for k, v in tensors.items() if "1.mlp" not in k or "down" in k})
+        change_tensors(weights, lambda tensors: {k: v for k, v in tensors.items() if not re.search(LOST, k)})
     if way == "named":
         weights.rename(folder / "weights.safetensors")
         safetensors.torch.save_file({"other": torch.zeros(2)}, weights)

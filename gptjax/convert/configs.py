@@ -23,7 +23,7 @@ from gptjax.errors import UserError
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
 SIZES += ("mlp.moe.experts", "mlp.moe.top_k", "mlp.moe.width")
 DERIVED_WHERE_NULL = ("num_key_value_heads", "head_dim", "n_inner")  # as their classes compute it
-DEFAULT_WINDOW, DEFAULT_FULL_LAYERS = 4096, 28  # `sliding_window` and `max_window_layers`, where there are none
+DEFAULT_FULL_LAYERS = 28  # `max_window_layers`, where there is none
 
 # Keys that any family may have, with the values under which they change nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -171,7 +171,7 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
     if family.local_theta is not None:
         used |= {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
     if family.window is not None:
-        used |= {*family.window, "max_window_layers"}
+        used |= {*family.window[:2], "max_window_layers"}
     unknown = [key for key in config if key not in used and not key.startswith(IRRELEVANT_BEGINNINGS)]
     for key in unknown:
         if re.search(MECHANISMS, key) and _has_effect(config[key]):
@@ -196,7 +196,7 @@ LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}
 
 def _import_window(family: Family, config: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
     """Return our keys of a sliding window and of the layers that have it; none where no layer has."""
-    key, switch = family.window or (None, None)
+    key, switch, default = family.window or (None, None, None)
     kinds = config.get("layer_types")
     if kinds is not None:
         allowed = LAYER_TYPES.keys() if family.layers is not None else {"full_attention"}
@@ -206,7 +206,7 @@ def _import_window(family: Family, config: Mapping[str, Any], n_layers: int) -> 
             )
     if key is None:
         return {}
-    window = config.get(key, DEFAULT_WINDOW)
+    window = config.get(key, default)
     if switch is not None and not config.get(switch, False):
         window = None
     if window is None:

@@ -35,7 +35,8 @@ class Family(NamedTuple):
         form: fields of ours, or properties of a model's form (`_facts`), that all its models share.
         demands: their keys, with the values under which the model is the one that we run. The first is exported.
         aliases: other names of their keys, which override them (`attribute_map` of their config class).
-        window: their key for a sliding window, and the key that turns it on; None: the family has no window.
+        window: their key for a sliding window, the key that turns it on, and the value of a config.json without the
+            first; None: the family has no window.
         layers: which layers have the window where the config.json does not say, as `attention.pattern`; (): those
             from `max_window_layers` on; None: all, and it cannot say otherwise.
         written: their keys that an export writes because the class's value is that of one published model.
@@ -49,6 +50,8 @@ class Family(NamedTuple):
             are on, the others are read as zeros.
         preset: a preset of ours that the family can express.
         unread: their keys that matter in training alone.
+        fused: tensors that hold those of several weights one after another, as the class has them in memory: the
+            weights' paths by name, with `{}` for the layer. Experts follow each other.
     """
 
     title: str
@@ -56,7 +59,7 @@ class Family(NamedTuple):
     keys: tuple[tuple[str, str, Any], ...]
     form: dict[str, Any]
     demands: dict[str, tuple[Any, ...]]
-    window: tuple[str, str | None] | None
+    window: tuple[str, str | None, int | None] | None
     prefix: str
     tensors: dict[str, Tensor]
     ignored: tuple[str, ...]
@@ -69,6 +72,7 @@ class Family(NamedTuple):
     ropes: tuple[str, ...] | None = None
     theta: float = 10000.0
     local_theta: float | None = None
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 # The names of one function in `transformers` (activations.py).
@@ -217,6 +221,13 @@ _EXPERTS = {
 }
 
 
+# As transformers 5 holds experts: what its state_dict has, and so a file that save_pretrained has not written.
+_FUSED_EXPERTS = (
+    ("model.layers.{}.mlp.experts.gate_up_proj", ("blocks.mlp.gate", "blocks.mlp.up")),
+    ("model.layers.{}.mlp.experts.down_proj", ("blocks.mlp.down",)),
+)
+
+
 def _expert_tensors(router: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
     """Return Llama's tensors with experts in place of the MLP, given the names below `model.layers.{}.`."""
     others = {path: tensor for path, tensor in _LLAMA.tensors.items() if not path.startswith("blocks.mlp.")}
@@ -254,7 +265,7 @@ FAMILIES: dict[str, Family] = {
             _UNBIASED, num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072
         ),
         form={**_ANY_HEADS, "bias": False},
-        window=("sliding_window", None),
+        window=("sliding_window", None, 4096),
     ),
     "qwen2": _LLAMA._replace(
         title="Qwen2",
@@ -268,7 +279,7 @@ FAMILIES: dict[str, Family] = {
             vocab_size=151936,
         ),
         form={**_ANY_HEADS, "bias": False, "attention.qkv_bias": True},
-        window=("sliding_window", "use_sliding_window"),
+        window=("sliding_window", "use_sliding_window", 4096),
         layers=(),
     ),
     "qwen3": _LLAMA._replace(
@@ -285,7 +296,7 @@ FAMILIES: dict[str, Family] = {
         ),
         form={**_ANY_HEADS, "bias": False, "attention.qk_norm": True},
         demands={"hidden_act": SILUS, "attention_bias": (False,)},
-        window=("sliding_window", "use_sliding_window"),
+        window=("sliding_window", "use_sliding_window", 4096),
         layers=(),
     ),
     "mixtral": _LLAMA._replace(
@@ -304,7 +315,7 @@ FAMILIES: dict[str, Family] = {
             ("mlp.moe.top_k", "num_experts_per_tok", 2),
         ),
         form={**_EXPERTS, "mlp.moe.normalize": True},
-        window=("sliding_window", None),
+        window=("sliding_window", None, None),
         tensors=_expert_tensors(
             "block_sparse_moe.gate",
             "block_sparse_moe.experts.{}.w1",
@@ -313,6 +324,8 @@ FAMILIES: dict[str, Family] = {
         ),
         aliases={"num_experts": "num_local_experts"},
         unread=_ROUTERS,
+        theta=1000000.0,
+        fused=(*_FUSED_EXPERTS, ("model.layers.{}.mlp.gate.weight", ("blocks.mlp.router",))),
     ),
     "qwen3_moe": _LLAMA._replace(
         title="Qwen3-MoE",
@@ -340,12 +353,13 @@ FAMILIES: dict[str, Family] = {
             "decoder_sparse_step": (1,),
             "mlp_only_layers": ([], None),
         },
-        window=("sliding_window", "use_sliding_window"),
+        window=("sliding_window", "use_sliding_window", 4096),
         tensors=_expert_tensors(
             "mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"
         ),
         aliases={"num_local_experts": "num_experts"},
         unread=_ROUTERS,
+        fused=_FUSED_EXPERTS,
     ),
 }
 
@@ -404,7 +418,7 @@ _GEMMA2 = _LLAMA._replace(
         "attention_bias": (False,),
         "use_bidirectional_attention": (False, None),
     },
-    window=("sliding_window", None),
+    window=("sliding_window", None, 4096),
     layers=("local", "global"),
     tensors=_with_norms(_LLAMA.tensors, _GEMMA2_NAMES),
     unread=("hidden_act", "cache_implementation"),
@@ -453,7 +467,7 @@ FAMILIES |= {
             ("positions.rotated_frac", "partial_rotary_factor", 1.0),
         ),
         form={**_LLAMA.form, "bias": False},
-        window=("sliding_window", None),
+        window=("sliding_window", None, None),
         tensors=_PHI3_TENSORS,
         written=(("pad_token_id", None),),
         ropes=("default", "longrope"),

@@ -154,7 +154,7 @@ def _exported_window(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the keys of a sliding window, and of the layers that have it."""
     if family.window is None:
         return {}
-    key, switch = family.window
+    key, switch, _ = family.window
     some = any(cfg.local_layers)
     values: dict[str, Any] = {key: cfg.attention.window if some else None}
     if switch is not None:

@@ -5,6 +5,8 @@ Source: `transformers` 5.24, modeling_utils.py (`tie_weights`) and core_model_lo
 """
 
 import dataclasses
+import itertools
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -29,10 +31,30 @@ def match_tensors(layout: Layout, source: TensorSource, config: Mapping[str, Any
     """
     if reason := quantization(config, source.shapes, source.unreadable.values()):
         raise UserError(reason)
+    _split_fused(layout, source)
     _match_names(layout, source)
     layout = _match_head(layout, source)
     _check_tensors(layout, source)
     return layout
+
+
+def _split_fused(layout: Layout, source: TensorSource) -> None:
+    """Replace tensors that hold several of the family's by those."""
+    family, numbers = layout.family, itertools.product(range(layout.cfg.n_layers), layout.family.fused)
+    for layer, (pattern, paths) in numbers:
+        name = pattern.format(layer)
+        if name not in source.shapes:
+            continue
+        experts = range(layout.cfg.mlp.moe.experts)
+        names = [family.tensors[path].name.format(layer, expert) for expert in experts for path in paths]
+        names = list(dict.fromkeys(names))  # a router's name has no expert
+        rows = math.prod(source.shapes[name][:-1])
+        if rows != (wanted := sum(layout.tensors[part].shape[0] for part in names)):
+            raise UserError(
+                f"the model has {name} {source.shapes[name]}, with {rows} rows instead of {wanted}; its config.json "
+                "may be another model's"
+            )
+        source.split(name, names)
 
 
 def _match_names(layout: Layout, source: TensorSource) -> None:

@@ -7,7 +7,7 @@ file only from all of its tensors at once.)
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,14 @@ class SafetensorsFolder:
     def rename(self, names: Mapping[str, str]) -> None:
         """Give tensors, by their names so far, other names."""
         self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
+
+    def split(self, name: str, names: Sequence[str]) -> None:
+        """Replace a tensor by equal parts of its rows, each [R, N]."""
+        fused = self._entries.pop(name)
+        shape = (math.prod(fused.shape[:-1]) // len(names), fused.shape[-1])
+        size = _bytes(fused) // len(names)
+        for number, part in enumerate(names):
+            self._entries[part] = fused._replace(shape=shape, offset=fused.offset + number * size)
 
     def read(self, name: str) -> np.ndarray:
         """Return the values as they are in the file, in its shape and dtype; a view of the mapped file."""

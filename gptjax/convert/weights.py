@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -43,6 +43,9 @@ class TensorSource(Protocol):
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Rename tensors: a mapping from their present names to the new ones."""
+
+    def split(self, name: str, names: Sequence[str]) -> None:
+        """Replace a tensor by equal parts of its rows, [R, N]; of a family with `fused` tensors."""
 
     def read(self, name: str) -> np.ndarray:
         """Return the values, of any float type."""
