@@ -97,6 +97,7 @@ CONFIGS = {
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
         **TINY, head_dim=24, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
     ),
+    "olmoe": lambda: transformers.OlmoeConfig(**FLAT, num_experts=4, num_experts_per_tok=2),
     "arcee": lambda: transformers.ArceeConfig(**FLAT),
     # Of 128 tokens, most lie past the windows, and all past 4 times the original context.
     "mistral-window": lambda: transformers.MistralConfig(**FLAT, sliding_window=40),
@@ -121,6 +122,7 @@ CONFIGS = {
 
 # Text is compared once a family; in transformers, Phi-3's factors change where a text outgrows its first context.
 WITHOUT_TEXT = ("gpt2-untied", "llama-linear-biased", "mistral-window", "qwen3-yarn", "gemma2", "phi3-long", "olmo2")
+WITHOUT_TEXT += ("olmoe",)
 FAMILIES_ONCE = [name for name in CONFIGS if name not in WITHOUT_TEXT]
 
 
@@ -194,7 +196,7 @@ def test_a_model_of_transformers_computes_the_same_here_and_leaves_as_it_came(na
         assert (back / file).read_bytes() == (source / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])
 def test_experts_as_transformers_5_has_them_in_memory_are_the_same(name, built, tmp_path):
     """What torch and accelerate save of a model's state_dict, in which all experts of a layer are one tensor."""
     model = transformers.AutoModelForCausalLM.from_pretrained(built[name])
@@ -344,6 +346,15 @@ def test_a_model_trained_here_has_the_same_loss_in_transformers(corpus_file, tok
         ({**RMS, "mlp": "relu2", "tie_embeddings": False}, "arcee"),
         ({**RMS, "mlp": "swiglu", "n_heads": 3, "head_dim": 24}, "mistral"),
         ({**RMS, "mlp": "swiglu", "qkv_bias": True}, "qwen2"),
+        (
+            {
+                **RMS,
+                "norm": {"kind": "rmsnorm", "place": "post", "weights": False},
+                "attention": {"qk_norm": True, "qk_norm_over": "heads"},
+                "mlp": "swiglu",
+            },
+            "olmo2",
+        ),
     ],
     ids=str,
 )

@@ -327,7 +327,7 @@ FOREIGN = {
         {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 8},
         r"'gpt_oss' is a mixture of experts \(num_local_experts\)",
     ),
-    "OLMoE": ({"model_type": "olmoe"}, "'olmoe' is a mixture of experts, which cannot be run here"),
+    "GraniteMoE": ({"model_type": "granitemoe"}, "'granitemoe' is a mixture of experts, which cannot be run here"),
     "a model that sees": (
         {"model_type": "llava", "vision_config": {"a": 1}, "text_config": {"model_type": "llama"}},
         r"'llava' is a multimodal model \(vision_config\).*its language model, a 'llama', can be run",

@@ -29,7 +29,7 @@ VOCAB = 61
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
 TOLERANCE = 1e-4
 ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee", "gemma2", "gemma3_text", "phi3", "olmo2")
-EXPERT_FAMILIES = ("mixtral", "qwen3_moe")
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 FAMILIES = ("gpt2", *ROPE_FAMILIES, *EXPERT_FAMILIES)
 ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -38,7 +38,8 @@ NULLS = {family: ["num_key_value_heads", "head_dim", "sliding_window"] for famil
 NULLS |= {"gpt2": ["n_inner"], "mistral": ["head_dim", "sliding_window"]}
 NULLS |= {family: ["num_key_value_heads", "sliding_window"] for family in ("qwen2", "qwen3", "phi3")}
 NULLS |= {family: ["final_logit_softcapping"] for family in ("gemma2", "gemma3_text")}
-NULLS |= {"olmo2": ["num_key_value_heads"], "mixtral": ["head_dim", "sliding_window"]}
+NULLS |= {family: ["num_key_value_heads"] for family in ("olmo2", "olmoe")}
+NULLS |= {"mixtral": ["head_dim", "sliding_window"]}
 NULLS |= {"qwen3_moe": ["sliding_window", "mlp_only_layers"]}
 LOST = r"1\.mlp(?!.*down)|1\.block_sparse_moe(?!.*w2)"  # tensors of layer 1 that an incomplete file lacks
 # Keys that no class reads, and keys that other families compute with.
@@ -105,7 +106,7 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
         config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     if family in ("llama", "arcee"):
         config |= {key: bool(random.random() < 0.4) for key in ("attention_bias", "mlp_bias")}
-    if family in ("qwen3", "qwen3_moe"):
+    if family in ("qwen3", "qwen3_moe", "olmoe"):
         config["attention_bias"] = bool(random.random() < 0.1)
     if family in ("mistral", "mixtral"):
         config["sliding_window"] = [None, 4096, 16, 6][random.integers(4)]
@@ -166,9 +167,13 @@ def change_to_experts(family: str, config: dict[str, Any], random: np.random.Gen
     if family == "mixtral":
         config["router_jitter_noise"] = float(random.choice([0.0, 0.1]))
         return
+    config["norm_topk_prob"] = bool(random.random() < 0.6)
+    if family == "olmoe":
+        config.pop("head_dim")  # its class computes it
+        config["clip_qkv"] = 8.0 if random.random() < 0.1 else None
+        return
     config |= {
         "moe_intermediate_size": int(random.choice([16, 24])),
-        "norm_topk_prob": bool(random.random() < 0.6),
         "decoder_sparse_step": int(random.choice([1, 2], p=[0.9, 0.1])),
         "mlp_only_layers": [0] if random.random() < 0.1 else [],
     }

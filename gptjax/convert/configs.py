@@ -15,7 +15,8 @@ import yaml
 
 from gptjax.config import ModelConfig, nested_values, plain_values
 from gptjax.configfile import config_from_dict
-from gptjax.convert.families import FAMILIES, Family
+from gptjax.convert.families import FAMILIES
+from gptjax.convert.family import Family
 from gptjax.convert.foreign import another_head, unknown_family
 from gptjax.convert.forms import ROPE_DEFAULTS, ROPE_TYPES
 from gptjax.errors import UserError
@@ -168,8 +169,7 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
     used |= {*READ_ELSEWHERE, *family.unread, "layer_types"}
     if family.form["positions.kind"] == "rope":
         used |= {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
-    if family.local_theta is not None:
-        used |= {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
+    used |= {family.local_theta_key, *family.period}
     if family.window is not None:
         used |= {*family.window[:2], "max_window_layers"}
     unknown = [key for key in config if key not in used and not key.startswith(IRRELEVANT_BEGINNINGS)]
@@ -209,37 +209,37 @@ def _import_window(family: Family, config: Mapping[str, Any], n_layers: int) -> 
     window = config.get(key, default)
     if switch is not None and not config.get(switch, False):
         window = None
+    layers = _window_layers(family, config, n_layers)
     if window is None:
-        if kinds is not None and "sliding_attention" in kinds:
+        if "local" in layers and (kinds is not None or family.layers):
             raise UserError(f"config.json: layer_types has sliding_attention, but there is no {key}; make them agree")
         return {}
     if type(window) is not int or window < 1:
         raise UserError(f"config.json: {key} {window!r} must be a number of at least 1, or null")
-    if kinds is not None:
-        layers = [LAYER_TYPES[kind] for kind in kinds]
-    elif family.layers is None:
-        layers = ["local"]
-    else:
-        layers = _usual_layers(family, config, n_layers)
     if "local" not in layers:
         return {}
     period = next(p for p in range(1, len(layers) + 1) if all(x == layers[i % p] for i, x in enumerate(layers)))
     return {"attention.window": window, "attention.pattern": layers[:period]}
 
 
-def _usual_layers(family: Family, config: Mapping[str, Any], n_layers: int) -> list[str]:
-    """Return which layers have the window, where the config.json names no layers."""
+def _window_layers(family: Family, config: Mapping[str, Any], n_layers: int) -> list[str]:
+    """Return which layers have the window, local, and which do not, global."""
+    if config.get("layer_types") is not None:
+        return [LAYER_TYPES[kind] for kind in config["layer_types"]]
+    if family.layers is None:
+        return ["local"] * n_layers
     if family.layers == ():
         full = config.get("max_window_layers", DEFAULT_FULL_LAYERS)
         if type(full) is not int:
             raise UserError(f"config.json: max_window_layers {full!r} must be a number")
         return ["global" if i < full else "local" for i in range(n_layers)]
     pattern = list(family.layers)
-    if family.local_theta is not None:
-        period = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", len(pattern)))
-        if type(period) is not int or period < 1:
-            raise UserError(f"config.json: sliding_window_pattern {period!r} must be a number of at least 1")
-        pattern = ["local"] * (period - 1) + ["global"]
+    for key in family.period:
+        if key in config:
+            if type(config[key]) is not int or config[key] < 1:
+                raise UserError(f"config.json: {key} {config[key]!r} must be a number of at least 1")
+            pattern = ["local"] * (config[key] - 1) + ["global"]
+            break
     return [pattern[i % len(pattern)] for i in range(n_layers)]
 
 
@@ -258,7 +258,7 @@ def _import_rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config.json: rope_type {parts[1]['rope_type']!r} of sliding_attention cannot be run here"
             )
         given = {**parts[0], **(config.get("rope_scaling") or {})}
-        freq = config.get("rope_local_base_freq", family.local_theta)
+        freq = config.get(family.local_theta_key, family.local_theta)
         local = {"positions.local_theta": parts[1].get("rope_theta", freq)}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise UserError(f"config.json: the rope scaling {given!r} must be an object with a rope_type")

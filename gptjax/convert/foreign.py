@@ -59,7 +59,7 @@ FOREIGN_NAMES = (
     (
         r"experts\.|block_sparse_moe|shared_expert",
         "of a mixture of experts",
-        "use a Mixtral, a Qwen3-MoE or a dense model",
+        "use a Mixtral, a Qwen3-MoE, an OLMoE or a dense model",
     ),
     (
         r"vision_tower|vision_model|visual\.|multi_modal_projector|audio_tower",

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from gptjax.config import ModelConfig, override, plain_values
-from gptjax.convert.families import FAMILIES, Family
+from gptjax.convert.families import FAMILIES
+from gptjax.convert.family import Family
 from gptjax.errors import UserError
 
 # Their `rope_type`, with our names of its values and theirs.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.convert.families import Family
+from gptjax.convert.family import Family
 from gptjax.convert.foreign import foreign_tensors, quantization, wrapping
 from gptjax.convert.weights import Layout, TensorSource
 from gptjax.errors import UserError

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gptjax.config import ModelConfig
-from gptjax.convert.families import Family, Tensor
+from gptjax.config import ModelConfig, override
+from gptjax.convert.family import Family, Tensor
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.optim import first_match
 from gptjax.parametrization import MULTIPLIERS, attention_multiplier, factor
@@ -218,12 +219,11 @@ def without_multipliers(cfg: ModelConfig, params: Params) -> Params:
     into them.
     """
     multiplied = multipliers(cfg)
-    if not cfg.norm.weights:  # add scales where there are none, to carry the multiplier
-        attention = params["blocks"]["attention"]
-        if cfg.attention.qk_norm:
-            attention = {**attention, "query_norm": {"scale": jnp.ones((cfg.n_layers, cfg.d_head))}}
-        blocks = {**params["blocks"], "attention": attention}
-        params = {**params, "blocks": blocks, "final_norm": {"scale": jnp.ones(cfg.d_model)}}
+    if not cfg.norm.weights:  # add scales that change nothing, to carry the multipliers
+        wanted = flatten_dict(abstract_model(override(cfg, {"norm.weights": True}))[1])
+        neutral = 0.0 if cfg.norm.from_one else 1.0
+        scales = {path: jnp.full(leaf.shape, neutral) for path, leaf in wanted.items() if path[-1] == "scale"}
+        params = unflatten_dict({**scales, **flatten_dict(params)})
 
     def multiply(keys: Any, leaf: jax.Array) -> jax.Array:
         by = first_match(multiplied, "/".join(key.key for key in keys), 1.0)
