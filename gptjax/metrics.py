@@ -27,7 +27,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             row["step"] + 0  # a number
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -82,6 +82,10 @@ RUNS = {
     ],
     "Chinese": [runs.Curve(f"{CHINESE}{i}", 3 + 0 * CURVE_X, {"tokens": 1e9 * CURVE_X}) for i in range(8)],
     "NaN": [runs.Curve("nan", np.full(5, NAN), {"steps": np.arange(5.0)})],
+    "five steps and a month": [
+        runs.Curve(name, 9 / (1 + CURVE_X), dict.fromkeys(runs.AGAINST, x))
+        for name, x in (("short", np.linspace(0, 5, 59)), ("long", np.linspace(0, 2.6e6, 59)))
+    ],
     "none": [],
 }
 CHIPS = {
@@ -107,6 +111,7 @@ CASES = {
         "no rows": lambda look: runs.draw_loss([], CHINESE, look=look),
         "NaN": lambda look: runs.draw_loss(rows_of(range(9), loss=NAN), "nan", look=look),
         "skipped": lambda look: runs.draw_loss(rows_of(range(1, 90), skipped=2.0), CHINESE * 3, look=look),
+        "step 0 only": lambda look: runs.draw_loss([{"step": 0, "tokens": 0, "val/loss": 4.1}], "begun", look=look),
         "a trillion tokens": lambda look: runs.draw_loss(rows_of(range(0, 2_000_000, 20_000)), "long", look=look),
         "missing keys": lambda look: runs.draw_loss([{"step": 3, "val/loss": 2.0}], "few", look=look),
     },
@@ -291,8 +296,8 @@ def test_a_column_leaves_out_what_is_missing_and_breaks_at_nan():
 
 def test_smoothing_keeps_a_straight_line_and_fills_gaps():
     line = np.arange(1000.0)
-    assert np.allclose(smooth(line)[:990], line[:990])
-    assert smooth(line)[-1] == pytest.approx(999 - 5)  # the end is the mean of the last half window
+    assert np.allclose(smooth(line)[:974], line[:974])
+    assert smooth(line)[-1] == pytest.approx(999 - 12.5)  # the end is the mean of the last half window
     gap = line.copy()
     gap[500] = NAN
     assert smooth(gap)[500] == pytest.approx(500)
@@ -340,6 +345,8 @@ def test_ticks_are_told_apart():
     assert labels(np.array([1_000_100.0, 1_000_200.0]), "count") == ["1.0001 M", "1.0002 M"]
     assert labels(np.array([1.5, 1.75, 2.0]), "plain") == ["1.50", "1.75", "2.00"]
     assert labels(np.array([0.0, 250.0, 1250.0]), "whole") == ["0", "250", "1,250"]
+    assert labels(np.array([0, 5e-5, 1e-4, 3e-4]), "plain") == ["0.00000", "0.00005", "0.00010", "0.00030"]
+    assert labels(np.array([0, 5e-5]), "plain") == ["0", "5×10⁻⁵"]
 
 
 def test_a_table_is_aligned_whatever_is_in_it():

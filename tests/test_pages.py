@@ -5,6 +5,7 @@ The browser's tests are skipped where Chromium is absent: `apt-get install chrom
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,17 @@ from gptjax.apps.plan.chips import parse_topology
 from gptjax.apps.plan.page import plan_page
 from gptjax.apps.plan.placement import place_chips
 from gptjax.apps.report import commands
-from gptjax.apps.report.compare import compare, compare_page
+from gptjax.apps.report.compare import compare, compare_page, lines
 from gptjax.apps.report.run import run_page, summary
-from gptjax.apps.report.runs import find_runs, read_run
+from gptjax.apps.report.runs import Run, find_runs, read_run
 from gptjax.configfile import config_from_dict
 from gptjax.errors import UserError
 from gptjax.figures.plan import Candidate
+from gptjax.figures.series import Logged
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}"
 LIMIT_BYTES = 2_000_000
+NAN = float("nan")
 
 
 def make_run(folder: Path, steps: int = 200, every: int = 1, **config) -> Path:
@@ -91,6 +94,80 @@ def test_compare_groups_seeds_and_says_what_differs(tmp_path, capsys):
     [other] = [row for row in values["runs"] if row["run"] == "other"]
     assert (other["final"], other["flops"], other["steps"]) == (2.5, None, 200)
     assert all(row["flops"] > 0 for row in values["runs"] if row["run"] != "other")
+
+
+def write_rows(folder: Path, rows: list[dict], **config) -> Path:
+    """A run's directory with these rows of metrics.jsonl and a config."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(json.dumps({"model": {"vocab_size": 61}} | config))
+    return folder
+
+
+def test_compare_takes_the_loss_that_most_runs_have_and_names_those_without(tmp_path, capsys):
+    """A folder with a run that has no validation loss, other trainers' CSV files, and a table of something else."""
+    write_rows(tmp_path / "ours", [{"step": 5, "train/loss": 1.0, "val/loss": 2.0}], train={"total_steps": 9})
+    write_rows(tmp_path / "early", [{"step": 1, "train/loss": 0.5}])
+    (tmp_path / "theirs.csv").write_text("iter,val_loss\n0,4.5\n5,2.5\n")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    commands.compare([str(tmp_path)])
+    said, noted = capsys.readouterr()
+    assert "The lowest validation loss is that of ours: 2.0000 nats per token." in said
+    assert "Without a finite validation loss: early." in said and "5 of 9" in said and "theirs" in said
+    assert "table.csv has columns a, b" in noted
+
+
+def test_runs_of_one_seed_are_not_counted_as_seeds(tmp_path):
+    rows = [{"step": 5, "val/loss": 2.0}]
+    runs = find_runs([str(write_rows(tmp_path / name, rows, seed=1)) for name in "ab"])
+    said = "\n".join(lines(compare(runs, [None, None])))
+    assert "a, b: mean 2.0000, sd 0.0000 over 2 runs of 1 seed" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"),
+    [
+        ([{"step": 1, "step_time_s": 1.5}], [1.5]),
+        (
+            [{"step": 0}, {"step": 10, "step_time_s": 2.0}, {"step": 20}, {"step": 30, "step_time_s": 1.0}],
+            [0, 20, 30, 40],
+        ),
+        ([{"step": 0, "seconds": 7.0}, {"step": 10, "seconds": 9.0}], [7, 9]),
+        ([{"step": 0}, {"step": 10}], [NAN, NAN]),
+    ],
+)
+def test_training_time_counts_every_step_once(rows, seconds):
+    found = Run(Path("run"), Logged(rows)).seconds()
+    assert np.allclose(found, seconds, equal_nan=True)
+
+
+ODD = {
+    "one step": [{"step": 1, "tokens": 8, "train/loss": 4.1, "lr": 0.001, "tokens_per_s": 9.0, "step_time_s": 1.5}],
+    "step 0 only": [{"step": 0, "tokens": 0, "val/loss": 4.1, "val/bpb": 5.9}],
+    "NaN": [{"step": step, "train/loss": NAN, "val/loss": NAN} for step in range(3)],
+    "mixed keys": [
+        {"step": 1, "train/loss": "nan", "lr": None, "<b>": 3},
+        {"step": 2},
+        {"step": 3.0, "train/loss": 2.0, "skipped": None, "tokens": None, "val/loss/$web$": 2.0, "train/router": 0.1},
+    ],
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_run_has_a_page(case, tmp_path):
+    run = read_run(write_rows(tmp_path / case, ODD[case]))
+    page = run_page(run)
+    texts = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", page))
+    assert "0.2" not in texts.split(), "a step is a whole number"
+    assert case != "mixed keys" or ("val/loss/$web$" in texts and "train/router" in texts)
+    assert summary(run).endswith(".") and "nan" not in page.split("<main>")[1].split("Config")[0]
+
+
+def test_a_run_that_is_being_written_has_a_page(tmp_path):
+    folder = make_run(tmp_path / "live")
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 201, "tok')
+    assert "200 steps" in run_page(read_run(folder))
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
@@ -205,7 +282,7 @@ def test_a_plans_page_in_a_browser(browser, tmp_path):
     plan["suggestion"] = None
     tried = [Candidate("--mesh.fsdp 16", 1e9 * i, 0.1 * i, i == 2) for i in range(1, 6)]
     path = tmp_path / "plan.html"
-    path.write_text(plan_page(plan, chips, place_chips(cfg, chips), tried))
+    path.write_text(plan_page(plan, chips, place_chips(cfg, chips), tried, f"gptjax plan {HOSTILE}"))
     check_in_browser(browser, path)
 
 

@@ -197,7 +197,7 @@ def test_far_budgets_are_refused(make_study):
 
 def test_a_study_that_straddles_no_optimum_is_refused(make_study):
     small = Law(E=1.2, A=12.0, B=6e4, alpha=0.30, beta=0.60)  # wants the smallest models
-    with pytest.raises(UserError, match=r"no budget straddles its optimum: 3e\+11 FLOPs: the smallest model"):
+    with pytest.raises(UserError, match=r"no budget straddles its optimum: 3×10¹¹ FLOPs: the smallest model"):
         fitted(make_study(law=small, noise=0.0), 1)
 
 
@@ -246,7 +246,7 @@ def findings(directory: Path) -> dict[str, str]:
 
 def test_the_doctor_finds_what_was_done_wrong(make_study):
     said = findings(make_study(warmup_steps=300, epochs=9.0, noise=0.0))
-    assert "warm up for up to 30%" in said["warm-up"]
+    assert "18 runs of 18 warm up for up to 30 %" in said["warm-up"]
     assert "9.0 epochs" in said["epochs"]
     assert "depth against noise" not in said
     assert "the valley is" in findings(make_study("noisy", noise=0.2))["depth against noise"]

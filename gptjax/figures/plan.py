@@ -85,7 +85,7 @@ def draw_roofline(
     """
     axes = sheet.figure.subplots()
     sheet.title(finding, "what a chip can reach, by its FLOPs for each byte that a resource moves")
-    names = {"hbm": "memory (HBM)", "ici": "links between chips (ICI)", "dcn": "network between slices (DCN)"}
+    names = {"hbm": "memory (HBM)", "ici": "links (ICI)", "dcn": "network (DCN)"}
     used = {name: pair for name, pair in traffic.items() if min(pair) > 0 and np.isfinite(pair).all()}
     places = [flops / n_bytes for n_bytes, _ in used.values()]
     ridges = [peak_flops_per_s / rate for _, rate in used.values()]

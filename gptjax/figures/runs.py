@@ -17,20 +17,30 @@ Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is drawn: its key in metrics.jsonl, its name with the unit, and how its ticks are written."""
+    """How a metric is drawn.
+
+    Attributes:
+        key: in metrics.jsonl.
+        label: its name with the unit.
+        kind: how its ticks are written.
+        noisy: smoothed, and summed up by its median; else by its last value.
+        falls: from far above in the first steps, which are left out as those of the loss.
+    """
 
     key: str
     label: str
     kind: str = "plain"
     log: bool = False
+    noisy: bool = False
+    falls: bool = False
 
 
 METRICS = (
-    Metric("val/bpb", "validation bits per byte"),
+    Metric("val/bpb", "validation bits per byte", falls=True),
     Metric("lr", "learning rate"),
-    Metric("grad_norm", "gradient norm", log=True),
-    Metric("tokens_per_s", "throughput (tokens/s)", "count"),
-    Metric("mfu", "MFU (% of the peak)", "percent"),
+    Metric("grad_norm", "gradient norm", log=True, noisy=True),
+    Metric("tokens_per_s", "throughput (tokens/s)", "count", noisy=True),
+    Metric("mfu", "MFU (% of the peak)", "percent", noisy=True),
     Metric("goodput", "goodput (% of the time)", "percent"),
 )
 EVENTS = {"resume": (":", "muted"), "rollback": ("--", "bad")}
@@ -45,7 +55,10 @@ def draw_loss(sheet: Sheet, rows: Rows, name: str, events: Rows = ()) -> None:
         name: of the run.
         events: of events.jsonl: objects with `step` and `event` (resume, rollback).
     """
-    loss, rate = sheet.figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+    lr_x, lr_y = column(rows, "lr")
+    panels = (2, 1) if np.isfinite(lr_y).any() else (1, 1)
+    axes = sheet.figure.subplots(*panels, sharex=True, squeeze=False, height_ratios=(5, 1)[: panels[0]]).ravel()
+    loss, lowest = axes[0], axes[-1]
     train_x, train_y = column(rows, "train/loss")
     val_x, val_y = column(rows, "val/loss")
     smoothed = smooth(train_y)
@@ -54,8 +67,9 @@ def draw_loss(sheet: Sheet, rows: Rows, name: str, events: Rows = ()) -> None:
         top = top_of_range([(train_x, smoothed), (val_x, val_y)], share=0.0)
     if top is None:
         sheet.say(loss, "no finite loss is logged")
-        sheet.title(name)
-        rate.set_visible(False)
+        sheet.title(display.shorten(name, 60))
+        for panel in axes[1:]:
+            panel.set_visible(False)
         return
     blue, orange = sheet.colour(0), sheet.colour(1)
     if len(train_x) > 1 and smoothed is not train_y:
@@ -68,23 +82,22 @@ def draw_loss(sheet: Sheet, rows: Rows, name: str, events: Rows = ()) -> None:
         sheet.hover(loss, "training", train_x, train_y, blue)
     finding = _draw_validation(sheet, loss, val_x, val_y, orange) or f"training loss {_last(smoothed):.4f}"
     shown = _set_range(loss, np.concatenate([train_y, val_y]), top)
-    everything = [value for line in (train_y, val_y) for value in line if np.isfinite(value)]
-    above = max(everything) > shown
+    highest = float(np.nanmax(np.concatenate([train_y, val_y])))
     _mark_events(sheet, loss, rows, events)
     axis(loss, "y", "loss (nats per token)", kind="plain")
-    axis(rate, "x", "step", kind="whole")
+    axis(lowest, "x", "step", kind="whole")
     steps = np.concatenate([train_x, val_x])
-    limits(rate, "x", np.append(steps, 0), margin=0.02)
-    _add_tokens(loss, rows, sheet.look.narrow)
-    lr_x, lr_y = column(rows, "lr")
-    axis(rate, "y", "lr", kind="plain")
-    limits(rate, "y", np.append(lr_y, 0.0), margin=0.12)
-    rate.plot(*thin(lr_x, lr_y), color=sheet.theme.muted, lw=1.2, marker="o" if len(lr_x) == 1 else "")
-    sheet.hover(rate, "learning rate", lr_x, lr_y, sheet.theme.muted)
-    clipped = f"; the first steps, from {max(everything):.2f}, lie above" if above else ""
-    steps_said = (
-        f"{display.plural(int(steps.max()), 'step')}, {display.count(_tokens_per_step(rows) * steps.max())} tokens"
-    )
+    limits(lowest, "x", np.append(steps, 0), margin=0.02)
+    tokens = _tokens_per_step(rows)
+    _add_tokens(loss, tokens)
+    for rate in axes[1:]:
+        axis(rate, "y", "lr", kind="plain")
+        limits(rate, "y", np.append(lr_y, 0.0), margin=0.12)
+        rate.plot(*thin(lr_x, lr_y), color=sheet.theme.muted, lw=1.2, marker="o" if len(lr_x) == 1 else "")
+        sheet.hover(rate, "learning rate", lr_x, lr_y, sheet.theme.muted)
+    clipped = f"; the first steps, from {highest:.2f}, lie above" if highest > shown else ""
+    steps_said = display.plural(int(steps.max()), "step")
+    steps_said += f", {display.count(tokens * steps.max())} tokens" if np.isfinite(tokens) else ""
     sheet.title(f"{display.shorten(name, 60)}: {finding}", f"{steps_said}{clipped}")
 
 
@@ -120,10 +133,10 @@ def _mark_events(sheet: Sheet, axes: Axes, rows: Rows, events: Rows) -> None:
             style, colour = EVENTS[event["event"]]
             line = axes.axvline(event["step"], ls=style, lw=1.2, color=getattr(sheet.theme, colour), zorder=1)
             sheet.name(event["event"], line)
-    steps = [row["step"] for row in rows if display.finite(row.get("skipped")) and row["skipped"] > 0]
-    if steps:
-        total = sum(row["skipped"] for row in rows if display.finite(row.get("skipped")))
-        height = np.full(len(steps), 0.02)
+    steps, skipped = column(rows, "skipped")
+    steps, skipped = steps[skipped > 0], skipped[skipped > 0]
+    if len(steps):
+        total, height = skipped.sum(), np.full(len(steps), 0.05)
         marks = axes.scatter(
             steps, height, marker="x", s=22, color=sheet.theme.bad, transform=axes.get_xaxis_transform(), zorder=5
         )
@@ -138,9 +151,8 @@ def _tokens_per_step(rows: Rows) -> float:
     return float("nan")
 
 
-def _add_tokens(axes: Axes, rows: Rows, narrow: bool) -> None:
-    """Put the tokens on a second axis, on top."""
-    tokens = _tokens_per_step(rows)
+def _add_tokens(axes: Axes, tokens: float) -> None:
+    """Put the tokens on a second axis, on top, for so many tokens a step."""
     if not np.isfinite(tokens) or tokens <= 0:
         return
     top = axes.twiny()
@@ -159,20 +171,29 @@ def draw_metric(sheet: Sheet, rows: Rows, metric: Metric) -> None:
     if metric.log:
         y = np.where(y > 0, y, np.nan)
     filled = np.isfinite(y)
-    sheet.title(f"{metric.label}: {_write(_last(y), metric.kind)} at the end")
+    sheet.title(metric.label)
     if not filled.any():
         sheet.say(axes, "no finite value is logged")
         return
+    said = f"median {_write(np.median(y[filled]), metric.kind)}" if metric.noisy else _write(_last(y), metric.kind)
+    title = f"{display.shorten(metric.label, 60)}: {said}{'' if metric.noisy else ' at the end'}"
     colour = sheet.colour(2)
-    smoothed = smooth(y)
+    smoothed = smooth(y) if metric.noisy else y
     if smoothed is not y:
         axes.plot(*thin(x, y), color=colour, alpha=0.3, lw=0.8)
-    axes.plot(*thin(x, smoothed), color=colour, marker="o" if len(x) < 3 else "")
-    low, high = np.quantile(y[filled], [0.0, 1.0]) if metric.log else np.nanquantile(y, [0.0, 0.999])
-    limits(axes, "y", np.append(np.array([low, high]), [] if metric.log else 0.0), log=metric.log)
+    axes.plot(*thin(x, smoothed), color=colour, marker="o" if len(x) < 40 else "", ms=3.5)
+    top = top_of_range([(x, y)]) if metric.falls else None
+    above = top is not None and y[filled].max() > top
+    sheet.title(title, f"the first steps, from {_write(y[filled].max(), metric.kind)}, lie above" if above else "")
+    if above:
+        limits(axes, "y", y[y <= top], margin=0.08)
+    else:
+        low, high = np.quantile(y[filled], [0.0, 1.0 if metric.log or not metric.noisy else 0.999])
+        limits(axes, "y", np.append([low, high], [] if metric.log else 0.0), log=metric.log)
     limits(axes, "x", np.append(x, 0.0), margin=0.02)
     axis(axes, "x", "step", kind="whole")
-    axis(axes, "y", "" if sheet.look.narrow else metric.label.partition(" (")[0], metric.log, metric.kind)
+    label = display.shorten(metric.label.partition(" (")[0], 24)
+    axis(axes, "y", "" if sheet.look.narrow else label, metric.log, metric.kind)
     sheet.hover(axes, metric.label, x, y, colour)
 
 
@@ -191,6 +212,7 @@ class Curve:
     against: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+FAR_APART = 30  # times as long as the shortest run: the axis is then logarithmic
 AGAINST = {
     "steps": ("steps", "whole", False),
     "tokens": ("tokens", "count", False),
@@ -220,6 +242,9 @@ def draw_compare(sheet: Sheet, curves: Sequence[Curve], what: str = "validation 
             sheet.say(panel, f"not recorded: {label}")
             continue
         x_all = np.concatenate(known)
+        if not log and _far_apart(known):
+            log = True
+            axis(panel, "x", label, log, kind)
         limits(panel, "x", x_all if log else np.append(x_all, 0.0), log, 0.03)
         for i in reversed(order):
             _draw_curve(sheet, panel, curves[i], key, coloured.get(int(i)), log)
@@ -234,6 +259,12 @@ def draw_compare(sheet: Sheet, curves: Sequence[Curve], what: str = "validation 
         others = Line2D([], [], color=sheet.theme.muted, alpha=0.6)
         sheet.name(display.plural(len(curves) - MOST_COLOURS, "other run"), others)
     sheet.title(_compare_finding(curves, order, finals, what), f"{what}; the first steps lie above")
+
+
+def _far_apart(known: Sequence[np.ndarray]) -> bool:
+    """Return whether the shortest of several runs would be a bar at the left edge of a linear axis."""
+    ends = [float(np.nanmax(x)) for x in known if (x > 0).any()]
+    return len(ends) > 1 and max(ends) > FAR_APART * min(ends)
 
 
 def _draw_curve(sheet: Sheet, panel: Axes, curve: Curve, key: str, colour: str | None, log: bool) -> None:

@@ -118,7 +118,7 @@ def draw_compute(
     if frontier is not None:
         axes.fill_between(frontier.x, frontier.low, frontier.high, color=sheet.colour(0), alpha=0.18, lw=0)
         [line] = axes.plot(frontier.x, frontier.y, color=sheet.colour(0), lw=1.4)
-        sheet.name("the law's least loss, with 95 %", (Patch(color=sheet.colour(0), alpha=0.18, lw=0), line))
+        sheet.name("the law's least loss, with 95 % interval", (Patch(color=sheet.colour(0), alpha=0.18, lw=0), line))
     places, key = classes(N)
     for value, place in key:
         colour = sheet.ordered(place)
@@ -130,7 +130,7 @@ def draw_compute(
     if forecasts is not None and len(forecasts.x):
         reach = [forecasts.y - forecasts.low, forecasts.high - forecasts.y]
         bars = axes.errorbar(forecasts.x, forecasts.y, reach, fmt="_", color=ink, capsize=4, ms=9, zorder=4)
-        sheet.name("forecast before the run, with 95 %", bars)
+        sheet.name("forecast, with 95 % interval", bars)
     if apart.any():
         stars = axes.scatter(held.flops[apart], held.loss[apart], marker="*", s=120, color=bad, zorder=5)
         sheet.name("held out of the fit", stars)
@@ -341,7 +341,7 @@ def draw_forecasts(sheet: Sheet, forecasts: Sequence[Forecast], finding: str) ->
     losses = np.array([f.loss for f in good])
     reach = [losses - [f.low for f in good], [f.high for f in good] - losses]
     bars = axes.errorbar(losses, rows, xerr=reach, fmt="|", color=sheet.colour(0), capsize=5, ms=11, lw=1.8)
-    sheet.name("forecast, with 95 %", bars)
+    sheet.name("forecast, with 95 % interval", bars)
     came = [(f.came, row) for f, row in zip(good, rows, strict=True) if f.came is not None and np.isfinite(f.came)]
     if came:
         stars = axes.scatter(*zip(*came, strict=True), marker="*", s=110, color=sheet.theme.bad, zorder=4)
@@ -349,5 +349,5 @@ def draw_forecasts(sheet: Sheet, forecasts: Sequence[Forecast], finding: str) ->
     axis(axes, "x", LOSS, kind="plain")
     limits(axes, "x", np.array([v for f in good for v in (f.low, f.high, f.came) if v is not None]), margin=0.08)
     axes.set_ylim(-0.6, len(good) - 0.4)
-    axes.set_yticks(rows, [display.shorten(f.name, 16 if sheet.look.narrow else 36) for f in good], color=ink)
+    axes.set_yticks(rows, [display.shorten(f.name, 21 if sheet.look.narrow else 36) for f in good], color=ink)
     axes.grid(axis="y", visible=False)

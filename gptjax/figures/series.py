@@ -1,7 +1,7 @@
 """Series of a run's metrics: columns, smoothing, and thinning that keeps the extremes."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,27 @@ import numpy as np
 POINTS = 1200  # of a line; more than a figure has pixels
 
 
+class Logged(list[Mapping[str, Any]]):
+    """Rows of metrics.jsonl that do not change: each column is read once, for every figure of a page."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        super().__init__(rows)
+        self.columns: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+
+
 def column(rows: Sequence[Mapping[str, Any]], name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """Return the rows' values of a metric, and of what it is drawn over; both [n], rows without either left out.
 
     A value that is not finite stays as NaN, so that a line breaks there.
     """
+    if not isinstance(rows, Logged):
+        return _read_column(rows, name, over)
+    if (name, over) not in rows.columns:
+        rows.columns[name, over] = _read_column(rows, name, over)
+    return rows.columns[name, over]
+
+
+def _read_column(rows: Sequence[Mapping[str, Any]], name: str, over: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(row[over], row[name]) for row in rows if name in row and over in row]
     try:
         x, y = np.array(pairs, float).reshape(-1, 2).T
@@ -42,7 +58,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray
     return x[index], y[index]
 
 
-def smooth(y: np.ndarray, share: float = 0.02) -> np.ndarray:
+def smooth(y: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Return the mean over a window of so large a share of the line about each point, NaN left out."""
     half = int(len(y) * share / 2)
     if half < 1:

@@ -14,6 +14,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -302,7 +303,7 @@ def limits(axes: Axes, which: str, values: np.ndarray, log: bool = False, margin
         low, high = low / 10**apart, high * 10**apart
     else:
         apart = (high - low) * margin if high - low > 1e-9 * max(abs(high), 1e-9) else max(abs(high) * 0.1, 0.5)
-        low, high = low - apart, high + apart
+        low, high = (low - apart, high + apart) if low or high else (-margin, 1.0 + margin)
     getattr(axes, f"set_{which}lim")(low, high)
 
 
@@ -312,7 +313,10 @@ def to_bytes(sheet: Sheet, kind: str = "png") -> bytes:
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     options = {"svg.fonttype": "none", "svg.hashsalt": "gptjax", "savefig.facecolor": sheet.theme.paper}
     with mpl.rc_context(options), quiet():
-        sheet.figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
+        if kind == "svg":  # savefig draws twice: first without an output, for layouts that are not settled
+            FigureCanvasSVG(sheet.figure).print_svg(stream, metadata=metadata)
+        else:
+            sheet.figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
     return stream.getvalue()
 
 

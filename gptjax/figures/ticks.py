@@ -1,5 +1,6 @@
 """Ticks that fit: the densest set of round values whose labels leave room between one another."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -48,10 +49,12 @@ class FittingTicks(Locator):
     def candidates(self, low: float, high: float) -> Iterator[np.ndarray]:
         """Yield sets of ticks, dense ones first."""
         if self.log:
-            return log_candidates(low, high)
+            times = time_candidates() if self.kind == "seconds" and high > max(60, 8 * low) else iter(())
+            return itertools.chain(times, log_candidates(low, high))
         units = {"seconds": (86400, 3600, 60), "bytes": (2**40, 2**30, 2**20, 2**10)}.get(self.kind, ())
         unit = next((u for u in units if high - low > 3 * u), 1)
-        return (unit * values for values in linear_candidates(low / unit, high / unit))
+        found = (unit * values for values in linear_candidates(low / unit, high / unit, self.kind == "whole"))
+        return itertools.chain(found, [np.array([float(math.ceil(low))])] if self.kind == "whole" else [])
 
     def fits(self, values: np.ndarray, low: float, high: float) -> bool:
         """Return whether the labels of the ticks leave gaps between one another."""
@@ -101,12 +104,21 @@ def log_candidates(low: float, high: float) -> Iterator[np.ndarray]:
     yield np.array([step * decade for decade in decades for step in (1, 2, 5)])
 
 
-def linear_candidates(low: float, high: float) -> Iterator[np.ndarray]:
-    """Yield evenly spaced round values, dense ones first."""
+def time_candidates() -> Iterator[np.ndarray]:
+    """Yield sets of round times in seconds, dense ones first."""
+    times = np.array([*10.0 ** np.arange(-6, 2), 60, 600, 3600, 36_000, 86_400, 864_000, 8_640_000])
+    for every in (1, 2, 4):
+        yield times[times.tolist().index(60) % every :: every]
+
+
+def linear_candidates(low: float, high: float, whole: bool = False) -> Iterator[np.ndarray]:
+    """Yield evenly spaced round values, dense ones first; `whole` ones only, of what is counted."""
     for number in LINEAR_COUNTS:
         rough = (high - low) / number
         decade = 10.0 ** math.floor(math.log10(rough))
         step = next(step * decade for step in STEPS if step * decade >= rough * (1 - 1e-9))
+        if whole and step != round(step):
+            continue
         first = math.ceil(low / step - 1e-9)
         yield step * np.arange(first, math.floor(high / step + 1e-9) + 1)
 
@@ -120,11 +132,12 @@ def labels(values: np.ndarray, kind: str) -> list[str]:
     if not len(values):
         return []
     top = np.abs(values).max()
+    least = 1e-4 if top < 1e-4 else 1e-7  # below, a power of ten: all of an axis' ticks or none
     write = {
         "count": display.count,
         "whole": lambda value, digits: display.count(value, digits) if top >= 1e5 else f"{value:,.10g}",
         "power": display.power,
-        "plain": _plain,
+        "plain": lambda value, digits: _plain(value, digits, least),
         "percent": lambda value, digits: f"{_plain(100 * value, digits)} %",
         "seconds": lambda value, digits: display.duration(value),
         "bytes": lambda value, digits: display.size(value),
@@ -158,12 +171,17 @@ def _digits(values: np.ndarray) -> int:
     return 8
 
 
-def _plain(value: float, digits: int) -> str:
-    """Return a number without trailing zeros: 0.25, 1,000; a power of ten where it is very large or small."""
+def _plain(value: float, digits: int, least: float = 1e-4) -> str:
+    """Return a number without trailing zeros: 0.25, 1,000; a power of ten where it is large or below `least`."""
     if value == 0:
         return "0"
-    if not 1e-4 <= abs(value) < 1e6:
+    if not least <= abs(value) < 1e6:
         return display.power(value, digits)
-    text = display.significant(value, digits)
+    small = abs(value) < 1e-4
+    text = (
+        f"{value:.{digits - 1 - math.floor(math.log10(abs(value)))}f}"
+        if small
+        else display.significant(value, digits)
+    )
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", "−")

@@ -6,11 +6,15 @@ for (const button of document.querySelectorAll("thead button")) {
     const column = [...row.children].indexOf(heading), rising = heading.getAttribute("aria-sort") !== "ascending";
     const key = (line) => {
       const cell = line.children[column], text = cell.dataset.value ?? cell.textContent;
-      const value = Number(text.replaceAll(",", ""));
+      const value = Number(text.replaceAll(",", "") || "-");
       return Number.isNaN(value) ? text : value;
     };
+    const empty = (value) => value === "" || value === "–";
     const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
-    const lines = [...body.rows].sort((a, b) => (rising ? 1 : -1) * order(key(a), key(b)));
+    const lines = [...body.rows].sort((a, b) => {
+      const [one, other] = [key(a), key(b)];
+      return empty(one) || empty(other) ? empty(one) - empty(other) : (rising ? 1 : -1) * order(one, other);
+    });
     for (const other of row.children) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", rising ? "ascending" : "descending");
     body.append(...lines);

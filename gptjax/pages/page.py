@@ -63,6 +63,12 @@ class Table:
         """Return the rows with every text as a Cell."""
         return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
 
+    def words(self) -> list[bool]:
+        """Return for each column whether it has words only, which are aligned to the left."""
+        rows, columns = self.cells(), range(len(self.header))
+        texts = [[row[i].text for row in rows if i < len(row)] for i in columns]
+        return [i == 0 or not any(re.match(r"[−+-]?[\d∞]", text) for text in texts[i]) for i in columns]
+
 
 @dataclass(frozen=True)
 class Picture:

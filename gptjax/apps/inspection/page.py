@@ -13,7 +13,7 @@ from gptjax.paths import shell
 def inspection_page(found: dict[str, Any], model: str) -> str:
     """Return the page of a report (`report.inspect_prompt`)."""
     sections = [
-        Section("", [Paragraph(found["prompt"], lead=True), Facts(_next(found), large=True)]),
+        Section("", [Paragraph(_finding(found), lead=True), Facts(_next(found), large=True)]),
         Section("Tokens", [_tokens(found)]),
         Section("Attention", [_attention(found)]),
         Section("Logit lens", [_lens(found)]),
@@ -25,17 +25,27 @@ def inspection_page(found: dict[str, Any], model: str) -> str:
     return render(f"Inside {model}", sections, shell(*command))
 
 
+def _finding(found: dict[str, Any]) -> str:
+    """Say what the model expects after the prompt."""
+    first = found["next"][0]
+    return (
+        f"After “{found['prompt']}” the likeliest next token is “{shown(first['text'])}”, "
+        f"with a probability of {first['probability']:.3f}. A space is written as ·."
+    )
+
+
 def _next(found: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(shown(a["text"]), f"{a['probability']:.3f}") for a in found["next"]]
+    return [(f"next token “{shown(a['text'])}”", f"{a['probability']:.3f}") for a in found["next"]]
 
 
 def _tokens(found: dict[str, Any]) -> Table:
     rows = []
     for token, value in zip(found["tokens"], found["attribution"]["values"], strict=True):
-        likelier = ", ".join(f"{shown(a['text'])} {a['probability']:.2f}" for a in token.get("alternatives", ()))
+        alternatives = token.get("alternatives", ())
+        likelier = "   ".join(f"“{shown(a['text'])}” {a['probability']:.2f}" for a in alternatives)  # no-break spaces
         figures = [number(token.get("probability")), number(token.get("rank")), number(value)]
         rows.append([Cell(shown(token["text"])), *figures, Cell(likelier)])
-    towards = f"gradient × input for {shown(found['attribution']['token'])}"
+    towards = f"gradient × input for “{shown(found['attribution']['token'])}”"
     header = ["token", "probability", "rank", towards, "likeliest here"]
     return Table("Each token after those before it", header, rows)
 
@@ -57,10 +67,10 @@ def _lens(found: dict[str, Any]) -> Table:
 
 def _patching(patching: dict[str, Any]) -> Picture:
     effect = np.array(patching["effect"])
-    names = f"{shown(patching['answer'])} over {shown(patching['foil'])}"
+    names = f"“{shown(patching['answer'])}” less that of “{shown(patching['foil'])}”"
     finding = (
-        f"Preference of {names}: {patching['clean_difference']:.2f} for the prompt, "
-        f"{patching['other_difference']:.2f} for {shown(patching['against'], 60)}"
+        f"The logit of {names} is {patching['clean_difference']:.2f} for the prompt, "
+        f"{patching['other_difference']:.2f} for “{shown(patching['against'], 60)}”"
     )
     drawn = "what each activation of the prompt adds to the difference of logits when copied into the other run"
     tokens = [shown(text) for text in patching["tokens"]]

@@ -18,14 +18,19 @@ def lines(found: dict[str, Any]) -> list[str]:
     largest = max(map(abs, attribution["values"])) or 1.0
     rows = []
     for token, value in zip(tokens, attribution["values"], strict=True):
-        likelier = " ".join(f"{shown(a['text'])} {a['probability']:.2f}" for a in token.get("alternatives", ()))
+        likelier = "  ".join(f"{shown(a['text'])} {a['probability']:.2f}" for a in token.get("alternatives", ()))
         share = f"{token['probability']:.4f}" if "rank" in token else display.MISSING
         rows.append(
             [shown(token["text"]), share, str(token.get("rank", display.MISSING)), _bar(value / largest), likelier]
         )
     header = ["token", "probability", "rank", f"for {shown(attribution['token'])}", "likeliest here"]
-    out = display.table(rows, header)
-    out += ["", "next: " + "  ".join(f"{shown(a['text'])} {a['probability']:.3f}" for a in found["next"])]
+    out = ["each token after those before it; a space is written as ·", *display.table(rows, header, left=(0, 3, 4))]
+    answer = shown(attribution["token"])
+    out += [f"(for {answer}: gradient x input, what a token adds to the logit of {answer} as the next token)"]
+    out += [
+        "",
+        "likeliest next tokens: " + "  ".join(f"{shown(a['text'])} {a['probability']:.3f}" for a in found["next"]),
+    ]
     out += ["", "logit lens: the likeliest next token after each token, by layer"]
     cells = [[f"{layer}", *(shown(cell["text"]) for cell in row[-8:])] for layer, row in enumerate(found["lens"])]
     out += display.table(cells, ["layer", *(shown(token["text"]) for token in tokens[-8:])], left=range(9))

@@ -9,7 +9,7 @@ from gptjax.config import Config, override
 from gptjax.configfile import load_config, parse_option, put_value, read_yaml
 from gptjax.configversions import current_key, upgrade
 from gptjax.errors import DOES_NOT_FIT, UserError
-from gptjax.paths import UserPath, writing
+from gptjax.paths import UserPath, shell, writing
 from gptjax.process import prepare_process
 
 
@@ -50,9 +50,7 @@ def plan(
     cfg = load_config([*flags, "--", config])
     named = " ".join([config, *(flag.removeprefix("--") for flag in flags)])
     prepare_process()
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # a plan must not occupy the TPU of the machine that it runs on
+    _leave_accelerators()
     from gptjax.apps.plan import planning
     from gptjax.apps.plan.chips import parse_topology
     from gptjax.apps.plan.roofline import run_costs
@@ -69,7 +67,9 @@ def plan(
     if out is not None:
         write_config(out, config, flags, made["overrides"])
     if html is not None:
-        write_plan_page(html, cfg, chips, made, tried)
+        given = {"topology": topology, "num_slices": None if num_slices == 1 else num_slices, "tokens": tokens}
+        given |= {"price_per_chip_hour": price_per_chip_hour, "search": search, "analytic": analytic, "html": html}
+        write_plan_page(html, cfg, chips, made, tried, command_of(config, flags, given))
     if not made["fits"]:
         raise SystemExit(DOES_NOT_FIT)
 
@@ -107,8 +107,30 @@ def print_hosts(cfg: Config, chips: Any, named: str, json: bool) -> None:
     print(json_format.dumps(described) if json else "\n".join(report_hosts(described)))
 
 
-def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tried: list[Any]) -> None:
-    """Write a plan as an HTML page; raise UserError if it cannot be written or a library is missing."""
+def _leave_accelerators() -> None:
+    """Use the CPU alone: a plan must not occupy the TPU of the machine that it runs on."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def command_of(config: str, flags: list[str], options: dict[str, Any]) -> str:
+    """Return the command line that makes a plan; options that are None or False were not given."""
+    words = ["gptjax", "plan", config, *flags]
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
+    return shell(*words)
+
+
+def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tried: list[Any], command: str) -> None:
+    """Write a plan as an HTML page; raise UserError if it cannot be written or a library is missing.
+
+    Args:
+        command: makes the page again.
+    """
     try:
         from gptjax.apps.plan.page import plan_page
         from gptjax.apps.plan.placement import place_chips
@@ -121,7 +143,7 @@ def write_plan_page(path: str, cfg: Config, chips: Any, plan: dict[str, Any], tr
     marks = [
         Candidate(flags(overrides), n_bytes, seconds, overrides == best) for seconds, overrides, n_bytes in tried
     ]
-    write_page(path, plan_page(plan, chips, place_chips(cfg, chips), marks))
+    write_page(path, plan_page(plan, chips, place_chips(cfg, chips), marks, command))
 
 
 def write_config(out: str, config: str, flags: list[str], overrides: dict[str, object]) -> None:

@@ -8,30 +8,39 @@ from gptjax.apps.plan.chips import Topology
 from gptjax.apps.plan.report import flags, verdict
 from gptjax.figures.plan import Candidate, Chip, draw_candidates, draw_memory, draw_mesh, draw_roofline
 from gptjax.pages.page import Cell, Facts, Paragraph, Picture, Section, Table, number, render
-from gptjax.paths import shell
 
 MOST_HOSTS = 64  # rows of the table of hosts
 RESOURCES = ("hbm", "ici", "dcn")
 
 
-def plan_page(plan: dict[str, Any], topology: Topology, chips: Sequence[Chip], tried: Sequence[Candidate]) -> str:
+def plan_page(
+    plan: dict[str, Any], topology: Topology, chips: Sequence[Chip], tried: Sequence[Candidate], command: str
+) -> str:
     """Return a plan's HTML page.
 
     Args:
         plan: the result of `planning.make_plan`, with `config`.
         chips: the result of `placement.place_chips`.
         tried: the candidates of a search; empty without one.
+        command: writes the page again.
     """
     sections = [
-        Section("", [Paragraph(f"{verdict(plan)}.", lead=True), Facts(_figures(plan), large=True)]),
+        Section("", [Paragraph(_finding(plan), lead=True), Facts(_figures(plan), large=True)]),
         Section("Memory of a chip", [_memory(plan), _memory_table(plan)]),
         Section("What bounds a step", [_roofline(plan, topology), _times_table(plan)]),
         Section("The mesh on the topology", [_mesh(plan, chips), _hosts_table(chips)]),
         Section("Layouts that were tried", [_candidates(plan, tried)] if tried else []),
     ]
-    command = shell("gptjax", "plan", plan["config"], "--topology", plan["topology"])
     title = f"Plan: {plan['config']} on {plan['topology']}"
     return render(title, [section for section in sections if section.blocks], command)
+
+
+def _finding(plan: dict[str, Any]) -> str:
+    """Say whether the run fits, what bounds its step, and where the figures come from."""
+    said = "The run fits" if plan["fits"] else verdict(plan).replace("DOES NOT FIT", "The run does not fit")
+    how = "the compiled program" if plan["method"] == "compiled" else f"an analytic estimate ({plan['note']})"
+    speed = f"its step is bound by {plan['bound']}, and takes about {display.duration(plan['expected']['step_s'])}"
+    return f"{said}; {speed}. The figures are from {how}."
 
 
 def _figures(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -40,7 +49,7 @@ def _figures(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("chips", f"{plan['chips']:,}"),
         ("memory of a chip", f"{display.size(plan['total_bytes'])} of {display.size(plan['capacity_bytes'])}"),
         ("a step", display.duration(expected["step_s"])),
-        ("MFU", f"{expected['mfu']:.1%}"),
+        ("MFU", f"{100 * expected['mfu']:.1f} %"),
         ("tokens/s", display.count(expected["tokens_per_s"])),
     ]
     shown += [("the run", display.duration(86400 * expected["days"]))] if "days" in expected else []
@@ -49,21 +58,21 @@ def _figures(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _memory(plan: dict[str, Any]) -> Picture:
     share = plan["total_bytes"] / plan["capacity_bytes"]
-    finding = f"A chip needs {display.size(plan['total_bytes'])}, {share:.0%} of what it has"
+    finding = f"A chip needs {display.size(plan['total_bytes'])}, {100 * share:.0f} % of what it has"
     return Picture(lambda look: draw_memory(plan["memory"], plan["capacity_bytes"], finding, look=look), finding)
 
 
 def _memory_table(plan: dict[str, Any]) -> Table:
     rows = [[Cell(name), Cell(display.size(count), count)] for name, count in plan["memory"].items()]
     rows.append([Cell("total"), Cell(display.size(plan["total_bytes"]), plan["total_bytes"])])
-    return Table("Memory by part", ["part", "bytes"], rows)
+    return Table("Memory by part", ["part", "memory"], rows)
 
 
 def _roofline(plan: dict[str, Any], topology: Topology) -> Picture:
     chip, flops = topology.chip, plan["executed_flops_per_chip"]
     rates = (chip.hbm_bandwidth, chip.ici_bandwidth, chip.dcn_bandwidth)
     traffic = {name: (plan[f"{name}_bytes"], rate) for name, rate in zip(RESOURCES, rates, strict=True)}
-    finding = f"A step is bound by {plan['bound']}; published runs suggest {plan['expected']['mfu']:.0%} MFU"
+    finding = f"A step is bound by {plan['bound']}; published runs suggest {100 * plan['expected']['mfu']:.0f} % MFU"
     reached = flops / plan["expected"]["step_s"]
     return Picture(lambda look: draw_roofline(flops, chip.flops, traffic, reached, finding, look=look), finding)
 

@@ -60,7 +60,7 @@ def compare(
         from gptjax.figures.runs import draw_compare
         from gptjax.figures.style import to_bytes
 
-        what = {"val/loss": "validation loss", "train/loss": "training loss"}[values["loss"]]
+        what = comparing.LOSSES[values["loss"]]
         try:
             write_atomically(png, to_bytes(draw_compare(comparing.curves(found, rates), what)))
         except OSError as error:

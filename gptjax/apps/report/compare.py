@@ -12,11 +12,13 @@ from gptjax.figures.runs import Curve, draw_compare
 from gptjax.pages.page import Cell, Paragraph, Picture, Section, Table, amount, number, render
 
 MOST_KEYS = 60  # of a config that the page's table shows
+RECIPES = ("runs", "number", "seeds", "mean", "sd")  # columns
+LOSSES = {"val/loss": "validation loss", "train/loss": "training loss"}
 
 
 def loss_key(runs: Sequence[Run]) -> str:
-    """Return the key of the loss that every run has: the validation loss, or else the training loss."""
-    return "val/loss" if all(run.last("val/loss") is not None for run in runs) else "train/loss"
+    """Return the key of the loss that most runs have; the validation loss where as many have either."""
+    return max(LOSSES, key=lambda key: sum(run.last(key) is not None for run in runs))
 
 
 def flops_per_token(run: Run) -> float | None:
@@ -72,6 +74,7 @@ def compare(runs: Sequence[Run], rates: Sequence[float | None]) -> dict[str, Any
         row = {"run": name, "path": str(run.path), "seed": run.config.get("seed"), "final": run.last(key)}
         row |= {"best": best[0] if best else None, "best_step": best[1] if best else None}
         row |= {"steps": run.rows[-1]["step"] if run.rows else None, "tokens": tokens}
+        row["total_steps"] = run.config.get("train.total_steps")
         row |= {"flops": tokens * rate if tokens and rate else run.last("flops")}
         row["seconds"] = float(spent[-1]) if len(spent) else None
         rows.append(row)
@@ -117,27 +120,57 @@ def differing(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[str, 
 
 def compare_page(runs: Sequence[Run], rates: Sequence[float | None], values: dict[str, Any], command: str) -> str:
     """Return the comparison as an HTML page."""
-    what = {"val/loss": "validation loss", "train/loss": "training loss"}[values["loss"]]
+    what = LOSSES[values["loss"]]
     made = curves(runs, rates)
-    best = values["groups"][0] if values["groups"] else {"runs": [], "mean": None}
-    said = f"{display.plural(len(runs), 'run')} of {display.plural(len(values['groups']), 'recipe')}. "
-    if best["mean"] is not None:
-        spread = f" (sd {best['sd']:.4f} over {len(best['runs'])} seeds)" if best["sd"] is not None else ""
-        said += f"The lowest {what} is {best['mean']:.4f}{spread}, by {best['runs'][0]}."
-    else:
-        said += f"None has a finite {what}."
+    said = " ".join(finding(values))
     picture = Picture(lambda look: draw_compare(made, what, look=look), f"{what} of the runs over steps. {said}")
     group_rows = [
-        [Cell(", ".join(group["runs"])), number(len(group["runs"])), number(group["mean"], 5), number(group["sd"], 2)]
+        [
+            Cell(", ".join(group["runs"])),
+            number(len(group["runs"])),
+            number(_distinct(group["seeds"])),
+            number(group["mean"], 5),
+            number(group["sd"], 2),
+        ]
         for group in values["groups"]
     ]
     sections = [
         Section("", [Paragraph(said, lead=True), picture]),
-        Section("Recipes", [Table(f"Final {what}, seeds grouped", ["runs", "seeds", "mean", "sd"], group_rows)]),
+        Section("Recipes", [Table(f"Final {what} (nats per token) of each recipe", RECIPES, group_rows)]),
         Section("Runs", [_runs_table(values, what)]),
         Section("What differs", _differing_table(values)),
     ]
     return render("Comparison of runs", sections, command)
+
+
+def finding(values: dict[str, Any]) -> list[str]:
+    """Return sentences on the outcome: the best recipe, and the runs that cannot be compared by it."""
+    what, recipes = LOSSES[values["loss"]], values["groups"]
+    said = [f"{display.plural(len(values['runs']), 'run')} of {display.plural(len(recipes), 'recipe')}."]
+    if recipes and recipes[0]["mean"] is not None:
+        best, name = recipes[0], display.shorten(", ".join(recipes[0]["runs"]), 80)
+        spread = f" (sd {best['sd']:.4f} over {len(best['runs'])} runs)" if best["sd"] is not None else ""
+        several = len(recipes) < len(values["runs"])
+        which = f"recipe of lowest mean {what}" if several else f"lowest {what}"
+        said.append(f"The {which} is that of {name}: {best['mean']:.4f} nats per token{spread}.")
+    without = [row["run"] for row in values["runs"] if row["final"] is None]
+    if without:
+        names = display.shorten(", ".join(without), 80)
+        said.append(f"Without a finite {what}: {names}.")
+    return said
+
+
+def _distinct(seeds: Sequence[Any]) -> int:
+    return len({json.dumps(seed, default=str) for seed in seeds})
+
+
+def _steps(row: dict[str, Any]) -> str:
+    """Return the steps of a run, with those of its config where it stopped before them."""
+    if row["steps"] is None:
+        return display.MISSING
+    total = row["total_steps"]
+    early = isinstance(total, int) and row["steps"] < total
+    return f"{row['steps']:,.0f}" + (f" of {total:,}" if early else "")
 
 
 def _runs_table(values: dict[str, Any], what: str) -> Table:
@@ -147,15 +180,15 @@ def _runs_table(values: dict[str, Any], what: str) -> Table:
             number(row["final"], 5),
             number(row["best"], 5),
             number(row["best_step"]),
-            number(row["steps"]),
+            Cell(_steps(row), row["steps"]),
             amount(row["tokens"]),
             Cell(display.power(row["flops"], 3), row["flops"]) if row["flops"] else Cell(display.MISSING),
             Cell(display.duration(row["seconds"]), row["seconds"]) if row["seconds"] else Cell(display.MISSING),
         ]
         for row in sorted(values["runs"], key=lambda row: (row["final"] is None, row["final"] or 0.0))
     ]
-    header = ["run", f"final {what}", "best", "at step", "steps", "tokens", "FLOPs", "training time"]
-    return Table("Final figures", header, rows)
+    header = ["run", "final", "best", "at step", "steps", "tokens", "FLOPs", "training time"]
+    return Table(f"Final and best {what} (nats per token), and what each run took", header, rows)
 
 
 def _differing_table(values: dict[str, Any]) -> list[Any]:
@@ -178,18 +211,20 @@ def lines(values: dict[str, Any]) -> list[str]:
             display.shorten(row["run"], 40),
             display.MISSING if row["final"] is None else f"{row['final']:.4f}",
             display.MISSING if row["best"] is None else f"{row['best']:.4f}",
-            display.MISSING if row["steps"] is None else f"{row['steps']:,.0f}",
+            _steps(row),
             display.MISSING if row["tokens"] is None else display.count(row["tokens"]),
             display.MISSING if not row["flops"] else display.power(row["flops"], 2),
             display.MISSING if not row["seconds"] else display.duration(row["seconds"]),
         ]
         for row in sorted(values["runs"], key=lambda row: (row["final"] is None, row["final"] or 0.0))
     ]
-    header = ["run", f"final {values['loss']}", "best", "steps", "tokens", "FLOPs", "time"]
+    header = ["run", "final", "best", "steps", "tokens", "FLOPs", "time"]
     first, *others = display.table(rows, header)
-    said = [display.paint(first, "bold"), *others]
-    several = [group for group in values["groups"] if group["sd"] is not None]
-    for group in several:
-        names = display.shorten(", ".join(group["runs"]), 60)
-        said.append(f"{names}: mean {group['mean']:.4f}, sd {group['sd']:.4f} over {len(group['runs'])} seeds")
-    return said
+    said = [f"{LOSSES[values['loss']]}, nats per token", display.paint(first, "bold"), *others, ""]
+    for group in values["groups"]:
+        if group["sd"] is not None:
+            names = display.shorten(", ".join(group["runs"]), 60)
+            seeds = display.plural(_distinct(group["seeds"]), "seed")
+            spread = f"mean {group['mean']:.4f}, sd {group['sd']:.4f}"
+            said.append(f"{names}: {spread} over {len(group['runs'])} runs of {seeds}")
+    return said + finding(values)

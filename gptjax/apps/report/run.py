@@ -6,11 +6,13 @@ import numpy as np
 
 from gptjax import display
 from gptjax.apps.report.runs import Run, defaults
-from gptjax.figures.runs import METRICS, draw_loss, draw_metric
+from gptjax.figures.runs import METRICS, Metric, draw_loss, draw_metric
+from gptjax.figures.series import column
 from gptjax.pages.page import Cell, Commands, Facts, Paragraph, Picture, Section, Table, Text, render
 from gptjax.paths import shell
 
 MOST_SAMPLES = 12
+MOST_OTHERS = 24  # of a run's own metrics that are drawn
 
 
 def run_page(run: Run) -> str:
@@ -39,18 +41,24 @@ def summary(run: Run) -> str:
     best = run.best("val/loss")
     if best is None:
         loss = run.last("train/loss")
-        return f"{said}; no validation loss is logged" + (f", training loss {loss:.4f}." if loss is not None else ".")
+        ending = f", training loss {loss:.4f} nats per token." if loss is not None else "."
+        return f"{said}; no finite validation loss is logged{ending}{_interruptions(run)}"
     last = run.last("val/loss")
     said += f" to a validation loss of {last:.4f} nats per token"
     said += "." if best[0] >= last else f"; the best, {best[0]:.4f}, came at step {best[1]:,}."
-    skipped = sum(row["skipped"] for row in run.rows if display.finite(row.get("skipped")))
-    resumes = sum(event.get("event") == "resume" for event in run.events)
-    said += (
-        f" It skipped {display.plural(int(skipped), 'step')} whose gradient was not finite or spiked."
-        if skipped
-        else ""
+    return said + _interruptions(run)
+
+
+def _interruptions(run: Run) -> str:
+    """Return sentences on skipped steps, rollbacks and resumes; empty where there were none."""
+    skipped = int(np.nansum(column(run.rows, "skipped")[1]))
+    said = (
+        f" It skipped {display.plural(skipped, 'step')} whose gradient was not finite or spiked." if skipped else ""
     )
-    return said + (f" It was resumed {display.plural(resumes, 'time')}." if resumes else "")
+    for kind, verb in (("rollback", "rolled back"), ("resume", "resumed")):
+        times = sum(event.get("event") == kind for event in run.events)
+        said += f" It was {verb} {display.plural(times, 'time')}." if times else ""
+    return said
 
 
 def final_figures(run: Run) -> list[tuple[str, str]]:
@@ -58,20 +66,21 @@ def final_figures(run: Run) -> list[tuple[str, str]]:
     seconds = run.seconds()
     spent = seconds[np.isfinite(seconds)]
     shown = [
-        ("validation loss", run.last("val/loss"), lambda v: f"{v:.4f}"),
+        ("validation loss (nats)", run.last("val/loss"), lambda v: f"{v:.4f}"),
         ("bits per byte", run.last("val/bpb"), lambda v: f"{v:.4f}"),
-        ("training loss", run.last("train/loss"), lambda v: f"{v:.4f}"),
+        ("training loss (nats)", run.last("train/loss"), lambda v: f"{v:.4f}"),
         ("tokens", run.last("tokens"), display.count),
-        ("tokens/s", _median(run, "tokens_per_s"), display.count),
-        ("MFU", _median(run, "mfu"), lambda v: f"{100 * v:.1f} %"),
+        ("tokens/s (median)", _median(run, "tokens_per_s"), display.count),
+        ("MFU (median)", _median(run, "mfu"), lambda v: f"{100 * v:.1f} %"),
         ("training time", float(spent[-1]) if len(spent) else None, display.duration),
     ]
     return [(name, write(value)) for name, value, write in shown if value is not None]
 
 
 def _median(run: Run, key: str) -> float | None:
-    values = [row[key] for row in run.rows if display.finite(row.get(key))]
-    return float(np.median(values)) if values else None
+    values = column(run.rows, key)[1]
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else None
 
 
 def _loss(run: Run) -> Picture:
@@ -81,7 +90,8 @@ def _loss(run: Run) -> Picture:
 
 
 def _curves(run: Run) -> list[Any]:
-    shown = [metric for metric in METRICS if run.last(metric.key) is not None]
+    others = [Metric(key, key, noisy=key.startswith("train/"), falls=True) for key in _other_metrics(run)]
+    shown = [metric for metric in METRICS if run.last(metric.key) is not None] + others[:MOST_OTHERS]
     pictures: list[Any] = [
         Picture(
             lambda look, metric=metric: draw_metric(run.rows, metric, look=look),
@@ -90,8 +100,16 @@ def _curves(run: Run) -> list[Any]:
         for metric in shown
     ]
     missing = [metric.label.partition(" (")[0] for metric in METRICS if metric not in shown]
-    note = [Paragraph(f"Not logged by this run: {', '.join(missing)}.")] if missing else []
-    return pictures + note
+    note = f"Not logged by this run: {', '.join(missing)}. " if missing else ""
+    note += f"Not drawn: {', '.join(metric.key for metric in others[MOST_OTHERS:])}." if others[MOST_OTHERS:] else ""
+    return pictures + ([Paragraph(note)] if note else [])
+
+
+def _other_metrics(run: Run) -> list[str]:
+    """Return the other keys of train/ and val/ with a finite value: of sources, auxiliary losses, accuracies."""
+    known = {"train/loss", "val/loss", *(metric.key for metric in METRICS)}
+    keys = {key for key in set().union(*run.rows) - known if key.startswith(("train/", "val/"))}
+    return sorted(key for key in keys if run.last(key) is not None)
 
 
 def _samples(run: Run) -> list[Any]:

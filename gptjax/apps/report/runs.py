@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from gptjax import display
 from gptjax.configfile import config_from_dict, config_to_yaml, read_yaml
 from gptjax.errors import UserError
+from gptjax.figures.series import Logged, column
 from gptjax.metrics import read_metrics, read_records
 
 # Column names of other trainers' CSV files, by our key; the first that a file has is used.
@@ -49,7 +51,7 @@ class Run:
     """
 
     path: Path
-    rows: list[dict[str, Any]]
+    rows: Logged
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -67,17 +69,23 @@ class Run:
 
     def best(self, key: str) -> tuple[float, int] | None:
         """Return a metric's lowest value and its step; None if there is none."""
-        known = [(row[key], row["step"]) for row in self.rows if display.finite(row.get(key))]
-        return min(known) if known else None
+        steps, values = column(self.rows, key)
+        if not np.isfinite(values).any():
+            return None
+        at = int(np.nanargmin(values))
+        return float(values[at]), int(steps[at])
 
     def seconds(self) -> np.ndarray:
         """Return the seconds of training up to each row, [n], without evaluations and saves; NaN if unknown."""
-        if any("seconds" in row for row in self.rows):
-            return np.array([row.get("seconds", math.nan) for row in self.rows], float)
-        steps = np.array([row["step"] for row in self.rows], float)
-        times = np.array([row.get("step_time_s", math.nan) for row in self.rows], float)
-        spent = np.diff(steps, prepend=steps[:1]) * times
-        return np.cumsum(np.nan_to_num(spent)) if np.isfinite(times).any() else np.full(len(steps), math.nan)
+        every = np.array([row["step"] for row in self.rows], float)
+        steps, times = column(self.rows, "seconds")
+        if not np.isfinite(times).any():
+            steps, each = column(self.rows, "step_time_s")  # the mean since the row before that has one
+            steps, each = steps[np.isfinite(each)], each[np.isfinite(each)]
+            times = np.cumsum(np.diff(steps, prepend=0.0) * each)
+            steps, times = np.append(0.0, steps), np.append(0.0 if len(times) else math.nan, times)
+        known = np.isfinite(times)
+        return np.interp(every, steps[known], times[known]) if known.any() else np.full(len(every), math.nan)
 
 
 def read_run(path: str | Path) -> Run:
@@ -91,7 +99,7 @@ def read_run(path: str | Path) -> Run:
         raise UserError(f"{folder} holds no metrics.jsonl; give the directory of a run")
     return Run(
         folder,
-        sorted(read_metrics(folder), key=lambda row: row["step"]),
+        Logged(sorted(read_metrics(folder), key=lambda row: row["step"])),
         _config(folder),
         _json(folder / "env.json"),
         [row for row in read_records(folder / "samples.jsonl") if isinstance(row.get("text"), str)],
@@ -121,7 +129,7 @@ def read_csv(path: str | Path) -> Run:
         values = {key: _float(line[name]) for key, name in found.items() if name is not None}
         if values["step"] is not None:
             rows.append({key: value for key, value in values.items() if value is not None})
-    return Run(Path(path), sorted(rows, key=lambda row: row["step"]))
+    return Run(Path(path), Logged(sorted(rows, key=lambda row: row["step"])))
 
 
 def find_runs(paths: list[str]) -> list[Run]:
@@ -137,11 +145,21 @@ def find_runs(paths: list[str]) -> list[Run]:
         elif (path / "metrics.jsonl").is_file():
             found.append(read_run(path))
         else:
-            inside = sorted(p.parent for p in [*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])
-            if not inside:
-                raise UserError(f"{path} is neither a run, a folder of runs nor a .csv file; give one of these")
-            found += [read_run(folder) for folder in inside]
+            found += _runs_inside(path)
     return found
+
+
+def _runs_inside(path: Path) -> list[Run]:
+    """Return the runs of a folder and of its folders; note CSV files that hold no run, such as a study's table."""
+    runs = [read_run(file.parent) for depth in ("*", "*/*") for file in path.glob(f"{depth}/metrics.jsonl")]
+    for file in [*path.glob("*.csv"), *path.glob("*/*.csv")]:
+        try:
+            runs.append(read_csv(file))
+        except UserError as reason:
+            print(f"note: {reason}; left out", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{path} is neither a run, a folder of runs nor a .csv file; give one of these")
+    return sorted(runs, key=lambda run: run.path)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

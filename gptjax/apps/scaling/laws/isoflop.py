@@ -8,6 +8,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from gptjax.apps.scaling.laws.parametric import PowerLaw, fit_power_law
 from gptjax.apps.scaling.laws.table import Table
+from gptjax.display import power, significant
 
 METHODS = ("akima", "parabola")
 FINE = 4001  # points at which a curve between three sizes is compared
@@ -64,7 +65,9 @@ def find_minimum(
     low = int(y.argmin())
     if low in (0, len(x) - 1):
         side, remedy = ("smallest", "smaller") if low == 0 else ("largest", "larger")
-        raise NoMinimum(f"the {side} {what}, {values[low]:.3g}, is the best: nothing straddles it; add {remedy}")
+        raise NoMinimum(
+            f"the {side} {what}, {significant(values[low])}, is the best: nothing straddles it; add {remedy}"
+        )
     if method == "akima":
         curve = Akima1DInterpolator(x, y)
         fine = np.linspace(x[low - 1], x[low + 1], FINE)
@@ -88,7 +91,7 @@ def find_floor(budget: float, rows: Table, method: str = "akima", neighbours: in
     try:
         params, height = find_minimum(rows.params, rows.loss, method, neighbours)
     except NoMinimum as reason:
-        return Floor(budget, np.nan, np.nan, np.nan, f"{budget:.3g} FLOPs: {reason}")
+        return Floor(budget, np.nan, np.nan, np.nan, f"{power(budget)} FLOPs: {reason}")
     ratio = np.median(rows.flops / rows.params / rows.tokens)
     return Floor(budget, params, budget / ratio / params, height)
 

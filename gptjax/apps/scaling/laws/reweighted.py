@@ -28,19 +28,25 @@ def fit_reweighted(
     thetas = np.repeat(objective.centered(start), len(weights), axis=0)
     going, damping = np.arange(len(weights)), np.full(len(weights), 1e-3)
     ended = np.zeros(len(weights), bool)
-    values = _values(objective, thetas, weights)
+    terms = _terms(objective, thetas)
+    values = _values(objective, terms[0], weights)
     for _ in range(MOST_STEPS):
-        gradient, hessian, bound = _derivatives(objective, thetas[going], weights[going])
+        gradient, hessian, bound = _derivatives(objective, *terms, weights[going])
         scale = np.einsum("rii->ri", bound)[:, :, None] * np.eye(5)
         steps = np.linalg.solve(hessian + damping[going, None, None] * scale + 1e-12 * np.eye(5), gradient[..., None])
         tried = thetas[going] - np.clip(steps[..., 0], -0.5, 0.5)
-        now = _values(objective, tried, weights[going])
+        tried_terms = _terms(objective, tried)
+        now = _values(objective, tried_terms[0], weights[going])
         better = now < values[going]
         fall = np.einsum("ri,ri->r", gradient, _solve(bound, gradient)) / 2
         ended[going] = fall <= DECREMENT * values[going] + len(loss) * 1e-24
         thetas[going[better]], values[going[better]] = tried[better], now[better]
         damping[going] = np.clip(np.where(better, damping[going] / 5, damping[going] * 5), 1e-9, 1e9)
-        going = going[~ended[going]]
+        left = ~ended[going]
+        terms = tuple(
+            np.where(_as_shape(better, new), new, old)[left] for new, old in zip(tried_terms, terms, strict=True)
+        )
+        going = going[left]
         if not len(going):
             break
     return [
@@ -61,20 +67,24 @@ def _terms(objective: HuberObjective, thetas: np.ndarray) -> tuple[np.ndarray, n
     return top + np.log(total) - objective.target, shares / total[:, None]
 
 
-def _values(objective: HuberObjective, thetas: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _as_shape(of_fits: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return an array [k] with as many axes as values [k, ...]."""
+    return of_fits.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _values(objective: HuberObjective, residual: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the objective of each fit [k]."""
-    return np.sum(weights * huber(_terms(objective, thetas)[0], objective.delta), axis=1)
+    return np.sum(weights * huber(residual, objective.delta), axis=1)
 
 
 def _derivatives(
-    objective: HuberObjective, thetas: np.ndarray, weights: np.ndarray
+    objective: HuberObjective, residual: np.ndarray, shares: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each fit's gradient [k, 5], its Hessian [k, 5, 5], and the curvature of `newton_decrement` [k, 5, 5].
 
     A residual is the log of a sum of exponentials u_i with du_i = slopes_i dtheta, so that its Hessian is
     sum_i share_i slopes_i slopes_i' - jacobian jacobian'.
     """
-    residual, shares = _terms(objective, thetas)
     delta, rows = objective.delta, residual.shape[1]
     slopes = np.zeros((3, 5, rows))
     slopes[[0, 1, 2], [0, 1, 2]] = 1.0
@@ -84,7 +94,7 @@ def _derivatives(
     pull = weights * np.clip(residual, -delta, delta)
     size = np.abs(residual)
     inner = weights * (size <= delta) - pull
-    bent = ((pull[:, None] * shares).reshape(len(thetas), -1) @ products).reshape(-1, 5, 5)
+    bent = ((pull[:, None] * shares).reshape(len(shares), -1) @ products).reshape(-1, 5, 5)
     hessian = (jacobian * inner[:, None]) @ jacobian.swapaxes(1, 2) + bent
     steepness = weights * np.minimum(1.0, delta / np.maximum(size, 1e-300))
     bound = (jacobian * steepness[:, None]) @ jacobian.swapaxes(1, 2)

@@ -186,7 +186,6 @@ def plot(study: UserPath, format: Literal["png", "svg"] = "png") -> None:
         study: the study's directory, after `collect`.
         format: of the pictures, which go to its folder plots.
     """
-    _prepare()
     path = _source(study, None)
     plots, scores = _plots(), _scores(study, path)
     from gptjax.apps.scaling.predict.forecast import fit_table
@@ -208,7 +207,6 @@ def report(study: UserPath) -> None:
     Args:
         study: the study's directory, after `collect`.
     """
-    _prepare()
     _plots()
     from gptjax.apps.scaling.predict.doctor import CHECKS, diagnose
     from gptjax.apps.scaling.predict.forecast import fit_table

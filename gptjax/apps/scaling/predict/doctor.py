@@ -10,6 +10,7 @@ from gptjax.apps.scaling.laws.isoflop import find_floors, frontier, valleys
 from gptjax.apps.scaling.laws.parametric import Law, fit_law
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.predict.fit import Findings
+from gptjax.display import plural, power
 
 LONG_WARMUP = 0.1  # share of a run's steps (Porian et al. 2024, arXiv 2406.19146, section 3.2)
 MANY_EPOCHS = 4  # beyond which repeated tokens are worth clearly less (Muennighoff et al. 2023, arXiv 2305.16264)
@@ -68,7 +69,8 @@ def warmup(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: 
         shares = np.array([float(row["warmup_steps"]) / float(row["steps"]) for row in rows])
         if (shares > LONG_WARMUP).any():
             yield (
-                f"{(shares > LONG_WARMUP).sum()} runs warm up for up to {shares.max():.0%} of their steps, which "
+                f"{plural((shares > LONG_WARMUP).sum(), 'run')} of {len(rows):,} warm up for up to "
+                f"{100 * shares.max():.0f} % of the steps, which "
                 "makes large models of small budgets look worse: set warmup_frac"
             )
 
@@ -78,7 +80,10 @@ def repetition(path: Path, rows: list[dict[str, str]], table: Table, law: Law, s
     if "epochs" in rows[0]:
         epochs = numbers(rows, "epochs", path)
         if (epochs > MANY_EPOCHS).any():
-            yield f"{(epochs > MANY_EPOCHS).sum()} runs take up to {epochs.max():.1f} epochs: bring more data"
+            yield (
+                f"{plural((epochs > MANY_EPOCHS).sum(), 'run')} of {len(rows):,} took more than {MANY_EPOCHS} "
+                f"epochs, up to {epochs.max():.1f}: bring more data"
+            )
 
 
 def edges(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: float) -> Iterator[str]:
@@ -94,7 +99,7 @@ def depth(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std: f
         rise = min(valley.loss[0], valley.loss[-1]) / valley.loss.min() - 1
         if len(valley) >= 4 and 0 < rise < SHALLOW * std:
             yield (
-                f"{budget:.3g} FLOPs: the valley is {100 * rise:.2f} % deep and the noise {100 * std:.2f} %: "
+                f"{power(budget)} FLOPs: the valley is {100 * rise:.2f} % deep and the noise {100 * std:.2f} %: "
                 "widen the grid, or add seeds"
             )
 
@@ -109,7 +114,7 @@ def parabola(path: Path, rows: list[dict[str, str]], table: Table, law: Law, std
         bias = floor.params / float(law.optimum(floor.flops, ratio)[0]) - 1
         if abs(bias) > BIAS:
             yield (
-                f"{floor.flops:.3g} FLOPs: a parabola errs by {100 * bias:+.1f} % in N* even without noise "
+                f"{power(floor.flops)} FLOPs: a parabola errs by {100 * bias:+.1f} % in N* even without noise "
                 f"(alpha {law.alpha:.2f}, beta {law.beta:.2f}): trust Akima, or narrow the grid"
             )
 
@@ -118,7 +123,7 @@ def divergence(path: Path, rows: list[dict[str, str]], table: Table, law: Law, s
     """Check for runs that are missing from the fit because they diverged."""
     lost = sum(row.get("status") == "diverged" for row in rows)
     if lost:
-        yield f"{lost} of {len(rows)} runs diverged and are not in the fit: lower their peak_lr"
+        yield f"{lost:,} of {plural(len(rows), 'run')} diverged, and the fit leaves them out: lower their peak_lr"
 
 
 CHECKS: dict[str, Check] = {

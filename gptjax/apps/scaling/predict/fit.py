@@ -115,8 +115,10 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
     changed: dict[str, tuple[Table, float]] = {"as it is": (table, DELTA)}
     changed |= {f"delta {delta:g}": (table, delta) for delta in (1e-4, 1e-2)}
     worst = np.argsort(table.loss)
-    changed |= {f"without the highest {k} of the losses": (table.take(np.sort(worst[:-k])), DELTA) for k in (1, 3)}
-    changed |= {f"without {c:.3g} FLOPs": (table.take(budgets != c), DELTA) for c in np.unique(budgets)}
+    for k, name in ((1, "highest loss"), (3, "three highest losses")):
+        changed[f"without the {name}"] = table.take(np.sort(worst[:-k])), DELTA
+    shown = {f"without {c:.3g} FLOPs": f"without {power(c)} FLOPs" for c in np.unique(budgets)}
+    changed |= {name: (table.take(budgets != c), DELTA) for name, c in zip(shown, np.unique(budgets), strict=True)}
     names = [name for name in read_rows(path)[0] if name.startswith("params_")]
     changed |= {f"N is {name}": (read_table(path, name, loss), DELTA) for name in names}
     values: dict[str, Any] = {}
@@ -124,15 +126,25 @@ def describe_sensitivity(path: Path, loss: str = "loss") -> Findings:
     for name, (rows, delta) in changed.items():
         starts = None if name.startswith("N is") or name == "as it is" else start
         try:
-            fit = fit_law(rows.params, rows.tokens, rows.loss, delta, starts=starts)
+            fit = (
+                law
+                if rows is table and delta == DELTA
+                else fit_law(rows.params, rows.tokens, rows.loss, delta, starts=starts)
+            )
         except UserError as reason:
-            cells.append([name, *[MISSING] * 5, str(reason)])
+            cells.append([shown.get(name, name), *[MISSING] * 5, str(reason)])
             continue
-        values[name] = {"exponent": fit.exponent, "alpha": fit.alpha, "beta": fit.beta, "E": fit.E}
+        values[name] = {
+            "choice": shown.get(name, name),
+            "exponent": fit.exponent,
+            "alpha": fit.alpha,
+            "beta": fit.beta,
+            "E": fit.E,
+        }
         values[name]["loss"] = _best_loss(fit, rows, budget)
         v = values[name]
         fitted = [f"{v[key]:.3f}" for key in ("exponent", "alpha", "beta")]
-        cells.append([name, *fitted, f"{v['E']:.4f}", f"{v['loss']:.4f}"])
+        cells.append([shown.get(name, name), *fitted, f"{v['E']:.4f}", f"{v['loss']:.4f}"])
     away = np.abs(np.log(table.loss / law.loss(table.params, table.tokens)))
     farthest = np.argsort(-away)[:LEFT_OUT]
     without = np.ones((len(farthest), len(table)))

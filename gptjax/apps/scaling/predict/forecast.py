@@ -17,7 +17,6 @@ from gptjax.apps.scaling.predict.fit import Findings, describe_batch, rate_inter
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, read_yaml
 from gptjax.errors import UserError
-from gptjax.nn.transformer import count_params, flops_per_token
 
 FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade predicts little beyond
 
@@ -176,6 +175,8 @@ def _sized(study: str, base: dict, shape: dict, flops: float, rate: float | None
     largest = rows[-1]
     vocab = largest["params"]["matmul"] - largest["params"]["blocks"]
     config = {**base, "model": {**base.get("model", {}), **shape}}
+    from gptjax.nn.transformer import flops_per_token  # imports JAX, which fits and reports do without
+
     model = config_from_dict({"model": {**config["model"], "vocab_size": vocab // largest["d_model"]}}).model
     batch = config_from_dict({"train": base.get("train", {})}).train.batch_sequences * model.context_length
     steps = max(1, round(flops / flops_per_token(model) / batch))
@@ -192,6 +193,8 @@ def _sized(study: str, base: dict, shape: dict, flops: float, rate: float | None
 
 
 def _matmul(model: ModelConfig) -> int:
+    from gptjax.nn.transformer import count_params
+
     return count_params(model)["blocks"] + model.d_model * model.vocab_size
 
 

@@ -24,19 +24,19 @@ ABOUT = {
     "batch": "Tokens to one loss against the batch.",
     "forecasts": "Forecasts with their intervals, and the losses reached.",
 }
-SHOWN = (
-    "id",
-    "params",
-    "tokens",
-    "flops",
-    "loss",
-    "status",
-    "peak_lr",
-    "batch_sequences",
-    "seed",
-    "epochs",
-    "wall_s",
-)
+SHOWN = {  # columns of the table of runs, with their headings
+    "id": "run",
+    "params": "parameters",
+    "tokens": "tokens",
+    "flops": "FLOPs",
+    "loss": "loss",
+    "status": "status",
+    "peak_lr": "peak lr",
+    "batch_sequences": "batch",
+    "seed": "seed",
+    "epochs": "epochs",
+    "wall_s": "time",
+}
 
 
 def study_page(
@@ -147,14 +147,13 @@ def _floors_table(fitted: Fitted) -> Table | Paragraph:
         return Paragraph("The runs do not share budgets: there are no valleys, and the frontier is the law's.")
     rows = []
     for floor in floors:
-        budget = Cell(display.power(floor.flops, 2), floor.flops)
-        if floor.refused:
-            rows.append(
-                [budget, Cell(display.MISSING), Cell(display.MISSING), Cell(display.MISSING), Cell(floor.refused)]
-            )
-        else:
-            rows.append([budget, amount(floor.params), amount(floor.tokens), number(floor.loss, 4), Cell("")])
-    return Table("Size of least loss", ["FLOPs", "parameters", "tokens", "loss", "refused"], rows)
+        found = (amount(floor.params), amount(floor.tokens), number(floor.loss, 4))
+        least = [Cell(display.MISSING)] * 3 if floor.refused else found
+        rows.append([Cell(display.power(floor.flops, 2), floor.flops), *least, Cell(floor.refused)])
+    header = ["FLOPs", "parameters", "tokens", "loss (nats/token)", "refused"]
+    if not any(floor.refused for floor in floors):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return Table("Size of least loss at each budget", header, rows)
 
 
 def _forecast_table(scores: list[dict[str, Any]]) -> Table:
@@ -171,16 +170,17 @@ def _forecast_table(scores: list[dict[str, Any]]) -> Table:
             [Cell(score["rung"]), forecast, number(low, 5), number(high, 5), came, error, Cell(inside), Cell(order)]
         )
     header = ["run", "forecast", "95 % from", "to", "came", "off by", "interval", "written"]
-    return Table("Forecasts and what came", header, rows)
+    return Table("Forecasts of the loss (nats per token), and what came", header, rows)
 
 
 def _sensitivity(path: Path) -> list[Any]:
     values, _ = fit.describe_sensitivity(path)
     one_out = values.pop("one row left out", None)
     names = ("exponent", "alpha", "beta", "E", "loss")
-    rows = [[Cell(name), *(number(float(found[key])) for key in names)] for name, found in values.items()]
-    header = ["choice", "a", "α", "β", "E", "loss at ten times the largest budget"]
-    blocks: list[Any] = [Table("The fit repeated with other choices", header, rows)]
+    rows = [[Cell(found["choice"]), *(number(float(found[key])) for key in names)] for found in values.values()]
+    header = ["choice", "a", "α", "β", "E", "forecast"]
+    about = "The fit repeated with other choices; forecast: the loss at ten times the largest budget"
+    blocks: list[Any] = [Table(about, header, rows)]
     if one_out:
         low, high = one_out["exponent"]
         blocks.append(Paragraph(f"With any one run left out, a lies between {low:.3f} and {high:.3f}."))
@@ -195,7 +195,8 @@ def _runs_table(path: Path) -> Table:
     for row in rows:
         held = [Cell("yes" if row.get("held_out") in ("1", "true") else "")] if extra else []
         shown.append([_cell(name, row.get(name) or "") for name in names] + held)
-    return Table(f"All runs ({path.name} has every column in full)", [*names, *extra], shown)
+    caption = f"All runs ({path.name} has every column in full); loss in nats per token, batch in sequences"
+    return Table(caption, [*(SHOWN[name] for name in names), *extra], shown)
 
 
 def _cell(name: str, text: str) -> Cell:
@@ -209,7 +210,8 @@ def _cell(name: str, text: str) -> Cell:
         return Cell(display.power(value, 3), text)
     if name == "wall_s":
         return Cell(display.duration(value), text)
-    return Cell(display.count(value) if name in ("params", "tokens") else display.significant(value), text)
+    whole = name in ("params", "tokens", "batch_sequences")
+    return Cell(display.count(value) if whole else display.significant(value), text)
 
 
 def _methods(study: str, path: Path, fitted: Fitted) -> list[Any]:
