@@ -11,6 +11,10 @@ from typing import Annotated, Any
 from gptjax.errors import UserError
 
 BUCKETS = ("gs://", "s3://")
+HUB = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)(datasets/)?(\w[\w.-]*(?:/\w[\w.-]*)?).*")
+# What a clone of a repository holds in place of a large file.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REMEDY = "is a pointer of Git LFS in place of the file; fetch the file: git lfs pull"
 
 # The type of a command's parameter that names a path; `cli.py` passes its values through `user_path`.
 UserPath = Annotated[str, "path"]
@@ -32,6 +36,12 @@ def user_path(path: str | os.PathLike[str]) -> str:
     if not isinstance(text, str) or "\0" in text or not is_text(text):
         raise UserError(f"the path {text!r} is not UTF-8 text; rename the file or folder")
     text = re.sub(r"^(gs|s3):/(?!/)", r"\1://", text)  # pathlib makes one slash of two
+    if found := HUB.fullmatch(text):
+        is_dataset, name = found.groups()
+        instead = f"download it (hf download {name} --repo-type dataset --local-dir DIR), and give DIR"
+        raise UserError(
+            f"{text!r} is an address of the Hugging Face hub; {instead if is_dataset else f'give the id, {name!r}'}"
+        )
     if "://" in text and not text.startswith(BUCKETS):
         raise UserError(f"{text!r} is not an address of {', '.join(BUCKETS)}; fetch it to a file first")
     text = os.path.expanduser(text)

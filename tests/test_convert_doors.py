@@ -454,3 +454,25 @@ def test_a_repository_of_the_hub_without_safetensors_is_told(tmp_path, monkeypat
 def test_the_file_of_a_model_leads_to_its_folder(llama):
     with pytest.raises(UserError, match=f"give the directory of a model or run, here {re.escape(repr(str(llama)))}"):
         open_model(str(llama / NAME))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 99\n"
+
+
+@pytest.mark.parametrize("name", [NAME, "config.json", "tokenizer.json", "generation_config.json", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_named_for_what_it_is(name, llama):
+    (llama / name).write_text(POINTER)
+    refused(llama / name if name.endswith("gguf") else llama, f"{name} is a pointer of Git LFS.*: git lfs pull")
+
+
+def test_a_file_that_is_not_read_may_be_a_pointer_or_a_broken_link(llama):
+    (llama / "pytorch_model.bin").write_text(POINTER)
+    (llama / "consolidated.safetensors").symlink_to("../../blobs/ab")
+    open_model(str(llama))
+
+
+@pytest.mark.parametrize("name", [NAME, "config.json", "tokenizer.json", "merges.txt"])
+def test_a_copied_snapshot_whose_links_lead_nowhere_says_so(name, llama):
+    (llama / name).unlink(missing_ok=True)
+    (llama / name).symlink_to("../../blobs/ab")
+    refused(llama, rf"{name}' is a link to '../../blobs/ab', which is not there.*cp -rL")

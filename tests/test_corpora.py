@@ -66,6 +66,7 @@ REFUSED = {
     "twice.gz": (gzip.compress(bz2.compress(TEXT)), "contains a file that is compressed by bzip2"),
     "c.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(99), "is a 7z archive"),
     "c.pdf": (b"%PDF-1.7\n" + TEXT, "is a PDF document"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
     "c.db": (b"SQLite format 3\0" + bytes(99), "is an SQLite database"),
     "utf16.txt": (TEXT.decode().encode("utf-16"), "is UTF-16: iconv"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16-be"), "contains NUL bytes"),
@@ -81,7 +82,13 @@ REFUSED = {
         json.dumps({"data": []}, indent=1).encode(),
         "write an object of several lines as one line: jq -c .",
     ),
-    "numbers.json": (b"[1, 2]", "row 1 has no text in the field 'text'"),
+    "numbers.json": (b"[1, 2]", "row 1 has no text in the field 'text'; name the field"),
+    "chat.jsonl": (
+        b'{"messages": [], "id": 1}\n',
+        "line 1 has no text in the field 'text'; it has messages, id; name",
+    ),
+    "rows.json": (b'[{"content": "a"}]', "row 1 has no text in the field 'text'; it has content; name the field"),
+    "null.jsonl": (b'{"text": null}\n', "line 1 has no text in the field 'text'; name the field"),
     "c.csv": (b"id,body\n1,a\n", "has no column 'text'; it has id, body; set text_field to one of them"),
     "open.csv": (b'id,text\n1,"a\n', "is not a row of a table: unexpected end of data"),
     "short.csv": (b"id,text\n1\n", "line 2 has no column 'text'"),
@@ -252,6 +259,16 @@ def test_a_dataset_folder_is_divided_by_its_names_and_says_what_it_leaves_out(tm
     assert len(source.notes) == 2
     assert "6 files that are no documents are left out" in source.notes[0] and "README.md" in source.notes[0]
     assert "1 files for validation by name; 1 for testing are left out" in source.notes[1]
+
+
+def test_what_desktops_editors_and_python_leave_in_a_folder_is_no_document(tmp_path):
+    folder = tmp_path / "texts"
+    for name in ("__MACOSX/._a.txt", "__pycache__/a.pyc", "Thumbs.db", "desktop.ini", ".a.txt.swp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\1\2")
+    (folder / "a.txt").write_text("to be or not to be")
+    source = load(tmp_path, folder)
+    assert text_of(source) == "to be or not to be" and "5 files that are no documents" in source.notes[0]
 
 
 def test_a_folder_without_validation_or_without_training_is_divided_by_share(tmp_path):

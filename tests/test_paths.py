@@ -144,3 +144,17 @@ def test_a_run_that_was_moved_is_told_by_its_own_config(tmp_path, capsys):
     (new / "checkpoints").rmdir()  # a config that was copied out of its run says what it says
     assert load_config([str(new / "config.yaml")]).workdir == str(old)
     assert os.path.exists(new) and capsys.readouterr().err.count("is taken to be") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "instead"),
+    [
+        ("https://huggingface.co/openai-community/gpt2", "give the id, 'openai-community/gpt2'"),
+        ("https://www.huggingface.co/org/name/tree/main?a=b", "give the id, 'org/name'"),
+        ("hf://org/name", "give the id, 'org/name'"),
+        ("https://hf.co/datasets/org/name", "hf download org/name --repo-type dataset"),
+    ],
+)
+def test_an_address_of_the_hub_is_answered_by_what_to_give(address, instead):
+    with pytest.raises(UserError, match=f"is an address of the Hugging Face hub; .*{instead}"):
+        user_path(address)

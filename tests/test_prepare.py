@@ -316,7 +316,11 @@ BAD = {
     "cut.parquet": (b"PAR1 and no more", r"cannot read .*cut.parquet"),
     "empty.jsonl": (b"", r"is empty: there is no text"),
     "blank.jsonl": (b'{"text": ""}\n', r"is empty: there is no text"),
-    "one.jsonl": (b'{"text": "abc"}\n', r"none of the 1 documents .* raise --val_frac"),
+    "one.jsonl": (b'{"text": "abc"}\n', r"none of the 1 documents .* in the split val; raise --val_frac"),
+    "same.jsonl": (
+        b'{"text": "abc"}\n' * 3,
+        r"none of the 1 documents .* in the split val \(2 duplicates are left out",
+    ),
 }
 
 

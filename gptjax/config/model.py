@@ -279,6 +279,9 @@ class ModelConfig:
         pairs = self.rotated_width // 2
         wanted = f"does not rotate pairs of model.head_dim {self.d_head}; make its product with that an even number"
         check(learned or self.rotated_width == 2 * pairs > 0, "model.positions.rotated_frac", share, wanted)
+        if rope.scaling is not None:
+            factors = ("factor", "low_freq_factor", "high_freq_factor", "original_context", "beta_fast", "beta_slow")
+            check_positive("model.positions.scaling", rope.scaling, *factors)
         if not learned and rope.scaling is not None and rope.scaling.kind == "longrope":
             for name in ("short_factors", "long_factors"):
                 given, rule = len(getattr(rope.scaling, name)), f"factors must be {pairs}, one for each pair"

@@ -20,6 +20,7 @@ from gptjax.convert.family import Family
 from gptjax.convert.foreign import another_head, unknown_family
 from gptjax.convert.forms import ROPE_DEFAULTS, ROPE_TYPES
 from gptjax.errors import UserError
+from gptjax.paths import LFS_POINTER, LFS_REMEDY
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
 SIZES += ("mlp.moe.experts", "mlp.moe.top_k", "mlp.moe.width")
@@ -87,7 +88,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object; raise UserError where it holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise UserError(f"{path} {LFS_REMEDY}")
+        values = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ Source: `transformers` 5.24: the classes of models/auto, utils/quantization_conf
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -77,6 +78,9 @@ FOREIGN_NAMES = (
         "give the language model, or in Python: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
     ),
 )
+
+
+READ = (".json", ".safetensors", ".jinja", "merges.txt")  # endings of the files that are read
 
 
 def unknown_family(config: Mapping[str, Any], known: Mapping[str, tuple[str, str]]) -> str:
@@ -182,6 +186,18 @@ def wrapping(found: Iterable[str], wanted: Iterable[str]) -> str | None:
     found, last = list(found), max(wanted, key=len)
     prefix = next((name.removesuffix(last) for name in found if name != last and name.endswith(last)), None)
     return prefix or None
+
+
+def broken_links(folder: Path) -> str | None:
+    """Return a message about links to files that are not there, among the files that are read; None without."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(READ) and not name.startswith("consolidated"))
+    broken = [name for name in names if not (folder / name).exists()]
+    if not broken:
+        return None
+    return (
+        f"{str(folder / broken[0])!r} is a link to {os.readlink(folder / broken[0])!r}, which is not there; copy the "
+        "folder with the files that its links name: cp -rL"
+    )
 
 
 def no_weights(folder: Path) -> str:

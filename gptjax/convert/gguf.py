@@ -18,6 +18,7 @@ from gptjax.convert.foreign import kind_of
 from gptjax.convert.gguf_vocabulary import gguf_tokenizer
 from gptjax.errors import UserError
 from gptjax.nn.rotary import rotary_angles
+from gptjax.paths import LFS_POINTER, LFS_REMEDY
 from gptjax.tokenizers import Tokenizer
 
 # Our config.json's key, by GGUF's (after `llama.`); those without a default are in every file.
@@ -172,6 +173,9 @@ def _reader(path: Path) -> Any:
         from gguf import GGUFReader
     except ImportError:
         raise UserError(f"to read {str(path)!r}: pip install 'gptjax[hf]' (it needs the package gguf)") from None
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} {LFS_REMEDY}")
     try:
         return GGUFReader(path)
     except Exception as error:  # the reader raises what numpy does where a file ends early

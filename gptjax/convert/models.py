@@ -27,7 +27,7 @@ from gptjax.convert.base import (
 )
 from gptjax.convert.configs import family_of, import_config, read_json
 from gptjax.convert.families import FAMILIES
-from gptjax.convert.foreign import model_inside, no_model
+from gptjax.convert.foreign import broken_links, model_inside, no_model
 from gptjax.convert.gguf import read_gguf
 from gptjax.convert.hub import find_model
 from gptjax.convert.matching import match_tensors
@@ -88,6 +88,8 @@ def open_model(path_or_id: str | os.PathLike[str]) -> Model:
             f"{path_or_id!r} is a file; give the directory of a model or run, here {str(path.parent)!r}, or a .gguf "
             "file"
         )
+    if path.is_dir() and (reason := broken_links(path)):
+        raise UserError(reason)
     if (path / "config.json").exists():
         return _open_huggingface(path)
     if (path / "checkpoints").is_dir():

@@ -12,6 +12,7 @@ from etils import epath
 
 from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
+from gptjax.paths import LFS_POINTER, LFS_REMEDY
 
 HEAD_BYTES = 2**12  # read to recognise a file
 
@@ -55,6 +56,7 @@ REFUSED = {
     b"SQLite format 3\0": "is an SQLite database: write its table as JSON lines, and give that",
     b"\xff\xfe": "is UTF-16: iconv -f UTF-16 -t UTF-8 converts it",
     b"\xfe\xff": "is UTF-16: iconv -f UTF-16 -t UTF-8 converts it",
+    LFS_POINTER: LFS_REMEDY,
 }
 BINARY = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "arrow"}
 
@@ -117,9 +119,10 @@ def _is_line_of_json(head: bytes) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Folders
 
-# Files that `datasets`, Hugging Face's hub, Spark and fsspec write beside the rows.
+# Files that `datasets`, Hugging Face's hub, Spark and fsspec write beside the rows, and desktops, editors and Python
+# beside any files.
 BESIDE = re.compile(
-    r"\..*|_(SUCCESS|metadata|common_metadata|temporary|delta_log|(committed|started)_.*)|dataset_infos?\.json|dataset_dict\.json|state\.json|.*\.(lock|crc|md5|sha256)|(MD5|SHA256)SUMS",
+    r"\..*|__MACOSX|__pycache__|(eh)?thumbs\.db|desktop\.ini|_(SUCCESS|metadata|common_metadata|temporary|delta_log|(committed|started)_.*)|dataset_infos?\.json|dataset_dict\.json|state\.json|.*\.(lock|crc|md5|sha256)|(MD5|SHA256)SUMS",
     re.IGNORECASE,
 )
 # In the source folder itself; in a folder below it, such a file may be a document.

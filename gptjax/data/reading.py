@@ -137,6 +137,9 @@ def _json_documents(piece: Piece, how: Reading, complain: Callable[[str], None])
 
 
 def _text_in(row: Any, how: Reading) -> str:
+    if isinstance(row, dict) and how.text_field not in row:
+        names = ", ".join(name[:40] for name in list(row)[:8])
+        raise LookupError(f"; it has {names}" if names else "")
     text = row[how.text_field]
     if not text.isascii():
         text.encode()  # JSON can escape a lone surrogate, which raises here
@@ -157,7 +160,8 @@ def _what_is_wrong(record: bytes, error: Exception, how: Reading) -> str:
         return "cannot be read: it nests too deep"
     if isinstance(error, ValueError):  # a number of thousands of digits
         return f"cannot be read: {error}"
-    return f"has no text in the field {how.text_field!r}; name the field with text_field"
+    found = error.args[0] if type(error) is LookupError else ""
+    return f"has no text in the field {how.text_field!r}{found}; name the field with text_field"
 
 
 def _csv_documents(piece: Piece, how: Reading, complain: Callable[[str], None]) -> Iterator[Document]:

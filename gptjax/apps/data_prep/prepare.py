@@ -437,11 +437,13 @@ def commit(folder: Path, plan: dict[str, Any], options: Options) -> dict[str, An
     paths = ", ".join(source["path"] for source in plan["sources"])
     if not counts["documents"]:
         raise UserError(f"{paths} is empty: there is no text in it")
+    same = f" ({duplicates:,} duplicates are left out)" if duplicates else ""
     for name, remedy in (("train", "lower"), ("val", "raise")):
         if not splits[name]["tokens"]:
             raise UserError(
-                f"none of the {counts['documents'] - duplicates:,} documents of {paths} are in the split {name}; "
-                f"{remedy} --val_frac {options.val_frac}, or give a --separator if a text file holds many documents"
+                f"none of the {counts['documents'] - duplicates:,} documents of {paths} are in the split "
+                f"{name}{same}; {remedy} --val_frac {options.val_frac}, or give a --separator if a text file holds "
+                "many documents"
             )
     manifest: dict[str, Any] = {
         "format": MANIFEST_FORMAT,
