@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -237,6 +238,12 @@ def test_the_check_sees_an_overlap(monkeypatch):
     sheet.figure.text(0.51, 0.5, "another")
     boxes = dict(drawn_texts(sheet, monkeypatch)[0])
     assert boxes["one"].overlaps(boxes["another"])
+
+
+def test_boxes_are_measured_at_the_resolution_of_the_file():
+    sheet = CASES["forecasts"]["nine"](Look())
+    wide, high = struct.unpack(">II", to_bytes(sheet)[16:24])
+    assert (wide, high) == pytest.approx(tuple(sheet.figure.bbox.size), abs=1)
 
 
 # ---- colours

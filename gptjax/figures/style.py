@@ -316,7 +316,7 @@ def to_bytes(sheet: Sheet, kind: str = "png") -> bytes:
         if kind == "svg":  # savefig draws twice: first without an output, for layouts that are not settled
             FigureCanvasSVG(sheet.figure).print_svg(stream, metadata=metadata)
         else:
-            sheet.figure.savefig(stream, format=kind, dpi=150, metadata=metadata)
+            sheet.figure.savefig(stream, format=kind, dpi="figure", metadata=metadata)
     return stream.getvalue()
 
 
