@@ -324,8 +324,8 @@ def test_a_quantized_model_is_named_with_the_way_out(name, llama):
 
 FOREIGN = {
     "gpt-oss": (
-        {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 8},
-        r"'gpt_oss' is a mixture of experts \(num_local_experts\)",
+        {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 8},
+        r"'deepseek_v3' is a mixture of experts \(n_routed_experts\)",
     ),
     "GraniteMoE": ({"model_type": "granitemoe"}, "'granitemoe' is a mixture of experts, which cannot be run here"),
     "a model that sees": (

@@ -42,6 +42,9 @@ def softmax(x):
 ACTIVATIONS = {
     "gelu": lambda h, gate: 0.5 * h * (1 + np.tanh((2 / np.pi) ** 0.5 * (h + 0.044715 * h**3))),
     "swiglu": lambda h, gate: h * gate / (1 + np.exp(-gate)),
+    "clamped_swiglu": lambda h, gate: (
+        (np.clip(h, -7, 7) + 1) * np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7)))
+    ),
     "relu2": lambda h, gate: np.maximum(h, 0) ** 2,
 }
 
@@ -58,7 +61,7 @@ def by_numpy(x: np.ndarray, w: dict, moe) -> np.ndarray:
 
     y = np.zeros_like(x)
     for index in np.ndindex(x.shape[:2]):
-        logits = x[index] @ w["router"]
+        logits = x[index] @ w["router"] + w.get("router_bias", 0)
         scores = softmax(logits) if moe.scores == "softmax" else 1 / (1 + np.exp(-logits))
         chosen = np.argsort(-(scores + w.get("balance", 0)))[: moe.top_k]
         gates = scores[chosen] / (scores[chosen].sum() if moe.normalize else 1) * moe.scale
@@ -70,6 +73,7 @@ def by_numpy(x: np.ndarray, w: dict, moe) -> np.ndarray:
 FORMS = {
     "softmax": (MODERN, {"normalize": False}),
     "biased": (GPT2_LIKE, {"activation": "gelu", "shared_experts": 2}),
+    "clamped": ({**MODERN, "bias": True}, {"activation": "clamped_swiglu", "router_bias": True}),
     "sigmoid": (MODERN, {"scores": "sigmoid", "scale": 2.5, "balance_rate": 1e-3, "top_k": 3}),
 }
 
@@ -274,7 +278,7 @@ SLOW_MESHES = [  # pytest -m slow -n 0 tests/test_moe.py
 ]
 ON_MESHES = {
     "adamw": make_config(
-        mixture(GPT2_LIKE, activation="gelu", shared_experts=1, balance_rate=1e-3),
+        mixture(GPT2_LIKE, activation="clamped_swiglu", router_bias=True, shared_experts=1, balance_rate=1e-3),
         train={"batch_sequences": 8, "aux_weights": {"load_balance": 0.01, "router_z": 0.001}},
     ),
     "muon": make_config(

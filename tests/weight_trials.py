@@ -28,17 +28,20 @@ from gptjax.errors import UserError
 VOCAB = 61
 IDS = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
 TOLERANCE = 1e-4
-ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee", "gemma2", "gemma3_text", "phi3", "olmo2")
-EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "arcee", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3")
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 FAMILIES = ("gpt2", *ROPE_FAMILIES, *EXPERT_FAMILIES)
 ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
+LONG_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "truncate": False}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+TWO_ROPES = ("gemma3_text", "olmo3")
 # Keys that may be null, by what their classes take in this version.
 NULLS = {family: ["num_key_value_heads", "head_dim", "sliding_window"] for family in ("llama", "arcee")}
 NULLS |= {"gpt2": ["n_inner"], "mistral": ["head_dim", "sliding_window"]}
 NULLS |= {family: ["num_key_value_heads", "sliding_window"] for family in ("qwen2", "qwen3", "phi3")}
 NULLS |= {family: ["final_logit_softcapping"] for family in ("gemma2", "gemma3_text")}
-NULLS |= {family: ["num_key_value_heads"] for family in ("olmo2", "olmoe")}
+NULLS |= {family: ["num_key_value_heads"] for family in ("olmo2", "olmo3", "olmoe")}
+NULLS |= {"gpt_oss": ["rope_scaling", "layer_types"]}
 NULLS |= {"mixtral": ["head_dim", "sliding_window"]}
 NULLS |= {"qwen3_moe": ["sliding_window", "mlp_only_layers"]}
 LOST = r"1\.mlp(?!.*down)|1\.block_sparse_moe(?!.*w2)"  # tensors of layer 1 that an incomplete file lacks
@@ -101,7 +104,7 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
         "tie_word_embeddings": tied,
         "rope_parameters": random_rope(random),
     }
-    if family == "gemma3_text":
+    if family in TWO_ROPES:
         local = {"rope_type": "default", "rope_theta": 1000.0}
         config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     if family in ("llama", "arcee"):
@@ -116,13 +119,21 @@ def random_config(family: str, random: np.random.Generator) -> dict[str, Any]:
             "sliding_window": int(random.choice([4096, 16, 6])),
         }
         config["max_window_layers"] = int(random.integers(0, 4))
+    change_to_family(family, config, random)
+    return config
+
+
+def change_to_family(family: str, config: dict[str, Any], random: np.random.Generator) -> None:
+    """Give a config of Llama's form the keys that only its family has."""
     if family.startswith("gemma"):
         change_to_gemma(config, random)
+    if family == "olmo3":
+        config.pop("head_dim")  # its class computes it
+        change_windows(config, random)
     if family == "phi3":
         change_to_phi3(config, random)
     if family in EXPERT_FAMILIES:
         change_to_experts(family, config, random)
-    return config
 
 
 def change_to_gemma(config: dict[str, Any], random: np.random.Generator) -> None:
@@ -131,12 +142,17 @@ def change_to_gemma(config: dict[str, Any], random: np.random.Generator) -> None
     config["hidden_activation"] = str(random.choice(kinds, p=[0.8, 0.15, 0.05]))
     config |= {
         "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
-        "sliding_window": int(random.choice([4096, 6, 3])),
         "query_pre_attn_scalar": int(random.choice([16, 24])),
         "attn_logit_softcapping": [None, 2.0][random.integers(2)],
         "final_logit_softcapping": [None, 1.0][random.integers(2)],
         "use_bidirectional_attention": bool(random.random() < 0.05),
     }
+    change_windows(config, random)
+
+
+def change_windows(config: dict[str, Any], random: np.random.Generator) -> None:
+    """Give a config a window, and perhaps the layers that have it."""
+    config["sliding_window"] = int(random.choice([4096, 6, 3]))
     if random.random() < 0.5:
         kinds = ("sliding_attention", "full_attention")
         config["layer_types"] = [str(random.choice(kinds)) for _ in range(config["num_hidden_layers"])]
@@ -160,12 +176,19 @@ def change_to_experts(family: str, config: dict[str, Any], random: np.random.Gen
     config |= {
         "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
         "num_experts_per_tok": int(random.integers(1, experts + 1)),
-        "num_local_experts" if family == "mixtral" else "num_experts": experts,
+        "num_local_experts" if family in ("mixtral", "gpt_oss") else "num_experts": experts,
         "output_router_logits": bool(random.random() < 0.2),
         "router_aux_loss_coef": 0.02,
     }
     if family == "mixtral":
         config["router_jitter_noise"] = float(random.choice([0.0, 0.1]))
+        return
+    if family == "gpt_oss":
+        config["swiglu_limit"] = float(random.choice([7.0, 5.0], p=[0.9, 0.1]))
+        config["attention_bias"] = bool(random.random() < 0.9)
+        change_windows(config, random)
+        if random.random() < 0.4:
+            config["rope_parameters"] = {**LONG_YARN, "rope_theta": 150000.0}
         return
     config["norm_topk_prob"] = bool(random.random() < 0.6)
     if family == "olmoe":
@@ -244,8 +267,8 @@ def rewrite_config(family: str, file: Path, way: str, random: np.random.Generato
     values = json.loads(file.read_text())
     if way == "named":
         values["transformers_weights"] = "weights.safetensors"
-    if family == "gemma3_text":
-        rewrite_gemma3_rope(values, random)
+    if family in TWO_ROPES:
+        rewrite_two_ropes(values, random)
     elif "rope_parameters" in values and random.random() < 0.4:  # as transformers 4
         rope = values.pop("rope_parameters")
         values["rope_theta"] = rope.pop("rope_theta")
@@ -270,12 +293,13 @@ def rewrite_config(family: str, file: Path, way: str, random: np.random.Generato
     file.write_text(json.dumps(values))
 
 
-def rewrite_gemma3_rope(values: dict[str, Any], random: np.random.Generator) -> None:
-    """Write the rotary positions of Gemma 3 as transformers 4: two bases."""
+def rewrite_two_ropes(values: dict[str, Any], random: np.random.Generator) -> None:
+    """Write the rotary positions of layers with a window and without as transformers 4."""
     if random.random() < 0.4:
         rope = values.pop("rope_parameters")
         values["rope_theta"] = rope["full_attention"].pop("rope_theta")
-        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        if values["model_type"] == "gemma3_text":
+            values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         values["rope_scaling"] = None if rope["full_attention"]["rope_type"] == "default" else rope["full_attention"]
 
 

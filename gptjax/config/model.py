@@ -125,9 +125,10 @@ class MoeConfig:
         experts: number of experts (E) in a layer.
         top_k: number of experts that a token is sent to.
         width: width of an expert's hidden layer; null means as model.mlp.width.
-        activation: of the experts, the shared ones and the dense layers: gelu, swiglu, geglu or relu2.
+        activation: of the experts, the shared ones and the dense layers, as model.mlp.kind.
         shared_experts: number of further experts that every token is sent to, computed as one MLP.
         first_dense_layers: number of layers, the first ones, with an MLP of model.mlp.width in place of experts.
+        router_bias: whether the router's logits have a learned bias (gpt-oss).
         scores: how the router's logits become scores: softmax over the experts, or sigmoid of each.
         normalize: whether a token's chosen scores are divided by their sum.
         scale: factor on the chosen scores.
@@ -138,9 +139,10 @@ class MoeConfig:
     experts: int = 8
     top_k: int = 2
     width: int | None = None
-    activation: Literal["gelu", "swiglu", "geglu", "relu2"] = "swiglu"
+    activation: Literal["gelu", "swiglu", "geglu", "clamped_swiglu", "relu2"] = "swiglu"
     shared_experts: int = 0
     first_dense_layers: int = 0
+    router_bias: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
@@ -159,14 +161,15 @@ class MlpConfig:
     """The MLP of a block.
 
     Args:
-        kind: gelu (GPT-2, the tanh approximation), swiglu (Llama) or geglu (Gemma), with a third matrix, relu2 (ReLU
-            squared) or moe, a mixture of experts, each an MLP, of which a token passes a few.
+        kind: gelu (GPT-2, the tanh approximation); with a third matrix swiglu (Llama), geglu (Gemma) or
+            clamped_swiglu (gpt-oss); relu2 (ReLU squared); or moe, a mixture of experts, each an MLP, of which a
+            token passes a few.
         width: width of the hidden layer (F); null means 4 * model.d_model. With a third matrix, two thirds of that
             gives as many parameters.
         moe: the experts; read where kind is moe.
     """
 
-    kind: Literal["gelu", "swiglu", "geglu", "relu2", "moe"] = "gelu"
+    kind: Literal["gelu", "swiglu", "geglu", "clamped_swiglu", "relu2", "moe"] = "gelu"
     width: int | None = None
     moe: MoeConfig = field(default_factory=MoeConfig)
 

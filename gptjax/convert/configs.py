@@ -127,7 +127,7 @@ def import_config(config: Mapping[str, Any]) -> Imported:
     for ours, theirs, default in family.keys:
         if ours != "bias":
             model[ours] = _value(ours, theirs, config.get(theirs, default), default)
-    shared = ("positions.kind", "norm.", "mlp.", "attention.qk_norm")
+    shared = ("positions.kind", "norm.", "mlp.", "attention.qk_norm", "attention.sinks")
     model |= {field: value for field, value in family.form.items() if field.startswith(shared)}
     if "embed_multiplier" in family.form:
         model["embed_multiplier"] = model["d_model"] ** 0.5
@@ -250,7 +250,7 @@ def _window_layers(family: Family, config: Mapping[str, Any], n_layers: int) -> 
 def _import_rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return our keys of rotary positions. transformers 5 keeps theirs in `rope_parameters`, 4 in `rope_theta` and
     `rope_scaling`; with both, 5 takes `rope_scaling`. A family with two bases has `rope_parameters` for each."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or family.scaling or {}
     theta, local = config.get("rope_theta", family.theta), {}
     if family.local_theta is not None:
         nested = config.get("rope_parameters") or {}

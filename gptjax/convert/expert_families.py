@@ -20,6 +20,7 @@ _EXPERTS = {
     "bias": False,
     "mlp.kind": "moe",
     "mlp.moe.activation": "swiglu",
+    "mlp.moe.router_bias": False,
     "mlp.moe.scores": "softmax",
     "mlp.moe.scale": 1.0,
     "mlp.moe.shared_experts": 0,
@@ -49,6 +50,21 @@ def _expert_tensors(router: str, gate: str, up: str, down: str) -> dict[str, Ten
 _BY_NAME = _expert_tensors(
     "mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"
 )
+
+_GPT_OSS = "model.layers.{}.mlp."
+# The gate's columns are the even ones of a tensor for both.
+_GPT_OSS_TENSORS = {
+    **_BY_NAME,
+    "blocks.attention.sinks": Tensor("model.layers.{}.self_attn.sinks", "H"),
+    "blocks.mlp.router": Tensor(_GPT_OSS + "router.weight", "E,D"),
+    "blocks.mlp.router_bias": Tensor(_GPT_OSS + "router.bias", "E"),
+    "blocks.mlp.gate": Tensor(_GPT_OSS + "experts.gate_up_proj", "E,D,FP", 0),
+    "blocks.mlp.up": Tensor(_GPT_OSS + "experts.gate_up_proj", "E,D,FP", 1),
+    "blocks.mlp.down": Tensor(_GPT_OSS + "experts.down_proj", "E,F,D"),
+    "blocks.mlp.gate_bias": Tensor(_GPT_OSS + "experts.gate_up_proj_bias", "E,FP", 0),
+    "blocks.mlp.up_bias": Tensor(_GPT_OSS + "experts.gate_up_proj_bias", "E,FP", 1),
+    "blocks.mlp.down_bias": Tensor(_GPT_OSS + "experts.down_proj_bias", "E,N"),
+}
 
 EXPERT_FAMILIES: dict[str, Family] = {
     "mixtral": LLAMA._replace(
@@ -141,5 +157,49 @@ EXPERT_FAMILIES: dict[str, Family] = {
         aliases={"num_local_experts": "num_experts"},
         unread=_ROUTERS,
         fused=_FUSED_EXPERTS,
+    ),
+    "gpt_oss": LLAMA._replace(
+        title="gpt-oss",
+        biases={},
+        architecture="GptOssForCausalLM",
+        keys=(
+            *with_defaults(
+                [key for key in UNBIASED if key[0] != "mlp.width"],
+                num_hidden_layers=36,
+                hidden_size=2880,
+                num_attention_heads=64,
+                num_key_value_heads=8,
+                head_dim=64,
+                max_position_embeddings=131072,
+                rms_norm_eps=1e-5,
+                vocab_size=201088,
+            ),
+            ("mlp.moe.width", "intermediate_size", 2880),
+            ("mlp.moe.experts", "num_local_experts", 128),
+            ("mlp.moe.top_k", "num_experts_per_tok", 4),
+        ),
+        form={
+            **_EXPERTS,
+            "bias": True,
+            "attention.sinks": True,
+            "mlp.moe.activation": "clamped_swiglu",
+            "mlp.moe.router_bias": True,
+            "mlp.moe.normalize": True,  # the same as a softmax over those that were chosen
+        },
+        demands={"attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+        window=("sliding_window", None, 128),
+        layers=("local", "global"),
+        tensors=_GPT_OSS_TENSORS,
+        aliases={"num_experts": "num_local_experts"},
+        unread=(*_ROUTERS, "hidden_act", "initial_context_length", "experts_per_token"),
+        theta=150000.0,
+        scaling={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
     ),
 }

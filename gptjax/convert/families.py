@@ -261,5 +261,14 @@ FAMILIES: dict[str, Family] = {
         ropes=("default", "longrope"),
     ),
     "olmo2": _OLMO2,
+    "olmo3": _OLMO2._replace(
+        title="OLMo 3",
+        architecture="Olmo3ForCausalLM",
+        demands={"hidden_act": SILUS, "attention_bias": (False,)},
+        window=("sliding_window", None, 4096),
+        layers=("local",) * 3 + ("global",),
+        theta=500000.0,
+        local_theta=500000.0,
+    ),
     **EXPERT_FAMILIES,
 }

@@ -60,7 +60,7 @@ FOREIGN_NAMES = (
     (
         r"experts\.|block_sparse_moe|shared_expert",
         "of a mixture of experts",
-        "use a Mixtral, a Qwen3-MoE, an OLMoE or a dense model",
+        "use a Mixtral, a Qwen3-MoE, an OLMoE, a gpt-oss or a dense model",
     ),
     (
         r"vision_tower|vision_model|visual\.|multi_modal_projector|audio_tower",
@@ -141,13 +141,13 @@ def quantization(config: Mapping[str, Any], tensors: Iterable[str], dtypes: Iter
         dtypes: those of the tensors that hold no plain floats.
     """
     found = [method for pattern, method in QUANTIZED_NAMES if any(re.search(pattern, name) for name in tensors)]
-    stated = config.get("quantization_config") or config.get("compression_config")
-    if not stated:
+    stated = quantized_by(config)
+    if stated is None:
         if not found:
             return None
         method, where = found[0], "by its tensors' names"
     else:
-        method, where = _method(stated), "quantization_config in config.json"
+        method, where = stated, "quantization_config in config.json"
     strange = sorted({dtype for dtype in dtypes if dtype not in ("BOOL", "I64")})
     if stated and not found and not strange:
         return (
@@ -162,7 +162,11 @@ def quantization(config: Mapping[str, Any], tensors: Iterable[str], dtypes: Iter
     )
 
 
-def _method(stated: Any) -> str:
+def quantized_by(config: Mapping[str, Any]) -> str | None:
+    """Return the method by which a config.json says that its model is quantized; None where it does not."""
+    stated = config.get("quantization_config") or config.get("compression_config")
+    if not stated:
+        return None
     if not isinstance(stated, Mapping):
         return repr(stated)
     if "quant_method" in stated:

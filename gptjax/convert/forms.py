@@ -76,8 +76,10 @@ def _obstacles(family: Family, cfg: ModelConfig) -> dict[str, str]:
     if cfg.attention.window is not None and family.layers is None:
         form["attention.window"] = "in no layer" if family.window is None else "in all layers"
     if cfg.positions.kind == "rope":
-        form["positions.local_theta"] = family.local_theta is not None
         scaling = cfg.positions.scaling
+        form["positions.local_theta"] = family.local_theta is not None
+        if family.local_theta is not None and scaling is None:  # all layers may rotate alike
+            facts["positions.local_theta"] = True
         if scaling is not None and family.ropes is not None and scaling.kind not in family.ropes:
             facts["positions.scaling.kind"], form["positions.scaling.kind"] = scaling.kind, " or ".join(family.ropes)
     if facts["attention.qkv_bias"] == "bias" and family.form["attention.qkv_bias"] != "bias":
@@ -135,29 +137,38 @@ def export_config(cfg: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
 
 
 def _exported_rope(cfg: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the keys of rotary positions."""
+    """Return the keys of rotary positions: those of `transformers` 4, and `rope_parameters` for what they lack."""
     if cfg.positions.kind != "rope":
         return {}
-    scaling = cfg.positions.scaling
-    local = {} if family.local_theta is None else {"rope_local_base_freq": cfg.positions.local_theta}
-    if scaling is None:
-        return {"rope_theta": cfg.positions.theta, "rope_scaling": None, **local}
-    given = plain_values(scaling)
-    values = {theirs: given[ours] for ours, theirs in ROPE_TYPES[scaling.kind].items()}
-    values = {theirs: value for theirs, value in values.items() if value is not None}
-    original = values.get("original_max_position_embeddings")
-    above = {"original_max_position_embeddings": original} if scaling.kind == "longrope" else {}
-    scaled = {"rope_type": scaling.kind, **values}
-    return {"rope_theta": cfg.positions.theta, "rope_scaling": scaled, **local, **above}
+    theta, scaling = cfg.positions.theta, cfg.positions.scaling
+    values: dict[str, Any] = {"rope_theta": theta, "rope_scaling": None}
+    if scaling is not None:
+        given = plain_values(scaling)
+        named = {theirs: given[ours] for ours, theirs in ROPE_TYPES[scaling.kind].items()}
+        named = {theirs: value for theirs, value in named.items() if value is not None}
+        values["rope_scaling"] = {"rope_type": scaling.kind, **named}
+        if scaling.kind == "longrope":
+            values["original_max_position_embeddings"] = named["original_max_position_embeddings"]
+    elif family.scaling is not None:
+        values["rope_scaling"] = {"rope_type": "default"}
+    if family.local_theta is None:
+        return values
+    local = theta if cfg.positions.local_theta is None else cfg.positions.local_theta
+    if family.local_theta_key is not None:
+        return {**values, family.local_theta_key: local}
+    of_all = {"rope_theta": theta, **(values["rope_scaling"] or {"rope_type": "default"})}
+    of_local = {"rope_theta": local, "rope_type": "default"}
+    return {**values, "rope_parameters": {"full_attention": of_all, "sliding_attention": of_local}}
 
 
 def _exported_window(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the keys of a sliding window, and of the layers that have it."""
     if family.window is None:
         return {}
-    key, switch, _ = family.window
+    key, switch, usual = family.window
     some = any(cfg.local_layers)
-    values: dict[str, Any] = {key: cfg.attention.window if some else None}
+    # A class whose layers follow a pattern has no null, even where no layer has the window.
+    values: dict[str, Any] = {key: cfg.attention.window if some else usual if family.layers else None}
     if switch is not None:
         values[switch] = some
     if family.layers is not None:

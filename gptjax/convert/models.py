@@ -27,10 +27,11 @@ from gptjax.convert.base import (
 )
 from gptjax.convert.configs import family_of, import_config, read_json
 from gptjax.convert.families import FAMILIES
-from gptjax.convert.foreign import broken_links, model_inside, no_model
+from gptjax.convert.foreign import broken_links, model_inside, no_model, quantized_by
 from gptjax.convert.gguf import read_gguf
 from gptjax.convert.hub import find_model
 from gptjax.convert.matching import match_tensors
+from gptjax.convert.mxfp4 import Mxfp4Folder
 from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, TensorSource, read_params
 from gptjax.errors import UserError, choose
@@ -192,7 +193,11 @@ def _read_merged(model: Model, adapter: SavedAdapter, abstract: Params) -> Param
 def _open_huggingface(folder: Path) -> Model:
     config = read_json(folder / "config.json")
     family_of(config)  # check the kind of model before its files
-    source = SafetensorsFolder(folder, config.get("transformers_weights"))
+    source: TensorSource = SafetensorsFolder(folder, config.get("transformers_weights"))
+    if quantized_by(config) == "mxfp4" and source.unreadable:
+        source = Mxfp4Folder(source)
+        if not source.unreadable:  # all is dequantized as it is read
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
     carried = ("tokenizer.json", "vocab.json", "tokenizer.model")
     has_tokenizer = any((folder / name).exists() for name in carried)
     tokenizer = read_huggingface_tokenizer(folder) if has_tokenizer else NoTokenizer()

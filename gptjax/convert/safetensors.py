@@ -94,9 +94,10 @@ class SafetensorsFolder:
             self._entries[part] = fused._replace(shape=shape, offset=fused.offset + number * size)
 
     def read(self, name: str) -> np.ndarray:
-        """Return the values as they are in the file, in its shape and dtype; a view of the mapped file."""
+        """Return the values, floats or bytes, as they are in the file, in its shape; a view of the mapped file."""
         entry = self._entries[name]
-        return np.memmap(entry.file, DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
+        dtype = np.dtype(np.uint8) if entry.dtype == "U8" else DTYPES[entry.dtype]
+        return np.memmap(entry.file, dtype, mode="r", offset=entry.offset, shape=entry.shape)
 
 
 def _weights_file(folder: Path, named: str | None) -> Path:

@@ -26,6 +26,7 @@ LETTERS = {
     "mlp": "F",
     "position": "T",
     "norm": "N",
+    "expert": "E",
     "choice": "E",
 }
 Path = tuple[str, ...]
@@ -85,15 +86,20 @@ class Layout:
         self.sizes = {"V": cfg.vocab_size, "D": cfg.d_model, "H": cfg.n_heads, "G": cfg.kv_heads, "K": cfg.d_head}
         self.sizes |= {"F": cfg.mlp_width, "T": cfg.context_length, "E": cfg.mlp.moe.experts}
         self.sizes["Q"] = cfg.n_heads + 2 * cfg.kv_heads
-        # An expert's matrix is a tensor of its own.
-        self.stacks = {path: meta["axes"][: meta["n_stacked"]] for path, meta in metadata.items()}
-        self.axes = {path: meta["axes"][meta["n_stacked"] :] for path, meta in metadata.items()}
+        # An expert's matrix is a tensor of its own, unless one tensor holds those of all.
+        counts = {path: meta["n_stacked"] - self._holds_experts(path, meta) for path, meta in metadata.items()}
+        self.stacks = {path: meta["axes"][: counts[path]] for path, meta in metadata.items()}
+        self.axes = {path: meta["axes"][counts[path] :] for path, meta in metadata.items()}
         self.widths = {path: leaf_at(params, path).shape[-1] for path in metadata}
         self.tensors = self._tensors(path for path in metadata if not self.is_absent(path))
 
     def place(self, path: Path) -> Tensor:
         """Return the tensor, and the part of it, that holds a weight."""
         return self.family.tensors[".".join(path)]
+
+    def _holds_experts(self, path: Path, meta: Mapping[str, Any]) -> bool:
+        """Return whether one tensor holds the matrices of all experts."""
+        return "expert" in meta["axes"][: meta["n_stacked"]] and "E" in self.place(path).dims
 
     def is_absent(self, path: Path) -> bool:
         """Return whether a weight is a bias that is not on disk."""
@@ -132,7 +138,7 @@ class Layout:
         return unfolded.transpose([dims.index(LETTERS[axis]) for axis in self.axes[path]])
 
     def _size(self, path: Path, letter: str) -> int:
-        if letter == "F" and "expert" in self.stacks[path]:
+        if letter == "F" and "expert" in (*self.stacks[path], *self.axes[path]):
             return self.cfg.expert_width
         if letter == "P":
             fused = self.place(path).name

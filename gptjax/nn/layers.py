@@ -274,13 +274,20 @@ def gelu(x: jax.Array) -> jax.Array:
     return half + half * jnp.tanh(x * (c + 0.044715 * c * (x * x)))
 
 
+def clamped_swiglu(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """Compute (h + 1) gate sigmoid(1.702 gate), h cut to [-7, 7], gate to at most 7 (gpt-oss, arXiv 2508.10925)."""
+    h, gate = jnp.clip(h, -7.0, 7.0), jnp.minimum(gate, 7.0)
+    return (h + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
 ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "gelu": gelu,
     "relu2": lambda h: jnp.square(jax.nn.relu(h)),
     "swiglu": lambda h, gate: jax.nn.silu(gate) * h,
     "geglu": lambda h, gate: gelu(gate) * h,
+    "clamped_swiglu": clamped_swiglu,
 }
-GATED = ("swiglu", "geglu")  # activations that multiply by a gate, a third matrix
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # activations that multiply by a gate, a third matrix
 
 
 class MLP(nnx.Module):

@@ -45,6 +45,7 @@ class MoE(nnx.Module):
         std, gated = init_std(cfg, "matrix", D), moe.activation in GATED
         self.moe, self.dtype = moe, cfg.dtype
         self.router = param(rngs, (D, E), ("embed", "choice"), "router", init_std(cfg, "router", D))
+        self.router_bias = param_if(moe.router_bias, rngs, (E,), ("choice",), "bias")
         self.balance = param_if(moe.balance_rate is not None, rngs, (E,), ("choice",), "balance")
         into, out_of = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         self.up = param(rngs, (E, D, F), into, "matrix", std, n_stacked=1)
@@ -73,6 +74,8 @@ class MoE(nnx.Module):
         moe, k = self.moe, self.moe.top_k
         highest = jax.lax.Precision.HIGHEST
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), self.router[...], precision=highest)
+        if self.router_bias is not None:
+            logits += self.router_bias[...]
         scores = jax.nn.sigmoid(logits) if moe.scores == "sigmoid" else jax.nn.softmax(logits)
         ranked = jax.lax.stop_gradient(scores if self.balance is None else scores + self.balance[...])
         experts = jax.lax.top_k(ranked, k)[1]

@@ -47,6 +47,7 @@ MLPS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "gelu": MLP,
     "swiglu": MLP,
     "geglu": MLP,
+    "clamped_swiglu": MLP,
     "relu2": MLP,
     "moe": MoE,
 }
