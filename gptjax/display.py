@@ -28,6 +28,8 @@ def significant(value: float, digits: int = 3) -> str:
 
 def power(value: float, digits: int = 3) -> str:
     """Return a number as a multiple of a power of ten: 3×10¹¹, 10⁻³."""
+    if value == 0 or not math.isfinite(value):
+        return significant(value)
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     if "." in mantissa:
         mantissa = mantissa.rstrip("0").rstrip(".")
@@ -135,6 +137,11 @@ def table(
         return "  ".join(cells).rstrip()
 
     return [line(row) for row in everything]
+
+
+def indent(lines: Sequence[str]) -> list[str]:
+    """Return lines set in by two columns, as those of a table under its heading."""
+    return [f"  {line}" for line in lines]
 
 
 def colours_allowed(stream: TextIO | None = None) -> bool:

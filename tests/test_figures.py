@@ -339,6 +339,8 @@ def test_the_range_leaves_the_first_steps_out():
         (display.duration, 3 * 86400 + 4 * 3600 + 59, "3 d 4 h"),
         (display.power, 3e11, "3×10¹¹"),
         (display.power, 1e-3, "10⁻³"),
+        (display.power, 0.0, "0"),
+        (display.power, NAN, "–"),
         (display.significant, 0.0123456, "0.0123"),
         (display.significant, 1.4999, "1.50"),
         (display.significant, 24317.2, "24,300"),

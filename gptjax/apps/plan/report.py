@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptjax.display import count, duration, paint, significant, size, table
+from gptjax.display import count, duration, indent, paint, significant, size, table
 
 
 def report(plan: dict[str, Any]) -> list[str]:
@@ -20,21 +20,17 @@ def report(plan: dict[str, Any]) -> list[str]:
             f"{sequences:,} sequences in {parts} microbatch{'es' * (parts > 1)}, {tokens:,} tokens a step, "
             f"remat {plan['remat']}; figures from {how}",
         ],
-        ["memory of a chip", *_indent(table(memory + total, left=(0, -1)))],
+        ["memory of a chip", *indent(table(memory + total, left=(0, -1)))],
         [paint(verdict(plan), "green" if plan["fits"] else "red")],
-        ["a step, on a chip", *_indent(_time_table(plan))],
-        *([_indent(_collective_table(plan["collectives"]))] if plan["collectives"] else []),
-        ["on the wire in theory", *_indent(_theory_table(plan["communication_theory"]))],
+        ["a step, on a chip", *indent(_time_table(plan))],
+        *([indent(_collective_table(plan["collectives"]))] if plan["collectives"] else []),
+        ["on the wire in theory", *indent(_theory_table(plan["communication_theory"]))],
         [
             *_speed_table(plan),
             "(ceiling: everything overlaps; expected: as published TPU runs fare; MFU counts attention in full)",
         ],
     ]
     return [line for number, section in enumerate(sections) for line in ([""] if number else []) + section]
-
-
-def _indent(lines: list[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
 
 
 def _time_table(plan: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from gptjax.config import CheckpointConfig, Config, ModelConfig, free_keys, plai
 from gptjax.configfile import load_config
 from gptjax.configversions import original_key
 from gptjax.data.corpus import Corpus, load_corpus
-from gptjax.display import count, power, table
+from gptjax.display import count, duration, plural, power, significant, table
 from gptjax.errors import UserError
 from gptjax.nn.transformer import STACKS, abstract_model, count_params, flops_per_token
 from gptjax.trainer import with_vocabulary
@@ -72,7 +72,7 @@ class Rung:
     def name(self) -> str:
         """Return shape and tokens, for a reader."""
         m = self.config.model
-        return f"{m.n_layers}x{m.d_model} {self.tokens:.3g} tokens"
+        return f"{m.n_layers}x{m.d_model} {count(self.tokens)} tokens"
 
 
 def make_rungs(study: Study) -> list[Rung]:
@@ -223,7 +223,7 @@ def warnings(study: Study, rungs: list[Rung]) -> list[str]:
     for flops in study.budgets.flops:
         ratios = [r.tokens / r.params["matmul"] for r in fitted if r.budget_flops == flops]
         if not min(ratios) < USUAL_RATIO < max(ratios):
-            spread = f"{flops:.3g} FLOPs: {min(ratios):.3g} to {max(ratios):.3g} tokens a weight"
+            spread = f"{power(flops)} FLOPs: {significant(min(ratios))} to {significant(max(ratios))} tokens a weight"
             size = "larger" if min(ratios) >= USUAL_RATIO else "smaller"
             found.append(f"{spread} do not straddle the usual {USUAL_RATIO}; add {size} shapes")
     return found
@@ -278,9 +278,9 @@ def describe_plan(
     if seconds is not None:
         hours = sum(steps_to_take(study, rung, rungs) * seconds[key_of(rung.config)] for rung in rungs) / 3600
     usd = None if hours is None or study.usd_per_hour is None else hours * study.usd_per_hour
-    lines.append(f"{len(rungs)} rungs, {flops:.4g} FLOPs")
+    lines.append(f"{plural(len(rungs), 'rung')}, {power(flops)} FLOPs")
     measured = "" if seconds is None else " by the probe"
-    lines[-1] += "" if hours is None else f", {hours:.3g} hours{measured}"
+    lines[-1] += "" if hours is None else f", {duration(3600 * hours)}{measured}"
     lines[-1] += "" if usd is None else f", {usd:.2f} USD"
     if study.branches:
         share = 1 - sum(steps_to_take(study, r, rungs) * r.flops / r.config.train.total_steps for r in rungs) / flops

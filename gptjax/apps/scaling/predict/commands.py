@@ -11,6 +11,7 @@ from typing import Any, Literal
 # Before numpy is imported: on tables of a few hundred rows, BLAS threads only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from gptjax.display import count, power
 from gptjax.errors import UserError
 from gptjax.paths import UserPath, shell, writing
 
@@ -124,9 +125,8 @@ def forecast(study: UserPath, force: bool = False, json: bool = False) -> None:
     lines = []
     for one in made:
         low, high = one["interval"]
-        lines.append(
-            f"{one['rung']}: {one['params']:.4g} params, {one['tokens']:.4g} tokens, {one['flops']:.4g} FLOPs"
-        )
+        lines.append(f"{one['rung']}: {count(one['params'])} params, {count(one['tokens'])} tokens, ")
+        lines[-1] += f"{power(one['flops'])} FLOPs"
         lines.append(f"  loss {one['loss']:.4f} ({low:.4f} to {high:.4f}), made at {one['made_at']}")
         lines.append(f"  sha256 {one['sha256']}; commit {study}/forecasts/{one['rung']}.json before the run")
     _print_result(({"forecasts": made}, lines), json)

@@ -7,6 +7,7 @@ from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.parametric import Law
 from gptjax.apps.scaling.predict.fit import Findings
 from gptjax.apps.scaling.predict.forecast import Fitted
+from gptjax.display import power
 from gptjax.errors import UserError
 
 
@@ -47,14 +48,17 @@ def compare(a: Fitted, b: Fitted, flops: float) -> Findings:
     spent = float(a.table.flops.sum() + b.table.flops.sum())
     values = {"flops": flops, "multiplier": float(np.clip(value, 1e-9, 1e9)), "interval": [low, high]}
     values |= {"resolved": not low <= 1 <= high, "spent_flops": spent}
-    line = f"compute multiplier of B over A at {flops:.3g} FLOPs: {value:.3g} ({low:.3g} to {high:.3g})"
+    line = f"compute multiplier of B over A at {power(flops)} FLOPs: {value:.3g} ({low:.3g} to {high:.3g})"
     if values["resolved"]:
         return values, [f"{line}: {'B' if low > 1 else 'A'} is better"]
     apart, half = abs(np.log(max(value, 1e-9))), (np.log(high) - np.log(low)) / 2
     more = spent * ((half / max(apart, 0.01)) ** 2 - 1)
     values["more_flops"] = float(max(more, 0.0))
     remark = "" if apart > 0.01 else " to tell a difference of 1 %"
-    return values, [line, f"unresolved: needs about {max(more, 0.0):.2g} more FLOPs in each recipe's rungs{remark}"]
+    return values, [
+        line,
+        f"unresolved: needs about {power(max(more, 0.0), 2)} more FLOPs in each recipe's rungs{remark}",
+    ]
 
 
 def refuse_other_data(a: list[dict[str, str]], b: list[dict[str, str]]) -> None:

@@ -12,7 +12,7 @@ from gptjax.apps.scaling.laws.parametric import DELTA, Law, PowerLaw, fit_law, f
 from gptjax.apps.scaling.laws.reweighted import fit_reweighted
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
-from gptjax.display import MISSING, power
+from gptjax.display import MISSING, count, indent, power, significant
 from gptjax.display import table as table_lines
 from gptjax.errors import UserError
 
@@ -33,9 +33,9 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Fi
     values: dict[str, Any] = {**asdict(law), "exponent": law.exponent, "rows": len(table), "noise": std}
     values["intervals"] = intervals
     lines = [f"L = E + A/N^alpha + B/D^beta on {len(table)} rows (interval: middle 95 % of {resamples} bootstraps)"]
-    for name, (low, high) in intervals.items():
-        lines.append(f"  {name:9}{getattr(law, name):12.5g}   {low:.5g} to {high:.5g}")
-    lines += [f"  objective {law.objective:.6g}, noise {100 * std:.2f} % of the loss"]
+    cells = [[name, *(significant(v, 4) for v in (getattr(law, name), *ends))] for name, ends in intervals.items()]
+    lines += indent(table_lines(cells, ("", "value", "from", "to")))
+    lines += [f"  objective {significant(law.objective)}, noise {100 * std:.2f} % of the loss"]
     if not law.converged:
         lines.append(
             f"  NOT CONVERGED: it would still fall by {law.newton_decrement:.1g}, or these rows do not determine E"
@@ -44,7 +44,7 @@ def describe_fit(table: Table, delta: float = DELTA, resamples: int = 400) -> Fi
     ratio = float(np.median(table.flops / table.params / table.tokens))
     params, tokens = map(float, law.optimum(budget, ratio))
     values["optimum"] = {"flops": budget, "params": params, "tokens": tokens, "loss": law.loss(params, tokens)}
-    lines.append(f"  at {budget:.3g} FLOPs the law's optimum is {params:.4g} params, {tokens:.4g} tokens")
+    lines.append(f"  at {power(budget)} FLOPs the law's optimum is {count(params)} params, {count(tokens)} tokens")
     values["frontier"], frontier_lines = _describe_frontier(table, std)
     lines += frontier_lines
     return values, lines
@@ -67,9 +67,10 @@ def _describe_frontier(table: Table, std: float) -> tuple[dict[str, Any], list[s
         lines.append(f"floor of each budget by {method}")
         plain = [asdict(f) if not f.refused else {"flops": f.flops, "refused": f.refused} for f in floors]
         values[method] = {"floors": plain}
-        for f in floors:
-            found = f"{f.flops:.3g} FLOPs: {f.params:.4g} params, {f.tokens:.4g} tokens, loss {f.loss:.4f}"
-            lines.append(f"  refused: {f.refused}" if f.refused else f"  {found}")
+        good = [f for f in floors if not f.refused]
+        cells = [[power(f.flops), count(f.params), count(f.tokens), f"{f.loss:.4f}"] for f in good]
+        lines += indent(table_lines(cells, ("FLOPs", "params", "tokens", "loss"), ())) if good else []
+        lines += [f"  refused: {f.refused}" for f in floors if f.refused]
         exponents = frontier(floors)
         if exponents is None:
             lines.append("  fewer than two floors are valid: no frontier")
@@ -194,8 +195,8 @@ def describe_batch(path: Path, target: float | None = None) -> Findings:
         law = fit_batch(batch[at], tokens[at], loss[at], target)
         values[f"{N:.4g}"] = asdict(law)
         low, high = law.critical_interval
-        lines.append(f"{N:.4g} params to a loss of {law.target:.4f}: at least {law.least_tokens:.4g} tokens, ")
-        lines[-1] += f"critical batch {law.critical:.4g} tokens a step ({low:.3g} to {high:.3g})"
+        lines.append(f"{count(N)} params to a loss of {law.target:.4f}: at least {count(law.least_tokens)} tokens, ")
+        lines[-1] += f"critical batch {law.critical:,.0f} tokens a step ({low:,.0f} to {high:,.0f})"
     return values, lines
 
 
@@ -215,8 +216,8 @@ def describe_rates(path: Path) -> Findings:
     for v in valleys:
         best = None if v.refused else v.best
         values["valleys"].append({"params": v.params, "flops": v.flops, "best": best, "sensitivity": v.sensitivity})
-        text = f"refused: {v.refused}" if v.refused else f"best rate {v.best:.4g}"
-        lines.append(f"{v.params:.4g} params, {v.flops:.3g} FLOPs: {text}; sensitivity {v.sensitivity:.4f}")
+        text = f"refused: {v.refused}" if v.refused else f"best rate {significant(v.best)}"
+        lines.append(f"{count(v.params)} params, {power(v.flops)} FLOPs: {text}; sensitivity {v.sensitivity:.4f}")
     lines.append("no law of the rate" if law is None else f"best rate ~ C^{law.exponent:.3f}")
     return values, lines
 

@@ -16,6 +16,7 @@ from gptjax.apps.scaling.laws.table import Table, read_json, read_rows, read_tab
 from gptjax.apps.scaling.predict.fit import Findings, describe_batch, rate_interval, rate_law, refuse_unstraddled
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, read_yaml
+from gptjax.display import count, power, significant
 from gptjax.errors import UserError
 
 FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade predicts little beyond
@@ -52,12 +53,13 @@ class Fitted:
         largest, smallest = float(self.table.flops.max()), float(self.table.flops.min())
         if flops * FARTHEST < smallest and not force:
             raise UserError(
-                f"{flops:.3g} FLOPs are less than a {FARTHEST}th of the smallest fitted budget, {smallest:.3g}; "
-                "--force extrapolates anyway"
+                f"{power(flops)} FLOPs are less than a {FARTHEST}th of the smallest fitted budget, "
+                f"{power(smallest)}; --force extrapolates anyway"
             )
         if flops > FARTHEST * largest and not force:
             raise UserError(
-                f"{flops:.3g} FLOPs are {flops / largest:.3g} times the largest fitted budget, {largest:.3g}; "
+                f"{power(flops)} FLOPs are {significant(flops / largest)} times the largest fitted budget, "
+                f"{power(largest)}; "
                 f"beyond {FARTHEST} times it is a guess: train larger rungs, or --force"
             )
 
@@ -120,10 +122,10 @@ def recommend(study: str, fitted: Fitted, flops: float) -> tuple[Findings, str]:
         found = intervals["peak_lr"]
         how = f"{found[0]:.3g} to {found[1]:.3g}" if found else "the study's own law; its interval is unresolved"
     lines = [
-        f"for {flops:.4g} FLOPs: {params:.4g} params ({low:.3g} to {high:.3g}), "
-        f"{tokens:.4g} tokens ({intervals['tokens'][0]:.3g} to {intervals['tokens'][1]:.3g})",
-        f"shape {shape['n_layers']}x{shape['d_model']}, {shape['n_heads']} heads: {values['params']:.4g} params, "
-        f"{values['steps']} steps, {values['tokens']:.4g} tokens",
+        f"for {power(flops)} FLOPs: {count(params)} params ({count(low)} to {count(high)}), "
+        f"{count(tokens)} tokens ({' to '.join(map(count, intervals['tokens']))})",
+        f"shape {shape['n_layers']}x{shape['d_model']}, {shape['n_heads']} heads: {count(values['params'])} params, "
+        f"{values['steps']:,} steps, {count(values['tokens'])} tokens",
         f"learning rate {summary['peak_lr']} ({how})",
         *_batch_lines(study, table, values["batch_sequences"]),
         f"expected loss {loss:.4f} ({intervals['loss'][0]:.4f} to {intervals['loss'][1]:.4f})",
