@@ -10,7 +10,7 @@ import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.apps.sample.commands import sample_from
-from gptjax.commandline import split_words
+from gptjax.commandline import split_words, wrong_value
 from gptjax.configfile import CONFIG_OPTIONS, load_config
 from gptjax.console import continue_without_output, report_user_errors
 from gptjax.errors import UserError, nearest
@@ -62,7 +62,7 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
     try:
         values = vars(parser.instantiate(parser.parse_args(line._replace(options=options).words)))
     except (ArgumentError, RecursionError) as error:
-        raise UserError(f"{' '.join(str(error).split())}; {name} --help says more") from None
+        raise UserError(f"{wrong_value(error)}; {name} --help says more") from None
     for parameter in parameters:
         given = [value for key, value in line.options if key == parameter.name]
         if given and parameter.name in texts:

@@ -1,6 +1,7 @@
 """The words of a command line: options with their values, and what stands alone."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -122,3 +123,34 @@ def mesh_axes(mesh: str | None) -> dict[str, int] | None:
     if not all(name and size.lstrip("-").isdecimal() for name, _, size in pairs):
         raise UserError(f"--mesh {mesh!r} is not a list of axes and sizes; write it as fsdp=4,tensor=2")
     return {name.strip(): int(size) for name, _, size in pairs}
+
+
+# What a value must be, by the name of its type in a message of jsonargparse.
+_RULES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text, in quotes if YAML takes it for something else",
+    "tuple": "a list",
+    "list": "a list",
+    "NoneType": "null",
+}
+
+
+def wrong_value(error: Exception) -> str:
+    """Return a message of jsonargparse about a value of another type in plain words, any other in one line."""
+    text = " ".join(str(error).split())
+    keys = re.findall(r'Parser key "([^"]+)": ', text)
+    told = text.rpartition(f'Parser key "{keys[-1]}": ')[2] if keys else ""
+    value = re.search(r"(?:Got|Given) value: (.*?)(?: - Expected .*)?$", told)
+    kinds = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", told)
+    rules = [f"one of {words.replace(chr(39), '')}" if words else _RULES.get(kind) for kind, words in kinds]
+    outer, inner = (keys[0], keys[-1]) if keys else ("", "")
+    key = inner if inner.startswith(outer) else f"{outer}.{inner}"
+    if unknown := re.search(r"Option '([^']+)' is not accepted$", told):
+        return f"unknown key {key}.{unknown[1]}"
+    if section := re.fullmatch(r'Unable to load config "(.*)"', told):
+        return f"{key} {section[1]} must be a section of `key: value` lines"
+    if value is None or not rules or None in rules:
+        return text
+    return f"{key} {value[1]} must be {' or '.join(dict.fromkeys(rules))}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 import types
 import typing
@@ -13,7 +14,7 @@ import yaml
 from etils import epath
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gptjax.commandline import split_words
+from gptjax.commandline import split_words, wrong_value
 from gptjax.config import Config, RopeScaling, free_keys
 from gptjax.configversions import FORMAT, NOW_SECTIONS, RENAMED, current_key, upgrade
 from gptjax.console import one_line
@@ -23,6 +24,9 @@ from gptjax.presets import PRESETS
 
 # Keys whose values are paths: `~` means the home directory there; elsewhere it is YAML's null.
 PATHS = ("workdir", "init_from", "follow", "distill.teacher", "data.path", "data.tokenizer", "data.cache_dir")
+
+
+_INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
 
 
 def load_config(args: list[str]) -> Config:
@@ -116,7 +120,15 @@ def _parse_yaml(text: str, what: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A YAML loader that rejects duplicate keys; keys merged by `<<` may be overridden."""
+    """A YAML loader that rejects duplicate keys; keys merged by `<<` may be overridden.
+
+    As in YAML 1.2 and on the command line, 010 is ten, and 1:30 and 2020-01-01 are texts.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, form) for tag, form in forms if tag not in (_INT, _FLOAT, _TIMESTAMP)]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -125,6 +137,19 @@ class _StrictLoader(yaml.SafeLoader):
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "").lower()
+        bases = {"0x": 16, "0b": 2}
+        return int(text, bases.get(text.lstrip("+-")[:2], 10))
+
+
+# PyYAML's own forms without those of base 60, so that what its dumper writes without quotes stays a text.
+_INTEGER = r"[-+]?(0b[0-1_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"
+_FRACTION = r"([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+_StrictLoader.add_implicit_resolver(_INT, re.compile(_INTEGER), "-+0123456789")
+_StrictLoader.add_implicit_resolver(_FLOAT, re.compile(_FRACTION), "-+0123456789.")
+_StrictLoader.add_constructor(_INT, _StrictLoader.construct_yaml_int)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -173,7 +198,7 @@ def _parse(parser: ArgumentParser, read: Callable[[], Any]) -> Config:
     try:
         values = parser.instantiate(read())
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(wrong_value(error)) from None
     except RecursionError:
         raise UserError("a value of the config is nested too deeply, or contains itself") from None
     return _with_user_paths(Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)}))

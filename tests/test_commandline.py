@@ -1,5 +1,6 @@
 """Command lines: values that look like something else, options in any place, and what standard input may hold."""
 
+import dataclasses
 import io
 import json
 import shlex
@@ -12,7 +13,7 @@ import yaml
 
 from gptjax import cli
 from gptjax.commandline import split_words
-from gptjax.configfile import load_config, read_yaml
+from gptjax.configfile import config_to_yaml, load_config, read_yaml
 from gptjax.errors import UserError
 from gptjax.generate import Completion
 
@@ -144,10 +145,18 @@ def test_flags_may_stand_before_the_config_file(tmp_path):
     [
         (["--model.positions.scaling.factor", "[" * 300], "is not YAML"),
         (["--model.positions.scaling.factor", "[" * 5000], "is nested too deeply"),
-        (["--model.positions.scaling.factor", "2020-13-99"], "is not YAML"),
+        (["--model.positions.scaling.factor", "2020-13-99"], "model.positions.scaling.factor 2020-13-99 must be a"),
+        (["--model.n_kv_heads", "x"], "model.n_kv_heads x must be a whole number or null"),
+        (["--train.total_steps", "1e3"], "train.total_steps 1000.0 must be a whole number"),
+        (["--model.bias=maybe"], "model.bias maybe must be true or false"),
+        (["--model.dtype", "half"], "model.dtype half must be one of float32, bfloat16"),
+        (["--mesh={data: [1]}"], "mesh.data [1] must be a whole number"),
+        (["--data.mixture=[{pth: x}]"], "unknown key data.mixture.pth"),
+        (["--model=5"], "model 5 must be a section of `key: value` lines"),
+        (["--data.mixture=[{path: 5}]"], "data.mixture.path 5 must be a text, in quotes"),
     ],
 )
-def test_a_wrong_value_in_an_optional_section_is_one_line(tmp_path, capsys, words, complaint):
+def test_a_wrong_value_is_named_with_its_rule_in_one_line(tmp_path, capsys, words, complaint):
     with pytest.raises(SystemExit, match="2"):
         cli.train([config_file(tmp_path, "seed: 1\n"), *words])
     said = capsys.readouterr().err
@@ -170,6 +179,16 @@ def test_yaml_merges_as_pyyaml_does(tmp_path):
     assert read_yaml(config_file(tmp_path, several)) == yaml.safe_load(several)
     with pytest.raises(UserError, match="'b1' is there twice"):
         read_yaml(config_file(tmp_path, "optim: {<<: {b1: 0.1}, b1: 0.2, b1: 0.3}\n"))
+
+
+def test_numbers_of_a_config_are_decimal_and_dates_are_texts(tmp_path):
+    """What YAML 1.1 takes for numbers of base 8 and 60, and for dates."""
+    path = config_file(tmp_path, "workdir: 2020-01-01\ndata: {path: 1:30}\ntrain: {total_steps: 010}\nseed: 0x10\n")
+    cfg = load_config([path])
+    assert (cfg.workdir, cfg.data.path, cfg.train.total_steps, cfg.seed) == ("2020-01-01", "1:30", 10, 16)
+    for text in ("08", "1:30", "2020-01-01", "010", "1e5", "+.5", "0o7", "1_0", "0b1", "1:30.5", ".inf", "no"):
+        (tmp_path / "again.yaml").write_text(config_to_yaml(dataclasses.replace(cfg, workdir=text)))
+        assert load_config([str(tmp_path / "again.yaml")]).workdir == text
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from gptjax.commandline import wrong_value
 from gptjax.configfile import read_yaml
 from gptjax.errors import UserError, nearest
 
@@ -158,7 +159,7 @@ def load_study(directory: str | Path) -> Study:
     try:
         read = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {wrong_value(error)}") from None
     study = Study(**{f.name: read[f.name] for f in dataclasses.fields(Study)})
     return dataclasses.replace(study, base=str(path.parent / study.base))
 
