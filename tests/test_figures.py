@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from gptjax import display
-from gptjax.figures import plan, runs, scaling
+from gptjax.figures import inspection, plan, runs, scaling
 from gptjax.figures.series import column, smooth, thin, top_of_range
 from gptjax.figures.style import DARK, LIGHT, NARROW_IN, THEMES, Look, Sheet, quiet, to_bytes, to_inline
 from gptjax.figures.ticks import labels
@@ -185,6 +185,18 @@ CASES = {
         name: lambda look, chips=chips: plan.draw_mesh(chips, LONG, CHINESE, look=look)
         for name, chips in CHIPS.items()
     },
+    "attention": {
+        f"{L} layers, {H} heads, {T} tokens": lambda look, shape=(L, H, T, T): inspection.draw_attention(
+            np.full(shape, 0.5), LONG, look=look
+        )
+        for L, H, T in ((1, 1, 1), (48, 25, 8), (80, 128, 4), (4, 4, 60))
+    },
+    "layers_by_tokens": {
+        f"{L} layers, {T} tokens, {size:g}": lambda look, L=L, T=T, size=size: inspection.draw_layers_by_tokens(
+            np.linspace(-size, size, L * T).reshape(L, T), ["intercontine…"] * T, CHINESE, LONG, "logit", look=look
+        )
+        for L, T, size in ((1, 1, 0.0), (13, 12, 3.0), (81, 1024, 1e-7), (4, 60, 1e9))
+    },
     "candidates": {
         "many": lambda look: plan.draw_candidates(
             [plan.Candidate(LONG, 1e9 * i, 0.001 * 1.1**i, i == 3) for i in range(1, 90)], 96e9, LONG, look=look
@@ -197,7 +209,10 @@ CASES = {
 
 def test_every_kind_has_its_cases():
     kinds = {
-        name for module in (runs, scaling, plan) for name, _ in inspect.getmembers(module) if name.startswith("draw_")
+        name
+        for module in (runs, scaling, plan, inspection)
+        for name, _ in inspect.getmembers(module)
+        if name.startswith("draw_")
     }
     assert kinds == {f"draw_{kind}" for kind in CASES}
 

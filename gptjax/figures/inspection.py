@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gptjax.figures.style import Sheet, figure_kind
+from gptjax.figures.style import Sheet, axis, figure_kind
 
 
 @figure_kind(5.2, 4.2)
@@ -20,9 +20,9 @@ def draw_attention(sheet: Sheet, weights: np.ndarray, finding: str) -> None:
     axes = sheet.figure.subplots()
     sheet.title(finding, "each square: a head; rows are queries, columns keys, from the first token; bright is 1")
     axes.imshow(np.sqrt(mosaic), vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    places = (np.arange(max(L, H)) * (T + gap)) + T / 2
-    axes.set_xticks(places[:H], [str(head) for head in range(H)])
-    axes.set_yticks(places[:L], [str(layer) for layer in range(L)])
+    heads, layers = _thinned(H, 8 if sheet.look.narrow else 20), _thinned(L, 20)
+    axes.set_xticks(heads * (T + gap) + T / 2, heads)
+    axes.set_yticks(layers * (T + gap) + T / 2, layers)
     axes.set(xlabel="head", ylabel="layer")
     axes.grid(visible=False)
 
@@ -36,7 +36,15 @@ def draw_layers_by_tokens(
     sheet.title(finding, drawn)
     largest = float(np.abs(values).max()) or 1.0
     image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest", aspect="auto")
-    axes.set_xticks(range(len(tokens)), tokens, rotation=90)
+    places, layers = _thinned(len(tokens), 13 if sheet.look.narrow else 32), _thinned(len(values), 9)
+    axes.set_xticks(places, [tokens[place] for place in places], rotation=90)
+    axes.set_yticks(layers, layers)
     axes.set(ylabel="after layer")
     axes.grid(visible=False)
-    sheet.figure.colorbar(image, ax=axes, label=label)
+    bar = sheet.figure.colorbar(image, ax=axes)
+    axis(bar.ax, "y", label, kind="plain")
+
+
+def _thinned(n: int, most: int) -> np.ndarray:
+    """Return the numbers below n that have a tick: every one, or every k-th where labels would touch."""
+    return np.arange(0, n, max(1, -(-n // most)))

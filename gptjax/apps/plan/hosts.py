@@ -12,7 +12,7 @@ from gptjax.apps.plan.analytic import resolve_mesh
 from gptjax.apps.plan.chips import Topology
 from gptjax.config import Config
 from gptjax.convert import teacher_config
-from gptjax.display import size, table
+from gptjax.display import plural, size, table
 from gptjax.hosts import WRITER, rows_of_hosts
 from gptjax.sharding import make_mesh
 from gptjax.step import make_trainable
@@ -117,8 +117,9 @@ def report_hosts(described: dict[str, Any]) -> list[str]:
     """Return the lines that `gptjax plan --hosts` prints."""
     hosts, mesh = described["hosts"], " x ".join(f"{name}={n}" for name, n in described["mesh"].items() if n > 1)
     slices = f" x {described['num_slices']} slices" if described["num_slices"] > 1 else ""
+    number = plural(len(hosts), "host")
     lines = [
-        f"{described['config']} on {described['topology']}{slices}: {len(hosts):,} hosts, mesh {mesh or 'one chip'}",
+        f"{described['config']} on {described['topology']}{slices}: {number}, mesh {mesh or 'one chip'}",
         f"of a step's {described['batch_sequences']:,} rows each host reads those of its chips and places its part:",
         "",
     ]
