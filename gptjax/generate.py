@@ -120,14 +120,15 @@ class LanguageModel:
     ) -> list[Completion]:
         """Return one continuation for each prompt. Row i draws by (seed, i), whatever else is in the batch."""
         none = np.zeros((2, len(prompts), 0), int)  # joins to nothing, where nothing is drawn
-        chunks = [none, *self.stream(prompts, max_new_tokens, sampling, seed)]
+        read = [self.prompt_ids(prompt) for prompt in prompts]
+        chunks = [none, *self.stream(read, max_new_tokens, sampling, seed)]
         tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         completions = []
-        for prompt, row, row_logprobs in zip(prompts, tokens, logprobs, strict=True):
+        for prompt, before, row, row_logprobs in zip(prompts, read, tokens, logprobs, strict=True):
             ends = np.flatnonzero(np.isin(row, self.tokenizer.eos_ids))
             length = int(ends[0]) if len(ends) else len(row)
             ids = row[:length].tolist()
-            text = text_after(self.tokenizer, self.prompt_ids(prompt), ids)
+            text = text_after(self.tokenizer, before, ids)
             completions.append(Completion(prompt, ids, text, row_logprobs[:length].tolist()))
         return completions
 
@@ -213,9 +214,11 @@ class LanguageModel:
 
 def row_keys(seed: int, n: int) -> np.ndarray:
     """Return the data of the keys by which rows 0 ... n - 1 of a batch draw, [n, 2] uint32."""
-    return np.asarray(_row_keys(jax.random.key(seed), n))
+    # The low half of the seed, as `jax.random.key` takes it: a key made in the compiled program costs no dispatch.
+    return np.asarray(_row_keys(np.int64(seed).astype(np.int32), n))
 
 
 @partial(jax.jit, static_argnames="n")
-def _row_keys(key: jax.Array, n: int) -> jax.Array:
+def _row_keys(seed: jax.Array, n: int) -> jax.Array:
+    key = jax.random.key(seed)
     return jax.random.key_data(jax.vmap(partial(jax.random.fold_in, key))(np.arange(n)))

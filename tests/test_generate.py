@@ -417,3 +417,10 @@ def test_a_prompt_lies_in_its_row_of_the_circle_and_zeros_elsewhere(S, monkeypat
             expected[1] = 0
             expected[1][:, (first + np.arange(length)) % S] = prompt[:, :length]
             np.testing.assert_allclose(write(old, prompt, 1, first, length), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_rows_draw_by_the_keys_of_jax(seed):
+    key = jax.random.key(seed)
+    expected = [jax.random.key_data(jax.random.fold_in(key, row)) for row in range(3)]
+    np.testing.assert_array_equal(row_keys(seed, 3), np.stack(expected))
