@@ -2,8 +2,9 @@
 
     python studies/checkouts/compare.py OLD NEW [--cases debug ring ...] [--steps 30]
 
-Both run in this Python environment, one after the other, in a temporary folder. Prints one line a case and exits with
-1 where a loss differs by more than 1e-6, or a token, a plan or an exported tensor differs at all.
+Both run in this Python environment, one after the other, in a temporary folder. Prints one line a case, with the
+largest relative difference of each metric, and exits with 1 where a loss differs by more than 1e-6 of it, or a token,
+a plan or an exported tensor differs at all.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+TOLERANCE = 1e-6  # of a loss
 TINY = ["--model.n_layers", "2", "--model.d_model", "64", "--model.n_heads", "4", "--model.context_length", "64"]
 FAST = ["--train.eval_sequences", "32", "--train.log_interval_steps", "1", "--train.eval_interval_steps", "15"]
 EIGHT = ["--mesh.cpu_devices", "8"]
@@ -78,17 +81,29 @@ def measure(checkout: Path, name: str, steps: int, folder: Path) -> dict[str, ob
 def difference(old: dict[str, object], new: dict[str, object]) -> tuple[bool, str]:
     """Return whether two measurements agree, and a line that says how far."""
     if "plan" in old:
-        same = {key: value for key, value in new["plan"].items() if key in old["plan"]}
-        return same == old["plan"], "equal" if same == old["plan"] else f"{old['plan']} != {new['plan']}"
+        changed = list(changes(old["plan"], new["plan"]))
+        return not changed, ", ".join(changed) or "equal"
     if old["losses"].keys() != new["losses"].keys():
         return False, "other steps or names"
-    gaps = {key: abs(value - new["losses"][key]) for key, value in old["losses"].items()}
-    worst = max(gaps, key=gaps.get)
+    worst: dict[str, float] = {}
+    for key, value in old["losses"].items():
+        name, gap = key.split()[0], abs(value - new["losses"][key]) / max(abs(value), 1e-30)
+        worst[name] = max(worst.get(name, 0), gap)
     same_tokens, same_export = old["tokens"] == new["tokens"], old.get("export") == new.get("export")
-    words = "bitwise equal" if gaps[worst] == 0 else f"largest difference {gaps[worst]:.2e} in {worst}"
+    gaps = ", ".join(f"{name} {gap:.1e}" for name, gap in worst.items() if gap > 0)
+    words = f"largest differences: {gaps}" if gaps else "bitwise equal"
     words += ", tokens equal" if same_tokens else ", TOKENS DIFFER"
     words += "" if same_export else ", EXPORT DIFFERS"
-    return gaps[worst] <= 1e-6 and same_tokens and same_export, words
+    return max(worst["train/loss"], worst["val/loss"]) <= TOLERANCE and same_tokens and same_export, words
+
+
+def changes(old: dict[str, object], new: dict[str, object]) -> Iterator[str]:
+    """Yield what of a plan another one states differently; what only the new one states does not count."""
+    for key, value in old.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{change}" for change in changes(value, new[key]))
+        elif value != new[key]:
+            yield f"{key} {value} -> {new[key]}"
 
 
 def main() -> int:
