@@ -1,6 +1,5 @@
 """Schedules and optimizers. Which rule updates a weight, and whether it decays, follows from the weight's role."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from jax.sharding import Sharding
 
 from gptjax.config import OptimConfig
 from gptjax.errors import choose
+from gptjax.muon import scale_by_muon
 from gptjax.parametrization import ROLES, Role, role_named
 
 Path = tuple[str, ...]  # the names that lead to a weight
@@ -223,54 +223,3 @@ def with_moments_in(dtype: str, inner: optax.GradientTransformation) -> optax.Gr
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
-
-
-class MuonState(NamedTuple):
-    """The running sum of gradients, shaped like the weights."""
-
-    momentum: optax.Updates
-
-
-def scale_by_muon(decay: float, metadata: Metadata) -> optax.GradientTransformation:
-    """Return Muon's transformation.
-
-    Args:
-        decay: of the momentum, used the Nesterov way.
-        metadata: for reading a weight as a stack of matrices.
-    """
-
-    def init(params):
-        return MuonState(optax.tree.zeros_like(params))
-
-    def update(updates, state, params=None):
-        del params
-        momentum = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, state.momentum, updates)
-        nesterov = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, momentum, updates)
-        return map_by_path(lambda path, x: _orthogonal_update(x, metadata[path]), nesterov), MuonState(momentum)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _orthogonal_update(x: jax.Array, weight: dict[str, Any]) -> jax.Array:
-    """Orthogonalize a weight that is a stack of matrices, scaled by sqrt(max(1, outputs / inputs))."""
-    stack = weight["n_stacked"]
-    split = stack + weight["n_in"]
-    shape = (*x.shape[:stack], math.prod(x.shape[stack:split]), math.prod(x.shape[split:]))
-    matrix = orthogonalize(x.reshape(shape))
-    return (matrix * max(1.0, shape[-1] / shape[-2]) ** 0.5).reshape(x.shape)
-
-
-def orthogonalize(x: jax.Array, steps: int = 5) -> jax.Array:
-    """Bring the singular values of [..., n, m] near 1, keeping the singular vectors.
-
-    A quintic Newton-Schulz iteration, x <- a x + (b A + c A^2) x with A = x x^T. The coefficients maximise the
-    slope at 0 and leave singular values within about [0.7, 1.2] (Jordan et al. 2024).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = x.shape[-1] >= x.shape[-2]
-    x = x if wide else x.mT  # A is the smaller of the two products
-    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
-    for _ in range(steps):
-        A = x @ x.mT
-        x = a * x + (b * A + c * A @ A) @ x
-    return x if wide else x.mT

@@ -6,11 +6,16 @@ import numpy as np
 import optax
 import pytest
 from conftest import GPT2_LIKE, MODERN, make_config
+from flax import traverse_util
 
+from gptjax.apps.plan.hlo import COLLECTIVES, Program
+from gptjax.apps.plan.orthogonal import orthogonal_costs
 from gptjax.config import OptimConfig
 from gptjax.errors import UserError
+from gptjax.muon import MuonState, orthogonalize, scale_by_muon
 from gptjax.nn.transformer import abstract_model, init_params
-from gptjax.optim import learning_rate, make_optimizer, orthogonalize, scale_by_muon
+from gptjax.optim import learning_rate, make_optimizer, treat
+from gptjax.sharding import make_mesh, sharding
 
 
 def setup(optim: dict, model: dict = GPT2_LIKE):
@@ -160,10 +165,39 @@ def test_an_unknown_optimizer_or_schedule_is_refused_by_its_nearest_name():
 def test_muon_reads_a_stack_of_experts_as_matrices_of_their_own():
     """[L, E, D, F] is L x E matrices of D inputs, as the declaration says."""
     rng = np.random.default_rng(0)
-    metadata = {("experts",): {"n_stacked": 2, "n_in": 1}}
+    metadata = {("experts",): {"n_stacked": 2, "n_in": 1, "axes": ("layers", "expert", "embed", "mlp")}}
     grad = rng.normal(size=(2, 3, 8, 16)).astype(np.float32)
     rule = scale_by_muon(0.0, metadata)
     found, _ = rule.update({"experts": grad}, rule.init({"experts": grad}))
     for layer, expert in np.ndindex(2, 3):
         expected = newton_schulz(grad[layer, expert].astype(np.float64)) * 2**0.5
         np.testing.assert_allclose(found["experts"][layer, expert], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("cut", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "pipeline": 2}], ids=str)
+def test_muon_deals_matrices_to_devices_and_gathers_none(cut):
+    """The directions are those of one device, and the exchanges are as large as the planner says."""
+    experts = {"mlp": {"kind": "moe", "moe": {"experts": 4, "top_k": 2}}, "n_layers": 4}
+    cfg = make_config(MODERN | experts, optim={"name": "muon"})
+    _, model, metadata = abstract_model(cfg.model)
+    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(model).items()}
+    hidden = [path for path, weight in metadata.items() if treat(cfg.optim, path, weight).group.rule == "muon"]
+    rule = scale_by_muon(0.95, {("/".join(path),): metadata[path] for path in hidden})
+    rng = np.random.default_rng(0)
+    grads = {"/".join(path): rng.normal(size=shapes[path]).astype(np.float32) for path in hidden}
+    alone, _ = jax.jit(rule.update)(grads, rule.init(grads))
+
+    axes = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert", "pipeline"), 1) | cut
+    mesh = make_mesh(axes)
+    places = {"/".join(path): sharding(mesh, metadata[path]["axes"]) for path in hidden}
+    with jax.set_mesh(mesh):
+        laid = jax.device_put(grads, places), jax.device_put(rule.init(grads), MuonState(places))
+        step = jax.jit(rule.update, out_shardings=(places, MuonState(places))).lower(*laid).compile()
+        dealt, _ = step(*laid)
+    for name, direction in alone.items():
+        np.testing.assert_allclose(dealt[name], direction, atol=1e-5)
+    exchanges = [i for _, i, _ in Program(step.as_text()).instructions() if i.opcode in COLLECTIVES]
+    assert {exchange.opcode for exchange in exchanges} == {"all-to-all"}
+    # Each has an operand for every device that takes part, and one of them stays.
+    sent = sum(array.bytes for exchange in exchanges for array in exchange.arrays[1:])
+    assert sent == orthogonal_costs(cfg.model, "muon", (), tuple(axes.items())).sent_bytes

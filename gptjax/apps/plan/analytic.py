@@ -15,6 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.apps.plan.chips import Topology
+from gptjax.apps.plan.orthogonal import OrthogonalCosts, orthogonal_costs
 from gptjax.checks import filled_axes
 from gptjax.config import Config, DistillConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from gptjax.convert import teacher_config
@@ -249,16 +250,22 @@ def estimate(
     tokens = cfg.train.batch_sequences * cfg.model.context_length
     teacher = planned_teacher(cfg)
     collectives, dcn = _communication(cfg, axes, topology)
+    passes = executed_flops_per_token(cfg, fused_attention, teacher, _device_sizes(cfg, axes).idle)
     return Costs(
         memory=_memory(cfg, held, axes, fused_attention),
         model_flops=tokens * training_flops_per_token(cfg, trained_counts(cfg), teacher),
-        executed_flops=tokens
-        * executed_flops_per_token(cfg, fused_attention, teacher, _device_sizes(cfg, axes).idle)
-        / topology.n_chips,
+        executed_flops=tokens * passes / topology.n_chips + _orthogonal(cfg, axes).flops,
         hbm_bytes=_hbm_bytes(cfg, axes, fused_attention),
         collectives=collectives,
         dcn_bytes=dcn,
     )
+
+
+def _orthogonal(cfg: Config, axes: dict[str, int]) -> OrthogonalCosts:
+    """Return what Muon costs a device; of adapters, whose matrices are small, nothing."""
+    if cfg.lora.rank:
+        return OrthogonalCosts()
+    return orthogonal_costs(cfg.model, cfg.optim.name, tuple(cfg.optim.freeze), tuple(axes.items()))
 
 
 def executed_flops_per_token(
@@ -403,6 +410,7 @@ def _communication(cfg: Config, axes: dict[str, int], topology: Topology) -> tup
         "embedding's gradient": M * 2 * _ring(batch_parts) * vocab * ("embed" not in frozen_roles(cfg)),
         "head's gradient": M * (fsdp + 2 * _ring(copies * s.stages) / axes["fsdp"]) * head_grad,
         "gradients over data": M * 2 * _ring(copies) * blocks / axes["fsdp"] * share,
+        "matrices dealt to devices": _orthogonal(cfg, axes).sent_bytes,
         "microbatches over stages": M * 2 * handed,
         "tokens over experts": M * exchanges * (axes["expert"] - 1) * stream,
         "activations over tensor": M * 2 * tensor * sums * stream,
