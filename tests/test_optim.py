@@ -8,7 +8,7 @@ import pytest
 from conftest import GPT2_LIKE, MODERN, make_config
 from flax import traverse_util
 
-from gptjax.apps.plan.hlo import COLLECTIVES, Program
+from gptjax.apps.plan.hlo import Program
 from gptjax.apps.plan.orthogonal import orthogonal_costs
 from gptjax.config import OptimConfig
 from gptjax.errors import UserError
@@ -196,8 +196,7 @@ def test_muon_deals_matrices_to_devices_and_gathers_none(cut):
         dealt, _ = step(*laid)
     for name, direction in alone.items():
         np.testing.assert_allclose(dealt[name], direction, atol=1e-5)
-    exchanges = [i for _, i, _ in Program(step.as_text()).instructions() if i.opcode in COLLECTIVES]
-    assert {exchange.opcode for exchange in exchanges} == {"all-to-all"}
-    # Each has an operand for every device that takes part, and one of them stays.
-    sent = sum(array.bytes for exchange in exchanges for array in exchange.arrays[1:])
+    exchanges = Program(step.as_text()).collectives()
+    assert {exchange.kind for exchange in exchanges} == {"all-to-all"}
+    sent = sum(exchange.wire_bytes * exchange.times for exchange in exchanges)
     assert sent == orthogonal_costs(cfg.model, "muon", (), tuple(axes.items())).sent_bytes

@@ -132,6 +132,7 @@ class Program:
             name: {instruction.name: instruction for instruction in body} for name, body in self.computations.items()
         }
         self.times: dict[str, int] = defaultdict(int)
+        self.called: set[str] = set()  # by a single instruction, such as a fusion
         self._count(self.entry, 1)
 
     def _count(self, name: str, times: int) -> None:
@@ -145,7 +146,9 @@ class Program:
                     if branch in self.computations:
                         self._count(branch, times)
             elif instruction.opcode in ("call", "async-start", "fusion"):
-                self._count(called.get("to_apply") or called["calls"], times)
+                inner = called.get("to_apply") or called["calls"]
+                self.called.add(inner)
+                self._count(inner, times)
 
     def _trips(self, caller: str, loop: Instruction, called: dict[str, str]) -> int:
         """Return how often a loop runs: as annotated by the compiler, or from its counter's start, step and end."""
@@ -201,14 +204,15 @@ class Program:
     def collectives(self, chips_per_slice: int | None = None, num_slices: int = 1) -> list[Collective]:
         """Return the collectives of a step.
 
-        An asynchronous collective appears several times (start, update, done) under one channel and may continue
-        inside a loop; it counts as often as it starts. Between slices there are no collectives but transfers through
+        An asynchronous collective appears in several fusions (start, update, done) under one channel and may continue
+        inside a loop; it counts as often as it starts. Elsewhere a channel says nothing: collectives of `shard_map`
+        share one. Between slices there are no collectives but transfers through
         the hosts, which name the collective that they are part of.
 
         Args:
             chips_per_slice: number of devices of a slice, numbered slice by slice; None for one slice.
         """
-        by_channel: dict[tuple[str, int], Collective] = {}
+        found: dict[tuple[str, int], Collective] = {}
         for number, (computation, instruction, times) in enumerate(self.instructions()):
             if computation.startswith(ASYNC_FUSION):
                 continue
@@ -229,10 +233,10 @@ class Program:
             sent = min(operand, sum(a.bytes for a in instruction.arrays)) if kind == "all-reduce" else operand
             dtype = max(arrays, key=lambda a: a.bytes, default=Array("", 0, True)).dtype
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = (channel[1] if channel else f"#{number}", times)
+            key = (channel[1] if channel and computation in self.called else f"#{number}", times)
             wire = sent * _wire_share(kind, group)
-            by_channel[key] = Collective(kind, operand, dtype, wire, group, times, crosses)
-        return [c for c in by_channel.values() if c.group > 1]
+            found[key] = Collective(kind, operand, dtype, wire, group, times, crosses)
+        return [c for c in found.values() if c.group > 1]
 
     def hbm_bytes(self) -> float:
         """Return the bytes that a step reads from HBM and writes to it, on one device.
