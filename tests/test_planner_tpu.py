@@ -93,6 +93,20 @@ def test_communication(topology, sequences, mesh):
     assert arrays / wanted == pytest.approx(1, abs=0.2)
 
 
+def test_muon_needs_hardly_more_of_the_wire_than_adamw():
+    """GPT-2 1.5B over 64 chips: matrices are dealt to devices, and none is gathered for its update."""
+    path = str(ROOT / "configs" / "gpt2_1.5b.yaml")
+    sent = {}
+    for name in ("adamw", "muon"):
+        flags = ["--mesh.data", "1", "--mesh.fsdp", "64", "--optim.name", name, "--train.batch_sequences", "256"]
+        cfg = planning.config_on_accelerators(load_config([path, *flags]))
+        plan = planning.make_plan(cfg, parse_topology("v5e:8x8"))
+        assert plan["method"] == "compiled", plan["note"]
+        sent[name] = plan["ici_bytes"]
+    print(f"\nmuon {size(sent['muon'])}, adamw {size(sent['adamw'])}, {sent['muon'] / sent['adamw']:.3f}")
+    assert sent["muon"] <= 1.05 * sent["adamw"]
+
+
 @pytest.mark.parametrize(("remat", "code"), [("full", 0), ("none", 3)])
 def test_gpt2_xl_on_256_chips(remat, code):
     """Two plans may run at once, and a lock file that a killed process left does no harm."""
