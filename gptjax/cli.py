@@ -324,8 +324,8 @@ def main() -> int:
 
 
 def _about(commands: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
-    """Return each command's description, the first line of its docstring."""
-    return {name: (function.__doc__ or "").splitlines()[0] for name, function in commands.items()}
+    """Return each command's description, the first line of its docstring, which `python -OO` removes."""
+    return {name: (function.__doc__ or "").partition("\n")[0] for name, function in commands.items()}
 
 
 def _choose(program: str, commands: Mapping[str, str], args: list[str]) -> str | None:

@@ -120,6 +120,14 @@ def writes_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
 
 
+def _check_current_folder() -> None:
+    """Raise UserError where the folder that relative paths start from was removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder is not there any more; change to one that is: cd") from None
+
+
 def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Turn what leaves a command's main function into a few lines on stderr and an exit code.
 
@@ -131,6 +139,7 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args, **kwargs):
         with guarded_output():
             try:
+                _check_current_folder()
                 return main(*args, **kwargs)
             except UserError as error:
                 print(f"error: {one_line(str(error))}", file=sys.stderr)

@@ -130,6 +130,11 @@ def config_file(folder, text: str) -> str:
     return str(path)
 
 
+def test_commands_without_docstrings_are_listed():
+    """`python -OO` removes docstrings."""
+    assert cli._about({"a": lambda args: 0, "b": cli.serve})["a"] == ""
+
+
 def test_flags_may_stand_before_the_config_file(tmp_path):
     path = config_file(tmp_path, "model: {n_layers: 1}\n")
     for words in (["--workdir", "w", path], [path, "--workdir=w"], ["--workdir", "w", "--", path]):

@@ -353,3 +353,11 @@ def test_outputs_have_what_a_stream_has():
     stream = Output(io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert stream.encoding == "ascii" and not stream.isatty() and stream.write("é") == 1
     continue_without_output()  # of a stream that is none of ours: nothing
+
+
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        report_user_errors(lambda: 0)()
+    assert capsys.readouterr().err.startswith("error: the current folder is not there any more; change to one")

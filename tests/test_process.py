@@ -7,6 +7,8 @@ import pytest
 from conftest import run_script
 
 from gptjax import cpu
+from gptjax.errors import UserError
+from gptjax.process import check_platforms
 
 
 def test_virtual_devices_get_a_pool_of_twice_as_many_threads():
@@ -202,3 +204,19 @@ def test_the_limit_of_locked_memory_is_raised_as_far_as_it_may_be():
     drop = os.geteuid() == 0
     done = run_script("-c", LOCKED.format(soft=4096, hard=65536, drop=drop))
     assert done.stdout == "65536 65536\n", done.stderr
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "cpuu", "tpu,cpu"])
+def test_a_platform_that_jax_lacks_is_the_users_error(platforms, monkeypatch):
+    """JAX raises RuntimeError, or an AssertionError without a word."""
+
+    def devices() -> None:
+        if platforms == "cuda":
+            raise AssertionError
+        raise RuntimeError("Unable to initialize backend\nhere")
+
+    monkeypatch.setattr("jax.devices", devices)
+    with pytest.raises(UserError, match=f"JAX_PLATFORMS={platforms} .*unset it, set it to cpu, or pip install"):
+        check_platforms({"JAX_PLATFORMS": platforms})
+    check_platforms({"JAX_PLATFORMS": "cpu"})
+    check_platforms({})
