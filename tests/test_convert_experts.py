@@ -1,13 +1,18 @@
 """Experts in the ways that files hold them: all of a layer in one tensor, and in 4 bits."""
 
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import LoraConfig
 from gptjax.convert import open_model
+from gptjax.convert.base import SavedAdapter
 from gptjax.convert.models import on_first_device
+from gptjax.convert.peft import write_adapter
 from gptjax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")
@@ -70,3 +75,12 @@ def test_experts_in_mxfp4_are_read_as_transformers_dequantizes_them(tmp_path):
     safetensors_torch.save_file(lost, tmp_path / "packed" / "model.safetensors")
     with pytest.raises(UserError, match=r"quantized by mxfp4 .* which cannot be run here; give the model"):
         open_model(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_adapters_of_experts_are_not_written_as_others(name, tmp_path):
+    model = open_model(build(name, tmp_path / "source"))
+    zeros = partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
+    adapter = SavedAdapter(LoraConfig(rank=2), {"path": "x", "fingerprint": "y"}, zeros)
+    with pytest.raises(UserError, match=r"adapters of experts, which .* --merged true --out DIR"):
+        write_adapter(model, adapter, tmp_path)

@@ -68,7 +68,7 @@ def write_adapter(model: Model, adapter: SavedAdapter, folder: Path) -> str:
     """Write a run's adapters as PEFT's files, in float32; return the base that they name.
 
     Raises:
-        UserError: no family has the model's form.
+        UserError: no family has the model's form; there are adapters of experts.
     """
     kind = family_for(model.config)
     layout = Layout(FAMILIES[kind], exported_form(model.config, kind))
@@ -81,6 +81,11 @@ def write_adapter(model: Model, adapter: SavedAdapter, folder: Path) -> str:
         chosen = [path for path in module.paths if pairs[path] is not None]
         if not chosen:
             continue
+        if any("expert" in (*layout.stacks[path], *layout.axes[path]) for path in chosen):
+            raise UserError(
+                f"{str(model.path)!r} has adapters of experts, which PEFT's files cannot hold here; write the merged "
+                f"model: gptjax convert to-hf {model.path} --merged true --out DIR"
+            )
         targets.append(module.suffix)
         if len(chosen) > 1:
             ranks[module.suffix] = len(chosen) * lora.rank
