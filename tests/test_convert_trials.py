@@ -14,6 +14,8 @@ pytest.importorskip("gguf", reason="pip install -e '.[hf]'")
 import gguf_trials  # noqa: E402, both need what is skipped without above
 import weight_trials  # noqa: E402
 
+from gptjax.convert.families import FAMILIES  # noqa: E402
+
 FEW, MANY = range(3, 6), range(200)  # the numbers of models
 
 
@@ -38,6 +40,10 @@ def assert_no_difference(trial, families, numbers: range) -> None:
     assert not different, different
     for family, found in outcomes.items() if numbers == MANY else ():  # of a few, a family may have none that is read
         assert any(outcome.kind == "equal" for outcome in found), family
+
+
+def test_every_family_that_is_read_is_tried():
+    assert sorted(weight_trials.FAMILIES) == sorted(FAMILIES)
 
 
 @pytest.mark.whole
