@@ -331,6 +331,7 @@ def test_the_range_leaves_the_first_steps_out():
     y = np.where(x < 8, 10.0, 2.0)
     assert top_of_range([(x, y)]) == 2.0
     assert top_of_range([(x, np.full(100, NAN))]) is None
+    assert top_of_range([(x, np.linspace(3, 1, 100))]) == 3.0, "a slow fall is no fall of the first steps"
 
 
 # ---- numbers and tables

@@ -76,9 +76,13 @@ def smooth(y: np.ndarray, share: float = 0.05) -> np.ndarray:
 def top_of_range(lines: Sequence[tuple[np.ndarray, np.ndarray]], share: float = 0.08) -> float | None:
     """Return the highest value after the first share of the steps; None where nothing is finite then.
 
-    The fall of the first steps, from the logarithm of the vocabulary, would otherwise take most of a figure.
+    The fall of the first steps, from the logarithm of the vocabulary, would otherwise take most of a figure. Where it
+    takes less than half, return the highest of all values.
     """
     last = max((x[-1] for x, _ in lines if len(x)), default=0.0)
     late = [y[(x >= share * last) & np.isfinite(y)] for x, y in lines]
     values = np.concatenate([[], *late])
-    return float(values.max()) if len(values) else None
+    if not len(values):
+        return None
+    top, highest = float(values.max()), max(float(np.nanmax(y)) for _, y in lines if np.isfinite(y).any())
+    return highest if highest - top < top - float(values.min()) else top

@@ -42,7 +42,7 @@ def _tokens(found: dict[str, Any]) -> Table:
     rows = []
     for token, value in zip(found["tokens"], found["attribution"]["values"], strict=True):
         alternatives = token.get("alternatives", ())
-        likelier = "   ".join(f"“{shown(a['text'])}” {a['probability']:.2f}" for a in alternatives)  # no-break spaces
+        likelier = "\u2003".join(f"“{shown(a['text'])}” {a['probability']:.2f}" for a in alternatives)
         figures = [number(token.get("probability")), number(token.get("rank")), number(value)]
         rows.append([Cell(shown(token["text"])), *figures, Cell(likelier)])
     towards = f"gradient × input for “{shown(found['attribution']['token'])}”"
