@@ -5,6 +5,7 @@ integrations/mxfp4.py (`convert_moe_packed_tensors`).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,12 +71,18 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
     The lower four bits of a byte are the first of its two values.
     """
+    table, out = _pairs(), np.empty(blocks.shape, np.uint32)
+    for expert, made in enumerate(out):  # few indices at a time
+        np.take(table, (scales[expert].astype(np.uint16)[..., None] << 8) | blocks[expert], out=made)
+    n_experts, width = blocks.shape[:2]
+    return out.view(jnp.bfloat16).reshape(n_experts, width, -1).swapaxes(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _pairs() -> np.ndarray:
+    """Return the two bfloat16 values of every byte under every factor, as 32 bits: [factors x bytes]."""
     signed = np.concatenate([VALUES, -VALUES])
     both = np.stack([np.tile(signed, 16), np.repeat(signed, 16)], axis=-1)  # of each byte
-    n_experts, width, n_blocks, _ = blocks.shape
-    out = np.empty((n_experts, width, n_blocks, 2 * BLOCK_BYTES), jnp.bfloat16)
-    for expert in range(n_experts):  # few float32 values at a time
-        factors = np.ldexp(np.float32(1), scales[expert].astype(np.int32) - EXPONENT_OF_ONE)
-        values = both[blocks[expert]].reshape(width, n_blocks, -1)
-        out[expert] = values * factors[..., None]
-    return out.reshape(n_experts, width, -1).swapaxes(1, 2)
+    with np.errstate(over="ignore", invalid="ignore"):  # the largest factors make infinities
+        factors = np.ldexp(np.float32(1), np.arange(256) - EXPONENT_OF_ONE)
+        return (factors[:, None, None] * both).astype(jnp.bfloat16).view(np.uint32).ravel()
