@@ -103,3 +103,14 @@ def test_the_command_writes_tables_json_and_a_page(monkeypatch, capsys, tmp_path
         commands.inspect("M", prompt=PROMPT, against="AB")
     with pytest.raises(UserError, match="more than the context of 32"):
         commands.inspect("M", prompt="A" * 33)
+
+
+def test_an_inspections_page_in_a_browser(browser, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("jinja2", reason="pip install -e '.[report]'")
+    from browsing import check_in_browser
+
+    monkeypatch.setattr(gptjax.convert, "load", lambda *args: make_model(MODERN))
+    monkeypatch.setattr(commands, "prepare_process", lambda *args: None)
+    commands.inspect("M", prompt=PROMPT, against=OTHER, html=str(tmp_path / "page.html"))
+    assert "likeliest next tokens: " in capsys.readouterr().out
+    check_in_browser(browser, tmp_path / "page.html")

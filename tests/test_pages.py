@@ -206,16 +206,19 @@ def test_a_runs_page_in_a_browser(browser, tmp_path):
 def test_a_comparisons_page_in_a_browser(browser, tmp_path):
     for i in range(4):
         make_run(tmp_path / "runs" / f"run-with-a-long-name-{i}", optim={"peak_lr": 0.001 * (i + 1)})
+    write_rows(tmp_path / "runs" / "begun", [{"step": 1, "lr": 0.1}])
     runs = find_runs([str(tmp_path / "runs")])
     rates = [1e6] * len(runs)
     path = tmp_path / "compare.html"
     path.write_text(compare_page(runs, rates, compare(runs, rates), "gptjax compare runs"))
     check_in_browser(browser, path)
-    order = browser.execute_script(
-        "const b = document.querySelectorAll('table')[1].querySelectorAll('thead button')[1]; b.click(); b.click();"
-        "return [...document.querySelectorAll('table')[1].tBodies[0].rows].map(r => Number(r.cells[1].dataset.value))"
-    )
-    assert order == sorted(order, reverse=True) and len(order) == 4
+    for descending in (False, True):
+        *order, last = browser.execute_script(
+            "const t = document.querySelectorAll('table')[1]; t.querySelectorAll('thead button')[1].click();"
+            "return [...t.tBodies[0].rows].map(r => Number(r.cells[1].dataset.value))"
+        )
+        assert order == sorted(order, reverse=descending) and len(order) == 4
+        assert last is None, "a run without the loss is last, whatever the order"
 
 
 # ---- studies and plans
