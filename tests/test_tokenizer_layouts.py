@@ -190,6 +190,10 @@ def test_what_the_rule_does_not_change_stays_as_it_came(specs, tmp_path):
         (["tekken.json"], "only tekken.json"),
         (["tiktoken.model"], "only tiktoken.model"),
         (["vocab.txt"], "only vocab.txt"),
+        (["qwen.tiktoken"], "only qwen.tiktoken"),
+        (["tekken_240911.json"], "only tekken_240911.json"),
+        (["sentencepiece.bpe.model"], "only sentencepiece.bpe.model"),
+        (["tokenizer.model.v3"], "only tokenizer.model.v3"),
     ],
 )
 def test_files_that_are_not_enough_are_named(names, said, tmp_path):

@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face models, run by the library `tokenizers`."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -193,9 +194,13 @@ def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
         raise UserError(f"the tokenizer {str(path)!r} is not UTF-8; copy it again") from None
 
 
+# Tokenizers in the formats of SentencePiece, tiktoken, Mistral and BERT.
+OTHER_FILES = re.compile(r".*\.(model|spm|tiktoken)(\.v\d+)?|tekken.*\.json|vocab\.txt")
+
+
 def _instead(folder: Path) -> str:
-    for name in ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.txt", "spiece.model"):
-        if (folder / name).exists():
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if OTHER_FILES.fullmatch(name):
             return f", only {name}; in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
     for name, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
         if (folder / name).exists():
