@@ -291,7 +291,8 @@ def rewrite_config(family: str, file: Path, way: str, random: np.random.Generato
         values["is_causal"] = False
     if random.random() < 0.1:
         values["tie_word_embeddings"] = not values.get("tie_word_embeddings", True)
-    if family == "mixtral" and values.get("head_dim") is None and '"dynamic"' in json.dumps(values):
+    scaled = re.search(r'"(dynamic|yarn|llama3)"', json.dumps(values))
+    if family == "mixtral" and values.get("head_dim") is None and scaled:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]  # without, its class fails
     file.write_text(json.dumps(values))
 
