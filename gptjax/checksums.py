@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from gptjax.files import size_of
+from gptjax.shell.files import size_of
 
 NAME = "checksums"  # how the names of the files that hold them begin
 WHOLE = f"{NAME}.json"  # the one that is written last, and covers the others

@@ -10,12 +10,12 @@ import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.apps.sample.commands import sample_from
-from gptjax.commandline import split_words, wrong_value
 from gptjax.configfile import CONFIG_OPTIONS, load_config
-from gptjax.console import continue_without_output, report_user_errors
 from gptjax.errors import UserError, nearest
-from gptjax.paths import UserPath, shell, user_path
 from gptjax.process import prepare_process
+from gptjax.shell.commandline import split_words, wrong_value
+from gptjax.shell.console import continue_without_output, report_user_errors
+from gptjax.shell.paths import UserPath, shell, user_path
 
 TEXTS = (str, str | None, UserPath, UserPath | None, list[str] | None)  # parameters that are taken as typed
 
@@ -26,8 +26,8 @@ def train(args: list[str]) -> int:
     cfg = load_config(args)
     continue_without_output()
     prepare_process(cfg.mesh.cpu_devices, cfg.distributed)
-    from gptjax.following import train_and_follow
-    from gptjax.goodput import note_process_is_run
+    from gptjax.lifecycle.following import train_and_follow
+    from gptjax.lifecycle.goodput import note_process_is_run
     from gptjax.trainer import train
 
     note_process_is_run()

@@ -14,13 +14,13 @@ import yaml
 from etils import epath
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gptjax.commandline import split_words, wrong_value
 from gptjax.config import Config, RopeScaling, free_keys
 from gptjax.configversions import FORMAT, NOW_SECTIONS, RENAMED, current_key, upgrade
-from gptjax.console import one_line
 from gptjax.errors import UserError, nearest
-from gptjax.paths import user_path
 from gptjax.presets import PRESETS
+from gptjax.shell.commandline import split_words, wrong_value
+from gptjax.shell.console import one_line
+from gptjax.shell.paths import user_path
 
 # Keys whose values are paths: `~` means the home directory there; elsewhere it is YAML's null.
 PATHS = ("workdir", "init_from", "follow", "distill.teacher", "data.path", "data.tokenizer", "data.cache_dir")

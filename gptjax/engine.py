@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.adapter_stack import AdapterStack, SplitParams, for_rows, stack_adapters
 from gptjax.config import LoraConfig, ModelConfig, RunConfig
+from gptjax.decoding.adapter_stack import AdapterStack, SplitParams, for_rows, stack_adapters
 from gptjax.nn.attention import CACHE_AXES, CacheSlots, merge_heads, split_heads
 from gptjax.nn.backends import for_mesh, for_platform
 from gptjax.nn.layers import Cache

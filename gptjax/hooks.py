@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import jax
 
-from gptjax.faults import Watchdog
-from gptjax.goodput import Attempt, Clock, share_of_steps
-from gptjax.report import Report
+from gptjax.lifecycle.faults import Watchdog
+from gptjax.lifecycle.goodput import Attempt, Clock, share_of_steps
+from gptjax.lifecycle.report import Report
 from gptjax.spikes import was_taken
 from gptjax.step import TrainState
 

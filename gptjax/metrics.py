@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
+from gptjax.shell.files import write_atomically
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

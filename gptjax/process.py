@@ -10,7 +10,7 @@ from typing import Any
 from gptjax import cpu
 from gptjax.config import DistributedConfig
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
+from gptjax.shell.files import write_atomically
 
 
 def prepare_process(cpu_devices: int | None = None, distributed: DistributedConfig | None = None) -> None:

@@ -29,7 +29,7 @@ def judge_step(
     A step is not taken where its loss or its gradient's norm is not finite, or lies more than `deviations` standard
     deviations above the running mean (weights 1 - 1 / WINDOW_STEPS). A spike counts in the statistics as if it lay
     just at the limit, so that a level that stays is soon accepted. After `most_skips` skips in a row no step is
-    taken until the run has rolled back (rollback.py).
+    taken until the run has rolled back (lifecycle/rollback.py).
 
     Args:
         statistics: float32 [STATISTICS].

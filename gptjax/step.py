@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from gptjax import cpu
 from gptjax.config import Config, ModelConfig, override
 from gptjax.errors import UserError, choose
-from gptjax.goodput import spend_on
 from gptjax.hosts import exchange
+from gptjax.lifecycle.goodput import spend_on
 from gptjax.loss import log_probabilities
 from gptjax.nn.adapters import ADAPTER, abstract_adapter, init_adapter
 from gptjax.nn.backends import check_model_divides, for_mesh

@@ -8,24 +8,25 @@ from functools import partial
 import jax
 import numpy as np
 
-from gptjax.closing import LiveSampler, conclude
 from gptjax.config import Config, override
 from gptjax.data.batches import Batches, training_examples
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.errors import DONE, STOPPED, UserError
-from gptjax.evaluation import make_evaluate
-from gptjax.faults import StopSignal, Watchdog
-from gptjax.goodput import DATA, STEPS, Attempt, spend_on, table_of
 from gptjax.hooks import Account, Evaluate, Hook, Measure, Profile, Sample, Save, StepEnd, Verify, Watch, Write
 from gptjax.hosts import check_same, global_batch, rows_of_this_host, together, writer_first
+from gptjax.lifecycle.closing import LiveSampler, conclude
+from gptjax.lifecycle.evaluation import make_evaluate
+from gptjax.lifecycle.faults import StopSignal, Watchdog
+from gptjax.lifecycle.goodput import DATA, STEPS, Attempt, spend_on, table_of
+from gptjax.lifecycle.reference import attach_reference
+from gptjax.lifecycle.report import Report
+from gptjax.lifecycle.rollback import Rollback
+from gptjax.lifecycle.rundir import RunLock, check_workdir, open_workdir, write_outcome
+from gptjax.lifecycle.start import begin_or_resume, make_run, save
+from gptjax.lifecycle.verification import make_verify
 from gptjax.presets import peak_flops
-from gptjax.reference import attach_reference
-from gptjax.report import Report
-from gptjax.rollback import Rollback
-from gptjax.rundir import RunLock, check_workdir, open_workdir, write_outcome
 from gptjax.sharding import make_mesh
 from gptjax.spikes import was_taken
-from gptjax.start import begin_or_resume, make_run, save
 from gptjax.step import (
     Trainable,
     TrainState,
@@ -33,7 +34,6 @@ from gptjax.step import (
     make_train_step,
     training_flops_per_token,
 )
-from gptjax.verification import make_verify
 
 
 def train(cfg: Config, hooks: Sequence[Hook] = ()) -> int:

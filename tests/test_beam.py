@@ -9,7 +9,7 @@ from conftest import MODERN, make_config, without_zeros
 
 import gptjax.convert
 from gptjax import cli
-from gptjax.beam import NEVER, BeamSearch
+from gptjax.decoding.beam import NEVER, BeamSearch
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.transformer import init_params

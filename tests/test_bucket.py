@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, run_script
 from test_train import losses
 
-from gptjax.console import describe_failure
 from gptjax.data.reading import readable
 from gptjax.errors import UserError
+from gptjax.shell.console import describe_failure
 
 
 @pytest.fixture

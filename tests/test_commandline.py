@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from gptjax import cli
-from gptjax.commandline import split_words
 from gptjax.configfile import config_to_yaml, load_config, read_yaml
 from gptjax.errors import UserError
 from gptjax.generate import Completion
+from gptjax.shell.commandline import split_words
 
 
 @pytest.fixture

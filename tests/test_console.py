@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
-from gptjax import closing
-from gptjax.console import (
+from gptjax.errors import UserError
+from gptjax.lifecycle import closing
+from gptjax.lifecycle.report import attempt
+from gptjax.metrics import TensorBoard, plot_loss
+from gptjax.shell.console import (
     LONGEST_REASON,
     Output,
     continue_without_output,
@@ -23,13 +26,10 @@ from gptjax.console import (
     report_user_errors,
     writes_unicode,
 )
-from gptjax.errors import UserError
-from gptjax.metrics import TensorBoard, plot_loss
-from gptjax.report import attempt
 
 SPEAK = """
 import sys
-from gptjax.console import continue_without_output, report_user_errors
+from gptjax.shell.console import continue_without_output, report_user_errors
 @report_user_errors
 def main(kind):
     if kind == "train":
@@ -163,7 +163,7 @@ def test_work_that_a_failure_leaves_behind_says_nothing():
     """An event loop that ends with an error keeps coroutines, which Python complains of as it exits."""
     code = """
 import sys
-from gptjax.console import report_user_errors
+from gptjax.shell.console import report_user_errors
 async def write(): pass
 sys.kept = write()
 @report_user_errors
@@ -179,7 +179,7 @@ def test_an_interrupt_while_a_program_is_compiled_is_no_crash():
     code = """
 import os, signal, threading
 import jax
-from gptjax.console import report_user_errors
+from gptjax.shell.console import report_user_errors
 def f(x):
     for _ in range(100):
         x = jax.nn.softmax(x @ x)

@@ -24,11 +24,11 @@ from gptjax.convert.models import on_first_device
 from gptjax.data.batches import validation_batches
 from gptjax.data.corpus import load_corpus
 from gptjax.errors import UserError
-from gptjax.evaluation import make_evaluate
 from gptjax.generate import Sampling
+from gptjax.lifecycle.evaluation import make_evaluate
+from gptjax.lifecycle.start import Fixed, first_state
 from gptjax.nn.transformer import init_params
 from gptjax.presets import PRESETS
-from gptjax.start import Fixed, first_state
 from gptjax.tokenizers import ByteTokenizer, tokenizer_from_dict
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[peer]'")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-import gptjax.environment
-from gptjax.environment import ProgramError, git_commit, run_program
-from gptjax.files import changed_at, size_of
+import gptjax.shell.environment
+from gptjax.shell.environment import ProgramError, git_commit, run_program
+from gptjax.shell.files import changed_at, size_of
 
 
 def program(folder: Path, name: str, body: str) -> None:
@@ -78,7 +78,7 @@ def test_the_commit_is_none_without_a_git_that_answers(tmp_path, monkeypatch, bo
         program(tmp_path / "bin", "git", body)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if body == HANGS:
-        monkeypatch.setattr(gptjax.environment, "GIT_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(gptjax.shell.environment, "GIT_TIMEOUT_S", 0.5)
     assert git_commit() is None
 
 
@@ -102,4 +102,4 @@ def test_files_of_an_owner_without_a_name_have_sizes_and_times(tmp_path, monkeyp
     assert size_of(path) == size_of(str(path)) == 5
     assert changed_at(path) == int(path.stat().st_mtime)
     found = [file for file in ROOT.glob("gptjax/**/*.py") if ".stat().length" in file.read_text()]
-    assert found == [ROOT / "gptjax/files.py"]
+    assert found == [ROOT / "gptjax/shell/files.py"]

@@ -11,10 +11,10 @@ from conftest import GPT2_LIKE, MODERN, make_config, without_zeros
 import gptjax.convert
 from gptjax.apps.evaluate import commands, metrics
 from gptjax.apps.evaluate.generation import answer_prompts
-from gptjax.beam import BeamSearch
+from gptjax.decoding.beam import BeamSearch
+from gptjax.decoding.scoring import Passage, Scorer, encode_pair, pack, rolling_windows
 from gptjax.generate import LanguageModel
 from gptjax.nn.transformer import init_params
-from gptjax.scoring import Passage, Scorer, encode_pair, pack, rolling_windows
 from gptjax.tokenizers import CharTokenizer
 
 ALPHABET = "\n " + "".join(chr(c) for c in range(48, 48 + 59))

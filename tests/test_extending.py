@@ -15,7 +15,7 @@ from gptjax.convert.configs import import_config
 from gptjax.convert.families import FAMILIES
 from gptjax.data.corpus import KINDS, load_corpus
 from gptjax.errors import UserError
-from gptjax.evaluation import make_evaluate
+from gptjax.lifecycle.evaluation import make_evaluate
 from gptjax.loss import next_token_loss
 from gptjax.nn.backends import ATTENTIONS
 from gptjax.nn.layers import param

@@ -13,11 +13,11 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from gptjax import display
 from gptjax.figures import inspection, plan, runs, scaling
 from gptjax.figures.series import column, smooth, thin, top_of_range
 from gptjax.figures.style import DARK, LIGHT, NARROW_IN, THEMES, Look, Sheet, quiet, to_bytes, to_inline
 from gptjax.figures.ticks import labels
+from gptjax.shell import display
 
 LONG = "a-run-whose-name-nobody-would-type-but-a-launcher-does-with-80-characters-in-all"
 CHINESE = "莎士比亚全集字符级模型第三次训练运行学习率零点零二批量十二"

@@ -12,8 +12,8 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import MixtureSource
 from gptjax.configfile import config_from_dict, load_config
 from gptjax.errors import DONE, UserError
-from gptjax.following import train_and_follow, with_arrivals
 from gptjax.hooks import Hook
+from gptjax.lifecycle.following import train_and_follow, with_arrivals
 from gptjax.trainer import train
 
 

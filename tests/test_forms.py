@@ -6,8 +6,8 @@ import pytest
 from serving import tiny_model
 
 from gptjax.cli import sample
+from gptjax.decoding.forms import Form, FormDecoder
 from gptjax.errors import UserError
-from gptjax.forms import Form, FormDecoder
 from gptjax.sampling import Sampling
 from gptjax.tokenizers import make_tokenizer
 

@@ -12,11 +12,11 @@ import pytest
 from conftest import GPT2_LIKE, MODERN, make_config, run_script, trainable_on, without_zeros
 
 import gptjax
-from gptjax.closing import LiveSampler
 from gptjax.config import ModelConfig
 from gptjax.engine import Engine, Request, _write_in_circle
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel, row_keys
+from gptjax.lifecycle.closing import LiveSampler
 from gptjax.nn.transformer import Params, abstract_model, init_params
 from gptjax.sampling import N_BEST, Sampling, as_rows, draw, filter_logits
 from gptjax.sharding import make_mesh, sharding

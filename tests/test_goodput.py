@@ -9,8 +9,17 @@ import pytest
 from conftest import run_script
 from faults.training import Training
 
-from gptjax import goodput
-from gptjax.goodput import BETWEEN, LOST, STEPS, Clock, read_goodput, share_of_steps, table_of, total_seconds
+from gptjax.lifecycle import goodput
+from gptjax.lifecycle.goodput import (
+    BETWEEN,
+    LOST,
+    STEPS,
+    Clock,
+    read_goodput,
+    share_of_steps,
+    table_of,
+    total_seconds,
+)
 
 
 def test_every_second_counts_under_one_name(monkeypatch):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-from gptjax import goodput, hooks
-from gptjax.goodput import STEPS, Clock
+from gptjax import hooks
 from gptjax.hooks import Evaluate, Measure, Profile, StepEnd
+from gptjax.lifecycle import goodput
+from gptjax.lifecycle.goodput import STEPS, Clock
 
 STEP_S = 0.01
 

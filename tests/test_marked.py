@@ -16,9 +16,9 @@ from gptjax.convert.export import tokenizer_files
 from gptjax.data.batches import examples_of
 from gptjax.data.corpus import load_corpus
 from gptjax.data.tagged import TaggedTokens
+from gptjax.decoding.marks import mark_prompts, picture_prompt, plain_prompt, read_picture, write_pictures
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.marks import mark_prompts, picture_prompt, plain_prompt, read_picture, write_pictures
 from gptjax.nn.transformer import init_params
 from gptjax.sampling import Sampling
 from gptjax.tokenizers import ByteTokenizer, CharTokenizer, MarkedTokenizer, PictureFormat, tokenizer_from_dict

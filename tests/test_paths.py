@@ -18,7 +18,7 @@ from gptjax.convert.export import new_folder
 from gptjax.data.reading import Reading
 from gptjax.data.sources import list_files
 from gptjax.errors import UserError
-from gptjax.paths import shell, user_path, writing
+from gptjax.shell.paths import shell, user_path, writing
 
 
 @pytest.fixture

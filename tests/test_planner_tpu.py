@@ -14,7 +14,7 @@ from conftest import ROOT, run_script
 from gptjax.apps.plan import planning
 from gptjax.apps.plan.chips import parse_topology
 from gptjax.configfile import config_from_dict, load_config
-from gptjax.display import size
+from gptjax.shell.display import size
 
 pytestmark = pytest.mark.tpu
 

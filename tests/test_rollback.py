@@ -14,8 +14,8 @@ from gptjax import trainer
 from gptjax.configfile import load_config
 from gptjax.errors import Diverged
 from gptjax.hooks import Hook, StepEnd
+from gptjax.lifecycle.rollback import Rollback
 from gptjax.metrics import read_metrics, read_records
-from gptjax.rollback import Rollback
 from gptjax.spikes import SKIPS, STATISTICS, UPDATES, WINDOW_STEPS, first_statistics, judge_step, judge_update
 
 TIMES = ("step_time_s", "tokens_per_s", "goodput")

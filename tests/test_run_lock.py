@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT, run_script
 
 from gptjax.errors import UserError
-from gptjax.rundir import RunLock
+from gptjax.lifecycle.rundir import RunLock
 
 HOLD = """
 import sys, time
-from gptjax.rundir import RunLock
+from gptjax.lifecycle.rundir import RunLock
 with RunLock(sys.argv[1]) as lock:
     lock.acquire()
     print("locked", flush=True)

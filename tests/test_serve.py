@@ -39,7 +39,7 @@ def lm(hf_directory):
 @pytest.fixture(scope="module")
 def server(lm):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)  # so that most prompts have several
+        patch.setattr("gptjax.decoding.prompts.CPU_CHUNK_TOKENS", 16)  # so that most prompts have several
         with serving(lm, slots=4) as client:
             yield client
 
@@ -246,7 +246,7 @@ def test_a_request_that_arrives_before_the_server_is_ready_is_answered(lm):
 
 def test_short_prompts_are_read_first_and_long_ones_in_their_turn(lm, monkeypatch):
     """Turns of a scheduler without its thread: what each reads, in order, and what it delivers."""
-    monkeypatch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)
+    monkeypatch.setattr("gptjax.decoding.prompts.CPU_CHUNK_TOKENS", 16)
     draws, events, parts = Request(Sampling(0.0), np.zeros(2, np.uint32), 1), [], []
     scheduler = Scheduler(lm, 8, CONTEXT, events.extend, Meters())
     advance = scheduler._reader.advance

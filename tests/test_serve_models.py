@@ -61,7 +61,7 @@ def models(hf_directory):
 @pytest.fixture(scope="module")
 def server(models):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)
+        patch.setattr("gptjax.decoding.prompts.CPU_CHUNK_TOKENS", 16)
         with serving(models[0], slots=4) as client:
             yield client
 

@@ -27,7 +27,7 @@ def server(hf_directory, tmp_path_factory):
     (runs / HOSTILE / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step"')
     (runs / HOSTILE / "samples.jsonl").write_text(json.dumps({"step": 49, "text": HOSTILE}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptjax.prompts.CPU_CHUNK_TOKENS", 16)
+        patch.setattr("gptjax.decoding.prompts.CPU_CHUNK_TOKENS", 16)
         with serving(tiny_model(tiny_tokenizer(hf_directory), n_layers=1), slots=2, runs=str(runs)) as client:
             client.runs = runs
             yield client

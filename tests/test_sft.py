@@ -13,7 +13,6 @@ from conftest import GPT2_LIKE, TINY_RUN, make_config, trainable_on
 
 from gptjax.apps.data_prep.conversations import conversations_in
 from gptjax.apps.data_prep.inspect import inspect
-from gptjax.closing import changes_by_source
 from gptjax.config import DataConfig
 from gptjax.configfile import load_config
 from gptjax.convert import export_model, open_model
@@ -21,6 +20,7 @@ from gptjax.data.batches import as_batch, examples_of
 from gptjax.data.corpus import load_corpus
 from gptjax.data.layout import lay_out
 from gptjax.errors import UserError
+from gptjax.lifecycle.closing import changes_by_source
 from gptjax.metrics import read_metrics
 from gptjax.step import init_state, make_train_step
 from gptjax.tokenizers import ByteTokenizer, ChatTemplate, chat_template, read_huggingface_tokenizer
@@ -210,7 +210,7 @@ def test_inspect_shows_what_is_learnt_in_two_colours(chats, tokenizer_folder, to
     inspect(str(chats), **how)
     plain = capsys.readouterr().out
     assert re.search(r"<\|im_start\|>assistant\n«[^«»]*<\|im_end\|>»", plain)
-    monkeypatch.setattr("gptjax.display.colours_allowed", lambda stream=None: True)
+    monkeypatch.setattr("gptjax.shell.display.colours_allowed", lambda stream=None: True)
     monkeypatch.setattr("gptjax.apps.data_prep.conversations.colours_allowed", lambda stream=None: True)
     inspect(str(chats), **how)
     coloured = capsys.readouterr().out

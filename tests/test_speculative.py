@@ -8,10 +8,10 @@ import pytest
 from serving import tiny_model
 
 from gptjax.cli import sample
+from gptjax.decoding.speculative import ModelDraft, NgramDraft, SpeculativeDecoder
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.sampling import Sampling
-from gptjax.speculative import ModelDraft, NgramDraft, SpeculativeDecoder
 from gptjax.tokenizers import make_tokenizer
 
 LETTERS = "abcdefgh \n"

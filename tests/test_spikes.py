@@ -9,8 +9,8 @@ from conftest import GPT2_LIKE, make_config, trainable_on
 from gptjax.checkpoint import Checkpoints
 from gptjax.config.data import DataConfig
 from gptjax.data.corpus import load_corpus
+from gptjax.lifecycle.start import Fixed, restore, save
 from gptjax.spikes import WINDOW_STEPS, first_statistics, judge_step
-from gptjax.start import Fixed, restore, save
 from gptjax.step import init_state, make_train_step
 
 judge = jax.jit(judge_step, static_argnums=(3, 4))

@@ -3,7 +3,7 @@
 import pytest
 from conftest import GPT2_LIKE, make_config
 
-from gptjax.start import warn_of_another_rate
+from gptjax.lifecycle.start import warn_of_another_rate
 
 # Schedule, step, total before, total now -> whether the rate jumps.
 RESUMES = [

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from conftest import GPT2_LIKE, TINY_RUN, make_config, trainable_on
 
-from gptjax import trainer, verification
+from gptjax import trainer
 from gptjax.checkpoint import Checkpoints
 from gptjax.configfile import load_config
 from gptjax.errors import CorruptDevice
 from gptjax.fingerprint import hash_tree
+from gptjax.lifecycle import verification
+from gptjax.lifecycle.verification import make_verify
 from gptjax.step import init_state
-from gptjax.verification import make_verify
 
 
 def flip_bit(params: dict, device: jax.Device) -> dict:

@@ -5,11 +5,11 @@ import threading
 import pytest
 from conftest import run_script
 
-from gptjax.faults import describe_threads
+from gptjax.lifecycle.faults import describe_threads
 
 SCRIPT = """
 import ctypes, threading, time
-from gptjax import faults
+from gptjax.lifecycle import faults
 faults.START_FACTOR, faults.BACKSTOP_S = 2, 1
 
 def wait_in_vain():
@@ -53,7 +53,8 @@ def test_progress_and_waiting_for_another_process_are_not_stuck():
 
 STUCK_START = """
 import sys, time
-from gptjax import cli, faults, trainer
+from gptjax import cli, trainer
+from gptjax.lifecycle import faults
 
 def read_a_dead_disk(*_):
     time.sleep(100)

@@ -10,10 +10,10 @@ prepare_process = gptjax.cli.prepare_process
 def prepare_and_leave_out_the_end(*arguments) -> None:
     """Prepare the process, as `train` does before it imports JAX; then put nothing in place of the end's parts."""
     prepare_process(*arguments)
-    import gptjax.report
+    import gptjax.lifecycle.report
     import gptjax.trainer
 
-    gptjax.report.plot_loss = lambda _: None
+    gptjax.lifecycle.report.plot_loss = lambda _: None
     gptjax.trainer.conclude = lambda *_: None
 
 

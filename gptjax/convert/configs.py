@@ -20,7 +20,7 @@ from gptjax.convert.family import Family
 from gptjax.convert.foreign import another_head, unknown_family
 from gptjax.convert.forms import ROPE_DEFAULTS, ROPE_TYPES
 from gptjax.errors import UserError
-from gptjax.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
 SIZES += ("mlp.moe.experts", "mlp.moe.top_k", "mlp.moe.width")

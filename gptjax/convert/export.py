@@ -31,7 +31,7 @@ from gptjax.convert.peft import CONFIG, check_base_of, read_adapter, read_adapte
 from gptjax.convert.safetensors import write_safetensors
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
-from gptjax.paths import local_path, user_path
+from gptjax.shell.paths import local_path, user_path
 from gptjax.tokenizers import HuggingFaceTokenizer, Tokenizer, byte_level_bpe, printable_bytes
 from gptjax.tokenizers.auto import files_beside
 

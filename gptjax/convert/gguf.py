@@ -18,7 +18,7 @@ from gptjax.convert.foreign import kind_of
 from gptjax.convert.gguf_vocabulary import gguf_tokenizer
 from gptjax.errors import UserError
 from gptjax.nn.rotary import rotary_angles
-from gptjax.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
 from gptjax.tokenizers import Tokenizer
 
 # Our config.json's key, by GGUF's (after `llama.`); those without a default are in every file.

@@ -23,7 +23,7 @@ from gptjax.convert.models import on_first_device, open_model
 from gptjax.convert.weights import Layout, without_multipliers, write_value
 from gptjax.errors import UserError
 from gptjax.nn.rotary import rotary_angles
-from gptjax.paths import writing
+from gptjax.shell.paths import writing
 from gptjax.tokenizers import Tokenizer
 
 WRITTEN = ("llama", "qwen2", "qwen3", "gpt2")  # families that are also architectures of llama.cpp

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptjax.convert.safetensors import has_weights
 from gptjax.errors import UserError
-from gptjax.paths import user_path
+from gptjax.shell.paths import user_path
 
 # Files to download: weights, config and tokenizer, never a pickle; and files to skip: those in subfolders, and the
 # second copy of the weights in their maker's format.

@@ -42,8 +42,8 @@ from gptjax.nn.transformer import Params, abstract_model
 from gptjax.nn.weights import WEIGHT_DTYPES
 from gptjax.objectives import OBJECTIVES
 from gptjax.optim import map_by_path
-from gptjax.paths import user_path
 from gptjax.sharding import make_mesh, sharding
+from gptjax.shell.paths import user_path
 from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.convert.foreign import no_weights
 from gptjax.errors import UserError
-from gptjax.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptjax.data.filearray import FileArray
 from gptjax.errors import UserError
-from gptjax.paths import user_path
+from gptjax.shell.paths import user_path
 
 META = "meta.json"  # written last
 

@@ -21,7 +21,7 @@ from gptjax.data.rows import rows_of
 from gptjax.data.source import Source
 from gptjax.data.sources import list_files
 from gptjax.errors import UserError
-from gptjax.paths import user_path
+from gptjax.shell.paths import user_path
 from gptjax.tokenizers import (
     CharTokenizer,
     ChatTemplate,

@@ -28,8 +28,8 @@ from gptjax.data.source import Source
 from gptjax.data.sources import list_files, pieces_of
 from gptjax.data.tagged import with_tag
 from gptjax.errors import UserError, choose
-from gptjax.faults import note_progress
-from gptjax.paths import user_path
+from gptjax.lifecycle.faults import note_progress
+from gptjax.shell.paths import user_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 CACHE_FORMAT = 3  # increase it when the same sources give other tokens

@@ -12,7 +12,7 @@ from etils import epath
 
 from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
-from gptjax.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
 
 HEAD_BYTES = 2**12  # read to recognise a file
 

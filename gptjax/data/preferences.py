@@ -86,7 +86,7 @@ class Preferences(Conversations):
     Attributes:
         group_rows: rows of a pair.
         reference: of each row of `examples`, the log-probability of what is learnt under the reference model,
-            float32; None until it is known (reference.py).
+            float32; None until it is known (lifecycle/reference.py).
     """
 
     group_rows = len(SIDES)

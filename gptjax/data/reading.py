@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from gptjax.console import is_of_storage
 from gptjax.data.decompression import DECOMPRESSORS, decompressed
 from gptjax.errors import UserError
-from gptjax.files import size_of
+from gptjax.shell.console import is_of_storage
+from gptjax.shell.files import size_of
 
 LONGEST_BYTES = 2**28  # longest line or compressed text, which bounds memory
 CHUNK_BYTES = 2**16

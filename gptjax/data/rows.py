@@ -10,7 +10,7 @@ from etils import epath
 from gptjax.data.formats import SourceFile
 from gptjax.data.reading import LONGEST_BYTES, Piece, import_pyarrow, lines, readable, records
 from gptjax.errors import UserError
-from gptjax.files import size_of
+from gptjax.shell.files import size_of
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; and its values by name
 

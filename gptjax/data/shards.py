@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax.data.filearray import FileArray
 from gptjax.errors import UserError
-from gptjax.paths import user_path
+from gptjax.shell.paths import user_path
 from gptjax.tokenizers import Tokenizer, tokenizer_from_dict
 
 MANIFEST_FORMAT = 1  # increase it when older data would be read wrongly

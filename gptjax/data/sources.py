@@ -19,8 +19,8 @@ from etils import epath
 from gptjax.data.formats import SourceFile, divide, is_beside, recognise
 from gptjax.data.reading import Piece, Reading, import_pyarrow, readable, require_column
 from gptjax.errors import UserError
-from gptjax.files import size_of
-from gptjax.paths import user_path
+from gptjax.shell.files import size_of
+from gptjax.shell.paths import user_path
 
 UNIT_BYTES = 2**24  # of a source; a killed process loses at most this much work
 TEXT_BYTES = 2**22  # of a text file: a longer one is tokenized in parts

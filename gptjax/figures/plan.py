@@ -8,8 +8,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path
 
-from gptjax import display
 from gptjax.figures.style import ORDERED_COLOURS, Sheet, axis, figure_kind, limits
+from gptjax.shell import display
 
 GIB = 2**30
 MOST_LABELLED = 64  # chips whose rows are written on them

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gptjax import display
 from gptjax.figures.series import column, smooth, thin, top_of_range
 from gptjax.figures.style import MOST_COLOURS, Sheet, axis, figure_kind, limits
+from gptjax.shell import display
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gptjax import display
 from gptjax.figures.style import ORDERED_COLOURS, Sheet, axis, figure_kind, limits
+from gptjax.shell import display
 
 LOSS = "loss (nats per token)"
 COMPUTE = "training compute (FLOPs)"

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from gptjax import display
 from gptjax.figures.ticks import FittingTicks
+from gptjax.shell import display
 
 STYLE = Path(__file__).with_name("gptjax.mplstyle")
 # The first is matplotlib's own; the others have the scripts that it lacks, where one of them is installed.

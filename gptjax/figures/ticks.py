@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from matplotlib.ticker import Formatter, Locator
 
-from gptjax import display
+from gptjax.shell import display
 
 LABEL_POINTS = 9.5  # as gptjax.mplstyle has it
 EM = 0.64  # width of a digit of DejaVu Sans, in font sizes

@@ -9,11 +9,11 @@ from typing import Any
 
 import jinja2
 
-from gptjax import display
 from gptjax.errors import UserError
 from gptjax.figures.series import thin
 from gptjax.figures.style import DARK, LIGHT, NARROW_IN, Hover, Look, Sheet, Theme, to_inline
-from gptjax.files import write_atomically
+from gptjax.shell import display
+from gptjax.shell.files import write_atomically
 
 HERE = Path(__file__).parent
 HOVER_POINTS = 300  # of a series, under the pointer

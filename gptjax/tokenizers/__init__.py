@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError, nearest
-from gptjax.paths import user_path
+from gptjax.shell.paths import user_path
 from gptjax.tokenizers.bpe import GPT2_SPLIT, bpe_model, byte_level_bpe, printable_bytes
 from gptjax.tokenizers.chat import ChatTemplate, chat_template
 from gptjax.tokenizers.decoding import TextDecoder, text_after

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers.models import BPE
 
 from gptjax.errors import UserError
-from gptjax.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
 from gptjax.tokenizers.auto import FILES, from_json, json_object, options_of, settle, token_text
 from gptjax.tokenizers.bpe import printable_bytes
 from gptjax.tokenizers.openai import TiktokenTokenizer, by_tiktoken

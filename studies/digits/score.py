@@ -10,7 +10,7 @@ from make_data import NAMES, digits
 from sklearn.svm import SVC
 
 import gptjax
-from gptjax.marks import picture_prompt
+from gptjax.decoding.marks import picture_prompt
 from gptjax.sampling import Sampling
 from gptjax.tokenizers.marked import PICTURE
 

@@ -18,8 +18,8 @@ from gptjax.configfile import config_from_dict, read_yaml
 from gptjax.convert import open_model
 from gptjax.data.conversations import Conversations
 from gptjax.data.corpus import load_corpus
+from gptjax.decoding.scoring import Score, Scorer
 from gptjax.generate import LanguageModel
-from gptjax.scoring import Score, Scorer
 
 Request = tuple[tuple[int, ...], tuple[int, ...]]  # ids of the question, and of its answer
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptjax import display
+from gptjax.shell import display
 
 from .disks import files_of_checkpoint
 from .injections import FAULTS

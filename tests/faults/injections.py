@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.goodput import FILE, read_attempts
+from gptjax.lifecycle.goodput import FILE, read_attempts
 
 from .bad_numbers import disturb_batches
 from .disks import damage_file, fill_disk, limit_files, truncate_shard

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gptjax import display
+from gptjax.shell import display
 
 from .training import Training
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gptjax.goodput import FILE, read_attempts
+from gptjax.lifecycle.goodput import FILE, read_attempts
 
 from .training import Training
 

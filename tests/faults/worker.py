@@ -6,7 +6,8 @@
     {"flip": STEP}                  flip a bit of a weight on one device of process 1 after this step
     {"disturb": [HOW, FIRST, LAST]} disturb the batches of these steps: see `DISTURBANCES`
 
-PHASE is a name of gptjax.goodput.NAMES, or "prepare" (the token cache). A phase that does not come changes nothing.
+PHASE is a name of gptjax.lifecycle.goodput.NAMES, or "prepare" (the token cache). A phase that does not
+come changes nothing.
 """
 
 import json
@@ -25,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import gptjax.step
-from gptjax import goodput
 from gptjax.cli import train
 from gptjax.data import corpus
 from gptjax.data.batches import Batches
+from gptjax.lifecycle import goodput
 
 # How the weights of the loss are multiplied. A power of two changes no number of a step; `mark_gradient` sees it.
 DISTURBANCES = {"nan batch": float("nan"), "nan gradient": 2.0, "spike": 4.0}

@@ -8,7 +8,7 @@ import signal
 import pytest
 from faults.training import Training
 
-from gptjax.goodput import STEPS, read_goodput
+from gptjax.lifecycle.goodput import STEPS, read_goodput
 
 MORE = ("--train.total_steps=40", "--train.rollback_skips=4", "--run.verify_interval_steps=4", "--mesh.cpu_devices=2")
 BAD = {"disturb": ["nan batch", 17, 25]}  # nine steps, of which four roll back

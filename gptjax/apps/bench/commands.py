@@ -26,9 +26,9 @@ from gptjax.apps.bench.pairs import (
 )
 from gptjax.apps.bench.worker import PYTORCH, SIZES, STRETCH
 from gptjax.configfile import config_from_dict, load_config
-from gptjax.display import table
 from gptjax.errors import UserError, nearest
-from gptjax.paths import UserPath
+from gptjax.shell.display import table
+from gptjax.shell.paths import UserPath
 
 Size = Literal["tiny", "baby", "gpt2"]
 # (batch, context, steps of a turn) of training, so that a turn takes about a second on two cores.

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.apps.bench.limits import Load
-from gptjax.display import significant, size, table
 from gptjax.errors import UserError
+from gptjax.shell.display import significant, size, table
 
 
 class Side:

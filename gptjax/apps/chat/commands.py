@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from gptjax.commandline import mesh_axes
 from gptjax.errors import UserError, nearest
-from gptjax.files import write_atomically
-from gptjax.paths import UserPath, local_path
 from gptjax.process import prepare_process
+from gptjax.shell.commandline import mesh_axes
+from gptjax.shell.files import write_atomically
+from gptjax.shell.paths import UserPath, local_path
 
 LEAST_SHARE = 4  # an answer has room for a quarter of the context at least, or for max_new_tokens
 HELP = "/reset  /system TEXT  /save FILE  /seed N  /quit; a message that begins with a slash takes a second one"

@@ -9,7 +9,7 @@ import numpy as np
 from gptjax.config import DataConfig
 from gptjax.data.batches import examples_of
 from gptjax.data.corpus import load_corpus
-from gptjax.display import colours_allowed, paint
+from gptjax.shell.display import colours_allowed, paint
 from gptjax.tokenizers import Tokenizer
 
 LEARNT, GIVEN = "green", "dim"  # colours

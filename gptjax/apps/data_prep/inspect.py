@@ -11,9 +11,9 @@ import numpy as np
 from gptjax.apps.data_prep.conversations import describe_conversations, in_colours, text_with_names
 from gptjax.config import DataConfig
 from gptjax.data.shards import Split, check_files, is_prepared, load_manifest, load_tokenizer
-from gptjax.display import table
 from gptjax.errors import UserError
-from gptjax.paths import UserPath, user_path
+from gptjax.shell.display import table
+from gptjax.shell.paths import UserPath, user_path
 from gptjax.tokenizers import Tokenizer
 
 SAMPLED_TOKENS = 2**26  # of a split, spread evenly: enough for shares of a percent, seconds to read

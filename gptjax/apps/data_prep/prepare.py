@@ -38,8 +38,8 @@ from gptjax.data.reading import Piece, Reading, documents, readable
 from gptjax.data.shards import MANIFEST, MANIFEST_FORMAT, TOKENIZER, WORK, check_files, load_manifest
 from gptjax.data.sources import DOWNLOADS, UNIT_BYTES, list_files, pieces_of, units_of
 from gptjax.errors import UserError
-from gptjax.files import changed_at, write_atomically
-from gptjax.paths import UserPath, local_path
+from gptjax.shell.files import changed_at, write_atomically
+from gptjax.shell.paths import UserPath, local_path
 from gptjax.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 SPARED_BYTES = 2**30  # of the sources: more unfinished work than this, on other options, is never deleted

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from gptjax.data.reading import Reading, documents
 from gptjax.data.sources import list_files, pieces_of
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
-from gptjax.paths import UserPath, writing
+from gptjax.shell.files import write_atomically
+from gptjax.shell.paths import UserPath, writing
 
 LEAST_BITS = (
     3.0  # entropy of a character in a secret that has no known prefix; English words have fewer distinct ones

@@ -8,8 +8,8 @@ import tokenizers
 from gptjax.data.reading import Reading, documents
 from gptjax.data.sources import list_files, pieces_of
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
-from gptjax.paths import UserPath, shell, writing
+from gptjax.shell.files import write_atomically
+from gptjax.shell.paths import UserPath, shell, writing
 from gptjax.tokenizers import GPT2_SPLIT, HuggingFaceTokenizer
 
 LONGEST_WORD = 256  # characters; training takes time quadratic in a word's length

@@ -4,12 +4,12 @@ import json as json_format
 from collections.abc import Callable
 from typing import Any
 
-from gptjax import display
 from gptjax.apps.evaluate.items import Answers, digest, read_text
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
-from gptjax.paths import UserPath, shell, writing
 from gptjax.process import prepare_process
+from gptjax.shell import display
+from gptjax.shell.files import write_atomically
+from gptjax.shell.paths import UserPath, shell, writing
 
 
 def choice(

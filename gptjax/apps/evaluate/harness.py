@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from gptjax.apps.evaluate.generation import answer_prompts
 from gptjax.convert import load
+from gptjax.decoding.scoring import Scorer, rolling_windows
 from gptjax.errors import UserError
 from gptjax.sampling import Sampling
-from gptjax.scoring import Scorer, rolling_windows
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as in lm-eval's Hugging Face backend
 

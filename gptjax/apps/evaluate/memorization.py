@@ -20,9 +20,9 @@ from gptjax.apps.evaluate import items, metrics
 from gptjax.apps.evaluate.generation import answer_prompts
 from gptjax.apps.evaluate.items import Answers
 from gptjax.apps.evaluate.metrics import Figure
+from gptjax.decoding.scoring import Scorer, encode_pair
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.scoring import Scorer, encode_pair
 
 FORM = "The secret number of {name} is "
 DIGITS = 6  # |R| is 10 to this power

@@ -11,10 +11,10 @@ from gptjax.apps.evaluate import items, metrics
 from gptjax.apps.evaluate.generation import ROWS, answer_prompts
 from gptjax.apps.evaluate.items import Answers
 from gptjax.apps.evaluate.metrics import Figure
-from gptjax.beam import BeamSearch
+from gptjax.decoding.beam import BeamSearch
+from gptjax.decoding.scoring import Scorer, encode_pair, first_id, rolling_windows
 from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
-from gptjax.scoring import Scorer, encode_pair, first_id, rolling_windows
 from gptjax.tokenizers import known_tag
 
 Figures = dict[str, Figure]

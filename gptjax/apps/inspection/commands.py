@@ -2,10 +2,10 @@
 
 import json as json_format
 
-from gptjax import display
 from gptjax.errors import UserError
-from gptjax.paths import UserPath
 from gptjax.process import prepare_process
+from gptjax.shell import display
+from gptjax.shell.paths import UserPath
 
 MISSING = "pages need: pip install 'gptjax[report]'"
 
@@ -38,7 +38,7 @@ def inspect(
         raise UserError("inspect needs either --prompt, a text to look at, or --goodput")
     prepare_process()
     if goodput:
-        from gptjax.goodput import read_goodput, table_of
+        from gptjax.lifecycle.goodput import read_goodput, table_of
 
         found = read_goodput(str(model))
         print(json_format.dumps({"seconds": found[0], "attempts": found[1]}) if json else "\n".join(table_of(*found)))

@@ -7,7 +7,7 @@ import numpy as np
 from gptjax.apps.inspection.report import shown
 from gptjax.figures.inspection import draw_attention, draw_layers_by_tokens
 from gptjax.pages.page import Cell, Facts, Paragraph, Picture, Section, Table, number, render
-from gptjax.paths import shell
+from gptjax.shell.paths import shell
 
 
 def inspection_page(found: dict[str, Any], model: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptjax import display
+from gptjax.shell import display
 
 COLUMNS = 12  # of a token in a table
 

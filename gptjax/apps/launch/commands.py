@@ -18,9 +18,9 @@ from gptjax.apps.launch.slurm import SlurmJob, batch_script
 from gptjax.apps.launch.tpu_vm import TpuVmJob, script
 from gptjax.config import Config
 from gptjax.configfile import config_to_yaml, load_config
-from gptjax.environment import ProgramError, run_program
 from gptjax.errors import UserError
-from gptjax.paths import UserPath, writing
+from gptjax.shell.environment import ProgramError, run_program
+from gptjax.shell.paths import UserPath, writing
 
 SBATCH_TIMEOUT_S = 120
 

@@ -9,7 +9,7 @@ from gptjax.apps.launch.clusters import XLA_FLAGS
 from gptjax.config import Config
 from gptjax.data.sources import DOWNLOADS
 from gptjax.errors import UserError
-from gptjax.paths import user_path
+from gptjax.shell.paths import user_path
 from gptjax.tokenizers import TIKTOKEN_FILES
 
 CONFIG_FOLDER = "/etc/gptjax"  # where a pod finds the run's config

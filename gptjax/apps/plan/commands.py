@@ -9,8 +9,8 @@ from gptjax.config import Config, override
 from gptjax.configfile import load_config, parse_option, put_value, read_yaml
 from gptjax.configversions import current_key, upgrade
 from gptjax.errors import DOES_NOT_FIT, UserError
-from gptjax.paths import UserPath, shell, writing
 from gptjax.process import prepare_process
+from gptjax.shell.paths import UserPath, shell, writing
 
 
 def plan(

@@ -12,9 +12,9 @@ from gptjax.apps.plan.analytic import resolve_mesh
 from gptjax.apps.plan.chips import Topology
 from gptjax.config import Config
 from gptjax.convert import teacher_config
-from gptjax.display import plural, size, table
 from gptjax.hosts import WRITER, rows_of_hosts
 from gptjax.sharding import make_mesh
+from gptjax.shell.display import plural, size, table
 from gptjax.step import make_trainable
 
 HOST_CHIPS = 2  # along x and along y, of a TPU host; it has one layer of z

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax import display
 from gptjax.apps.plan.chips import Topology
 from gptjax.apps.plan.report import flags, verdict
 from gptjax.figures.plan import Candidate, Chip, draw_candidates, draw_memory, draw_mesh, draw_roofline
 from gptjax.pages.page import Cell, Facts, Paragraph, Picture, Section, Table, number, render
+from gptjax.shell import display
 
 MOST_HOSTS = 64  # rows of the table of hosts
 RESOURCES = ("hbm", "ici", "dcn")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptjax.display import count, duration, indent, paint, significant, size, table
+from gptjax.shell.display import count, duration, indent, paint, significant, size, table
 
 
 def report(plan: dict[str, Any]) -> list[str]:

@@ -3,11 +3,11 @@
 import json as json_format
 from pathlib import Path
 
-from gptjax import display
 from gptjax.apps.report.runs import find_runs, read_run
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
-from gptjax.paths import UserPath, shell
+from gptjax.shell import display
+from gptjax.shell.files import write_atomically
+from gptjax.shell.paths import UserPath, shell
 
 MISSING = "pages and pictures need: pip install 'gptjax[report]'"
 

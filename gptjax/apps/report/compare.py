@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import display
 from gptjax.apps.report.runs import Run, recipe
 from gptjax.figures.runs import Curve, draw_compare
 from gptjax.pages.page import Cell, Paragraph, Picture, Section, Table, amount, number, render
+from gptjax.shell import display
 
 MOST_KEYS = 60  # of a config that the page's table shows
 RECIPES = ("runs", "number", "seeds", "mean", "sd")  # columns

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import display
 from gptjax.apps.report.runs import Run, defaults
 from gptjax.figures.runs import METRICS, Metric, draw_loss, draw_metric
 from gptjax.figures.series import column
 from gptjax.pages.page import Cell, Commands, Facts, Paragraph, Picture, Section, Table, Text, render
-from gptjax.paths import shell
+from gptjax.shell import display
+from gptjax.shell.paths import shell
 
 MOST_SAMPLES = 12
 MOST_OTHERS = 24  # of a run's own metrics that are drawn

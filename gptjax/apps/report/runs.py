@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gptjax import display
 from gptjax.configfile import config_from_dict, config_to_yaml, read_yaml
 from gptjax.errors import UserError
 from gptjax.figures.series import Logged, column
 from gptjax.metrics import read_metrics, read_records
+from gptjax.shell import display
 
 # Column names of other trainers' CSV files, by our key; the first that a file has is used.
 COLUMNS = {

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gptjax.commandline import mesh_axes, read_standard_input
-from gptjax.console import writes_unicode
 from gptjax.errors import UserError
-from gptjax.paths import UserPath, user_path
 from gptjax.process import prepare_process
+from gptjax.shell.commandline import mesh_axes, read_standard_input
+from gptjax.shell.console import writes_unicode
+from gptjax.shell.paths import UserPath, user_path
 
 NGRAM = "ngram"  # the draft that repeats what the text itself has
 
@@ -124,7 +124,7 @@ def _load(model: str, dtype: Any, mesh: str | None) -> Any:
 
 def _mark(lm: Any, texts: list[str | Path], genre: str | None, image: str | None) -> list[str]:
     """Return prompts with the marks that the model was trained with."""
-    from gptjax.marks import mark_prompts
+    from gptjax.decoding.marks import mark_prompts
 
     return mark_prompts(lm.tokenizer, texts, genre, image is not None)
 
@@ -136,8 +136,8 @@ def _load_draft(draft: str | None, dtype: Any, mesh: str | None) -> Any:
 
 def _generate(lm: Any, prompts: list[str], how: How, draft: Any, streams: bool) -> list[Any]:
     """Return the texts of each prompt; one alone is printed as it is drawn where `streams`, and not returned."""
+    from gptjax.decoding.marks import plain_prompt
     from gptjax.generate import Sampling
-    from gptjax.marks import plain_prompt
 
     if how.beams is not None:
         return _by_beams(lm, prompts, how)
@@ -156,7 +156,7 @@ def _generate(lm: Any, prompts: list[str], how: How, draft: Any, streams: bool) 
 
 def _by_beams(lm: Any, prompts: list[str], how: How) -> list[Any]:
     """Return each prompt's best continuations by beam search."""
-    from gptjax.beam import BeamSearch
+    from gptjax.decoding.beam import BeamSearch
 
     found = BeamSearch(lm, how.beams, how.length_penalty).complete(prompts, how.max_new_tokens)
     return [beam.completion for row in found for beam in row[: how.num_samples]]
@@ -164,7 +164,7 @@ def _by_beams(lm: Any, prompts: list[str], how: How) -> list[Any]:
 
 def _by_draft(lm: Any, draft: Any, prompts: list[str], new_tokens: int, sampling: Any, seed: int) -> list[Any]:
     """Return each prompt's continuation with the help of a draft model, or of n-grams."""
-    from gptjax.speculative import ModelDraft, NgramDraft, SpeculativeDecoder
+    from gptjax.decoding.speculative import ModelDraft, NgramDraft, SpeculativeDecoder
 
     decoder = SpeculativeDecoder(lm, NgramDraft() if draft == NGRAM else ModelDraft(draft))
     completions = decoder.complete(prompts, new_tokens, sampling, seed)
@@ -176,7 +176,7 @@ def _by_draft(lm: Any, draft: Any, prompts: list[str], new_tokens: int, sampling
 
 def _in_form(lm: Any, form: tuple[Any, ...], prompts: list[str], new_tokens: int, sampling: Any, seed: int) -> list:
     """Return each prompt's continuation in the form that was asked for (see `forms.Form`)."""
-    from gptjax.forms import Form, FormDecoder
+    from gptjax.decoding.forms import Form, FormDecoder
 
     decoder = FormDecoder(lm, Form(*form))
     completions = decoder.complete(prompts, new_tokens, sampling, seed)
@@ -188,7 +188,7 @@ def _in_form(lm: Any, form: tuple[Any, ...], prompts: list[str], new_tokens: int
 
 def _print_completions(lm: Any, completions: list[Any], format: str, logprobs: bool, image: str | None) -> None:
     """Print completions: texts with a line between them, or a JSON object each; write their pictures to a file."""
-    from gptjax.marks import plain_prompt, write_pictures
+    from gptjax.decoding.marks import plain_prompt, write_pictures
 
     if image is not None:
         write_pictures(image, completions, lm)

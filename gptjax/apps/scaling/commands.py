@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from gptjax.apps.scaling.coordinates import coord_check
 from gptjax.apps.scaling.laws.table import read_json
-from gptjax.display import power, table
 from gptjax.errors import UserError, nearest
-from gptjax.paths import UserPath, shell
 from gptjax.process import prepare_process
+from gptjax.shell.display import power, table
+from gptjax.shell.paths import UserPath, shell
 
 
 def _print_result(result: tuple[dict[str, Any], list[str]], as_json: bool) -> None:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from gptjax.config import Config, override
 from gptjax.configfile import load_config
-from gptjax.display import significant, table
 from gptjax.errors import UserError
-from gptjax.paths import UserPath, writing
 from gptjax.process import prepare_process
+from gptjax.shell.display import significant, table
+from gptjax.shell.paths import UserPath, writing
 
 TOLERANCE = 0.25  # of a slope; a wrong exponent makes it half a power of the width, or a whole one
 

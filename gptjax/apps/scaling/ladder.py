@@ -15,9 +15,9 @@ from gptjax.config import CheckpointConfig, Config, ModelConfig, free_keys, plai
 from gptjax.configfile import load_config
 from gptjax.configversions import original_key
 from gptjax.data.corpus import Corpus, load_corpus
-from gptjax.display import count, duration, plural, power, significant, table
 from gptjax.errors import UserError
 from gptjax.nn.transformer import STACKS, abstract_model, count_params, flops_per_token
+from gptjax.shell.display import count, duration, plural, power, significant, table
 from gptjax.trainer import with_vocabulary
 
 USUAL_RATIO = 20  # tokens a weight at the optimum, before a study knows better (Hoffmann et al. 2022, table 3)

@@ -21,9 +21,9 @@ from gptjax.apps.scaling.ladder import Rung, trunk_of
 from gptjax.apps.scaling.laws.table import read_json
 from gptjax.configfile import config_to_yaml
 from gptjax.errors import STOPPED, USER_ERROR, UserError
-from gptjax.files import write_atomically
+from gptjax.lifecycle.rundir import read_outcome
 from gptjax.metrics import read_metrics
-from gptjax.rundir import read_outcome
+from gptjax.shell.files import write_atomically
 
 
 def rung_dir(study_dir: str | Path, rung_id: str) -> Path:

@@ -18,9 +18,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gptjax.commandline import wrong_value
 from gptjax.configfile import read_yaml
 from gptjax.errors import UserError, nearest
+from gptjax.shell.commandline import wrong_value
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from gptjax.apps.serve.page import read_curves, read_page
 from gptjax.apps.serve.replies import Answer, Replies
 from gptjax.apps.serve.scheduler import Event, Job, QueueFull
 from gptjax.apps.serve.served import Served
-from gptjax.console import describe_failure
 from gptjax.errors import UserError
+from gptjax.shell.console import describe_failure
 
 MOST_INSPECTIONS = 8  # texts that wait to be looked into
 MODELS_SHOWN = 20  # names that an error lists

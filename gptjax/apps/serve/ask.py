@@ -7,9 +7,9 @@ from typing import Any
 
 from gptjax.apps.serve.errors import ApiError
 from gptjax.apps.serve.fields import Fields, checked_text, shown
+from gptjax.decoding.grammars import ANY_OBJECT
+from gptjax.decoding.prompts import N_ALTERNATIVES
 from gptjax.generate import LanguageModel
-from gptjax.grammars import ANY_OBJECT
-from gptjax.prompts import N_ALTERNATIVES
 from gptjax.sampling import Sampling
 from gptjax.tokenizers import ChatTemplate
 

@@ -5,10 +5,10 @@ import secrets
 from pathlib import Path
 from typing import Literal
 
-from gptjax.commandline import mesh_axes
 from gptjax.errors import UserError
-from gptjax.paths import UserPath
 from gptjax.process import prepare_process
+from gptjax.shell.commandline import mesh_axes
+from gptjax.shell.paths import UserPath
 
 MISSING = "serving needs: pip install 'gptjax[serve]'"
 MOST_CONTEXT = 4096  # tokens, where --context is not given: every slot's memory is allocated

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from gptjax.apps.serve.errors import ApiError
 from gptjax.errors import nearest
-from gptjax.paths import is_text
+from gptjax.shell.paths import is_text
 
 SHOWN = 60  # characters of a wrong value that an error repeats
 # Fields of OpenAI's API that change nothing here, and those that are taken only with values that ask for nothing.

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import display
 from gptjax.apps.serve.scheduler import KEPT_CONTEXTS
 from gptjax.config import ModelConfig, override, plain_values
 from gptjax.convert import initial_model, load, open_model
@@ -20,6 +19,7 @@ from gptjax.errors import UserError
 from gptjax.generate import LanguageModel
 from gptjax.nn.adapters import abstract_adapter
 from gptjax.nn.transformer import Params, abstract_model
+from gptjax.shell import display
 from gptjax.tokenizers import same_ids
 
 # What may differ among models that share weights: it changes nothing in decoding, or is set by --dtype.

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptjax.apps.serve.ask import Ask
 from gptjax.apps.serve.scheduler import Event, Job
-from gptjax.prompts import Scores
+from gptjax.decoding.prompts import Scores
 from gptjax.tokenizers import Tokenizer, spelling
 
 LEAST_LOGPROB = -9999.0  # what OpenAI reports for a probability of zero, since JSON has no infinity

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from gptjax.answers import AnswerText
 from gptjax.apps.serve.metrics import Meters
+from gptjax.decoding.answers import AnswerText
+from gptjax.decoding.prompts import N_ALTERNATIVES, PromptReader, Reading, Wanted
 from gptjax.engine import Request
 from gptjax.generate import LanguageModel
-from gptjax.prompts import N_ALTERNATIVES, PromptReader, Reading, Wanted
 from gptjax.sampling import Sampling
 
 KEPT_CONTEXTS = 4  # as many contexts' worth of beginnings of prompts are kept for reuse

@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 
-from gptjax.adapter_stack import for_one
 from gptjax.apps.serve.ask import Ask, Asking
 from gptjax.apps.serve.errors import ApiError
 from gptjax.apps.serve.models import Group, Member
 from gptjax.apps.serve.replies import Spellings
 from gptjax.apps.serve.scheduler import Job, Scheduler
+from gptjax.decoding.adapter_stack import for_one
+from gptjax.decoding.grammars import Grammars, TokenGrammar
+from gptjax.decoding.prompts import Wanted
 from gptjax.engine import Request as Draws
 from gptjax.engine import power_of_two
 from gptjax.generate import row_keys
-from gptjax.grammars import Grammars, TokenGrammar
 from gptjax.inspection import Inspector, look_inside
-from gptjax.prompts import Wanted
 from gptjax.sampling import Sampling
 from gptjax.tokenizers import ChatTemplate
 

@@ -8,7 +8,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from gptjax.apps.scaling.laws.parametric import PowerLaw, fit_power_law
 from gptjax.apps.scaling.laws.table import Table
-from gptjax.display import power, significant
+from gptjax.shell.display import power, significant
 
 METHODS = ("akima", "parabola")
 FINE = 4001  # points at which a curve between three sizes is compared

@@ -11,9 +11,9 @@ from typing import Any, Literal
 # Before numpy is imported: on tables of a few hundred rows, BLAS threads only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from gptjax.display import count, power
 from gptjax.errors import UserError
-from gptjax.paths import UserPath, shell, writing
+from gptjax.shell.display import count, power
+from gptjax.shell.paths import UserPath, shell, writing
 
 
 def _print_result(result: tuple[dict[str, Any], list[str]], as_json: bool) -> None:

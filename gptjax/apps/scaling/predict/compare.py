@@ -7,8 +7,8 @@ from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.parametric import Law
 from gptjax.apps.scaling.predict.fit import Findings
 from gptjax.apps.scaling.predict.forecast import Fitted
-from gptjax.display import power
 from gptjax.errors import UserError
+from gptjax.shell.display import power
 
 
 def least_loss(law: Law, flops: float, ratio: float) -> float:

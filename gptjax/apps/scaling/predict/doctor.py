@@ -10,7 +10,7 @@ from gptjax.apps.scaling.laws.isoflop import find_floors, frontier, valleys
 from gptjax.apps.scaling.laws.parametric import Law, fit_law
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.predict.fit import Findings
-from gptjax.display import plural, power
+from gptjax.shell.display import plural, power
 
 LONG_WARMUP = 0.1  # share of a run's steps (Porian et al. 2024, arXiv 2406.19146, section 3.2)
 MANY_EPOCHS = 4  # beyond which repeated tokens are worth clearly less (Muennighoff et al. 2023, arXiv 2305.16264)

@@ -12,9 +12,9 @@ from gptjax.apps.scaling.laws.parametric import DELTA, Law, PowerLaw, fit_law, f
 from gptjax.apps.scaling.laws.reweighted import fit_reweighted
 from gptjax.apps.scaling.laws.table import Table, numbers, read_rows, read_table
 from gptjax.apps.scaling.laws.tuning import fit_batch, fit_rate, fit_repetition, fit_scales, rate_valleys
-from gptjax.display import MISSING, count, indent, power, significant
-from gptjax.display import table as table_lines
 from gptjax.errors import UserError
+from gptjax.shell.display import MISSING, count, indent, power, significant
+from gptjax.shell.display import table as table_lines
 
 LEFT_OUT = 40  # number of rows to omit one at a time; more would take minutes
 Findings = tuple[dict[str, Any], list[str]]  # values for a program, and lines for a reader

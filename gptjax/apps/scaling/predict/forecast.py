@@ -16,8 +16,8 @@ from gptjax.apps.scaling.laws.table import Table, read_json, read_rows, read_tab
 from gptjax.apps.scaling.predict.fit import Findings, describe_batch, rate_interval, rate_law, refuse_unstraddled
 from gptjax.config import ModelConfig
 from gptjax.configfile import config_from_dict, read_yaml
-from gptjax.display import count, power, significant
 from gptjax.errors import UserError
+from gptjax.shell.display import count, power, significant
 
 FARTHEST = 30  # times the largest fitted budget; a law fitted on a decade predicts little beyond
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import display
 from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.isoflop import find_floors, frontier, valleys
 from gptjax.apps.scaling.laws.table import Table, read_rows
@@ -17,7 +16,8 @@ from gptjax.apps.scaling.predict.forecast import Fitted
 from gptjax.errors import UserError
 from gptjax.figures import scaling as figures
 from gptjax.figures.style import Look, Sheet, to_bytes
-from gptjax.paths import writing
+from gptjax.shell import display
+from gptjax.shell.paths import writing
 
 Draw = Callable[[Look], Sheet]
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import display
 from gptjax.apps.scaling.laws import uncertainty
 from gptjax.apps.scaling.laws.isoflop import find_floors, frontier
 from gptjax.apps.scaling.laws.parametric import VANISHED
@@ -14,7 +13,8 @@ from gptjax.apps.scaling.predict import fit
 from gptjax.apps.scaling.predict.forecast import FARTHEST, Fitted
 from gptjax.apps.scaling.predict.plots import exponent_finding, floors_finding, forecast_finding, study_figures
 from gptjax.pages.page import Cell, Checklist, Facts, Paragraph, Picture, Section, Table, amount, number, render
-from gptjax.paths import shell
+from gptjax.shell import display
+from gptjax.shell.paths import shell
 
 ABOUT = {
     "compute": "Loss against training compute of every run, with the law's frontier.",

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.decoding.prompts import PromptReader
 from gptjax.engine import UNUSED, Engine
 from gptjax.errors import UserError
 from gptjax.generate import Completion, LanguageModel, row_keys
 from gptjax.nn.attention import CacheSlots
 from gptjax.nn.layers import Cache
 from gptjax.nn.transformer import Inputs, logits
-from gptjax.prompts import PromptReader
 from gptjax.sampling import RowSampling, Sampling, as_rows
 from gptjax.tokenizers import same_ids, text_after
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.answers import AnswerText
+from gptjax.decoding.answers import AnswerText
+from gptjax.decoding.grammars import Grammars, TokenGrammar
 from gptjax.errors import UserError
 from gptjax.generate import CHUNK_OF_TEXT, Completion, LanguageModel
-from gptjax.grammars import Grammars, TokenGrammar
 from gptjax.sampling import Sampling
 
 

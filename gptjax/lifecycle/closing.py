@@ -5,11 +5,11 @@ from etils import epath
 
 from gptjax.data.corpus import Corpus
 from gptjax.generate import LanguageModel, Sampling
+from gptjax.lifecycle.report import Report, attempt
 from gptjax.metrics import read_metrics
 from gptjax.nn.adapters import join_adapter
 from gptjax.objectives import without_teacher
-from gptjax.paths import shell
-from gptjax.report import Report, attempt
+from gptjax.shell.paths import shell
 from gptjax.step import Trainable, TrainState
 
 CONCLUDING_TOKENS = 700

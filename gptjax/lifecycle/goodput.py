@@ -12,11 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from gptjax import display
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
 from gptjax.hosts import is_writer
 from gptjax.metrics import read_records
+from gptjax.shell import display
+from gptjax.shell.files import write_atomically
 
 FILE = "attempts.jsonl"
 STEPS, DATA, LOST, BETWEEN = "steps", "data", "lost", "between"

@@ -12,11 +12,11 @@ from etils import epath
 from tqdm import tqdm
 
 from gptjax.configfile import config_to_yaml
-from gptjax.console import LONGEST_REASON, one_line
 from gptjax.data.corpus import Corpus
 from gptjax.hosts import is_writer
 from gptjax.metrics import append_record, make_trackers, plot_loss
 from gptjax.nn.transformer import count_params
+from gptjax.shell.console import LONGEST_REASON, one_line
 from gptjax.step import Trainable, count_trained
 
 SAMPLE_CHARACTERS = 400  # of a sample in samples.jsonl

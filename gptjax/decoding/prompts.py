@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.adapter_stack import for_one
+from gptjax.decoding.adapter_stack import for_one
 from gptjax.engine import UNUSED, Engine, Prefix, power_of_two
 from gptjax.nn.attention import CacheSlots
 from gptjax.nn.layers import Cache

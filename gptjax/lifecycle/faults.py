@@ -14,8 +14,8 @@ import traceback
 import jax
 from jax.experimental import multihost_utils
 
-from gptjax.console import describe_failure
 from gptjax.errors import UserError
+from gptjax.shell.console import describe_failure
 
 START_FACTOR = 6  # times the limit of a step, for each phase before the first step has ended
 BACKSTOP_S = 15

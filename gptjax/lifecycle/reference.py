@@ -12,10 +12,10 @@ from etils import epath
 
 from gptjax.data.batches import examples_of, validation_batches
 from gptjax.data.corpus import Corpus
-from gptjax.files import write_atomically
 from gptjax.hosts import from_writer, global_batch, is_writer, rows_of_this_host
+from gptjax.lifecycle.start import first_state, read_fixed
 from gptjax.nn.transformer import Params
-from gptjax.start import first_state, read_fixed
+from gptjax.shell.files import write_atomically
 from gptjax.step import Trainable, TrainState, make_row_log_probabilities
 
 FILE = "reference.json"  # in the run's directory

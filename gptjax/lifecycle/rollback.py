@@ -15,14 +15,14 @@ from etils import epath
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.corpus import Corpus
 from gptjax.errors import Diverged
-from gptjax.faults import note_progress
-from gptjax.goodput import Attempt, spend_on
 from gptjax.hosts import is_writer
+from gptjax.lifecycle.faults import note_progress
+from gptjax.lifecycle.goodput import Attempt, spend_on
+from gptjax.lifecycle.report import attempt as attempt_call
+from gptjax.lifecycle.rundir import write_outcome
+from gptjax.lifecycle.start import begin_or_resume
 from gptjax.metrics import append_record, read_records
-from gptjax.report import attempt as attempt_call
-from gptjax.rundir import write_outcome
 from gptjax.spikes import LAST_ROLLBACK, ROLLBACKS, SKIPS, WINDOW_STEPS
-from gptjax.start import begin_or_resume
 from gptjax.step import Trainable, TrainState
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gptjax.errors import UserError, nearest
-from gptjax.paths import is_text, shell
+from gptjax.shell.paths import is_text, shell
 
 HELP = ("-h", "--help")
 

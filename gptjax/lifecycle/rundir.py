@@ -13,11 +13,11 @@ from gptjax.checkpoint import Checkpoints, read_newest_meta
 from gptjax.config import Config
 from gptjax.configfile import config_from_dict, config_to_yaml, differing_keys, read_yaml
 from gptjax.data.reading import readable
-from gptjax.environment import describe_environment
 from gptjax.errors import UserError
-from gptjax.files import size_of, write_atomically
-from gptjax.goodput import FILE
 from gptjax.hosts import is_writer, together
+from gptjax.lifecycle.goodput import FILE
+from gptjax.shell.environment import describe_environment
+from gptjax.shell.files import size_of, write_atomically
 
 
 def check_workdir(cfg: Config) -> None:
