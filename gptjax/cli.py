@@ -10,6 +10,7 @@ import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gptjax.apps.sample.commands import sample_from
+from gptjax.checks import check
 from gptjax.configfile import CONFIG_OPTIONS, load_config
 from gptjax.errors import UserError, nearest
 from gptjax.process import prepare_process
@@ -72,6 +73,8 @@ def _call(function: Callable[..., None], name: str, args: list[str]) -> int:
             values[parameter.name] = [user_path(path) for path in value]
         elif parameter.annotation in (UserPath, UserPath | None) and value is not None:
             values[parameter.name] = user_path(value)
+    if isinstance(seed := values.get("seed"), int):
+        check(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     if "flags" in every:
         values["flags"] = [f"--{option}={value}" for option, value in line.options if option not in own]
     function(**values)

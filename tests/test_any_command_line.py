@@ -191,6 +191,7 @@ def playground(tmp_path_factory):
         ):
             patch.setattr(f"gptjax.{module}.prepare_process", lambda *_: None)
         patch.setattr("gptjax.apps.scaling.coordinates.change_of_activations", refuse)
+        patch.setattr("gptjax.decoding.beam.BeamSearch", refuse)  # the model that echoes has no engine
         yield folder
 
 
