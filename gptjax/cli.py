@@ -16,6 +16,7 @@ from gptjax.errors import UserError, nearest
 from gptjax.process import prepare_process
 from gptjax.shell.commandline import split_words, wrong_value
 from gptjax.shell.console import continue_without_output, report_user_errors
+from gptjax.shell.environment import describe_versions
 from gptjax.shell.paths import UserPath, shell, user_path
 
 TEXTS = (str, str | None, UserPath, UserPath | None, list[str] | None)  # parameters that are taken as typed
@@ -322,6 +323,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 @report_user_errors
 def main() -> int:
     """Run the console command `gptjax`."""
+    if sys.argv[1:] == ["--version"]:
+        print(describe_versions())
+        return 0
     name = _choose("gptjax", _about(COMMANDS), sys.argv[1:])
     return 0 if name is None else COMMANDS[name](sys.argv[2:])
 

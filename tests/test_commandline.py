@@ -8,6 +8,8 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jaxlib
 import pytest
 import yaml
 
@@ -129,6 +131,14 @@ def config_file(folder, text: str) -> str:
     path = folder / "my config.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def test_the_version_is_printed_with_those_that_decide_a_runs_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gptjax", "--version"])
+    assert cli.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("gptjax ")
+    assert f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, " in printed
 
 
 def test_commands_without_docstrings_are_listed():

@@ -292,6 +292,7 @@ sys.exit(train(sys.argv[2:]))
 """
 
 
+@pytest.mark.whole
 def test_a_workdir_without_room_is_a_few_lines(tiny_run, tmp_path):
     """A limit on the size of files gives the same failed write as a full disk."""
     args = [*tiny_run, f"--workdir={tmp_path / 'run'}", "--train.total_steps=4"]

@@ -51,6 +51,7 @@ def test_a_few_random_models_of_transformers_are_equal_or_refused():
     assert_no_difference(weight_trials.trial, weight_trials.FAMILIES, FEW)
 
 
+@pytest.mark.whole
 def test_a_few_random_gguf_files_are_equal_or_refused():
     assert_no_difference(gguf_trials.trial, gguf_trials.ARCHITECTURES, FEW)
 

@@ -85,6 +85,7 @@ def one_device():
     return distilled_on()
 
 
+@pytest.mark.whole
 def test_microbatches_chunks_and_a_mesh_change_nothing_and_the_teacher_is_not_trained(one_device):
     expected, state = one_device
     mean = 0.5 * expected["train/loss"] + 0.5 * 4 * expected["train/kl"]
@@ -99,6 +100,7 @@ def test_microbatches_chunks_and_a_mesh_change_nothing_and_the_teacher_is_not_tr
     assert table.addressable_shards[0].data.size == table.size // 8
 
 
+@pytest.mark.whole
 def test_adapters_learn_from_a_teacher_over_a_frozen_base(one_device):
     metrics, state = distilled_on(lora={"rank": 2})
     names = ("train/loss", "train/objective", "train/kl")  # of the first step, whose adapters have no effect yet

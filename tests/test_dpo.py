@@ -110,6 +110,7 @@ def trl_values(log_p, reference, weights, beta: float, normalise: bool):
     return float(found), gradient, rewards
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("normalise", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ten_steps_have_the_loss_gradient_and_rewards_of_trl(
     normalise, pairs, tokenizer_folder, token_cache, monkeypatch
@@ -196,6 +197,7 @@ def test_a_pair_without_rows_counts_for_nothing(pairs, tokenizer_folder, token_c
     assert float(evaluate(params, batch)["loss"][1]) == 4
 
 
+@pytest.mark.whole
 def test_adapters_learn_preferences_over_the_frozen_reference(pairs, tokenizer_folder, token_cache):
     corpus = load_corpus(data_of(pairs, tokenizer_folder, token_cache))
     batch = first_rows(corpus, 8)

@@ -79,6 +79,7 @@ def test_rolling_windows_are_those_of_lm_eval():
         assert rolling_windows(range(n), 99, 8) == list(theirs)
 
 
+@pytest.mark.whole
 def test_answers_end_at_a_stop_text_whatever_the_batch(lm):
     prompts = [lm.tokenizer.encode(text).tolist() for text in ("A", "BCD", "A", "XYZW")]
     free = dict(answer_prompts(lm, prompts, 12))
@@ -135,6 +136,7 @@ def test_bits_per_byte_is_the_loss_of_every_token(loaded, tmp_path, capsys):
     assert found["items"] == 4
 
 
+@pytest.mark.whole
 def test_a_perfect_translation_has_a_chrf_of_100(loaded, tmp_path, capsys):
     pytest.importorskip("sacrebleu", reason="pip install -e '.[eval]'")
     sources = ["ABC", "DEF"]

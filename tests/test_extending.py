@@ -223,6 +223,7 @@ def test_an_attention_kernel_from_outside_is_trained_with():
         trainable_on(make_config(GPT2_LIKE, run={"attention": "sigmoud"}))
 
 
+@pytest.mark.whole
 def test_a_kind_of_data_and_a_hook_from_outside_make_a_run(tmp_path):
     part("A kind of data")
     hook = part("A hook")["LargestGradient"]()

@@ -47,6 +47,7 @@ def rows_of(workdir) -> list[dict]:
     return [{name: row.get(name) for name in names} for row in map(json.loads, lines)]
 
 
+@pytest.mark.whole
 def test_new_folders_are_read_from_the_next_evaluation_on_and_a_killed_run_reads_the_same(
     prepared,  # noqa: F811
     tmp_path,

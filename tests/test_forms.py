@@ -26,6 +26,7 @@ def free(lm):
     return [found.text for found in lm.complete(PROMPTS, 60, HOW, seed=3)]
 
 
+@pytest.mark.whole
 def test_a_stop_string_cuts_what_the_model_says_by_itself(lm, free):
     stop = free[0][40:42]
     found = FormDecoder(lm, Form(stop=stop)).complete(PROMPTS, 60, HOW, seed=3)

@@ -364,6 +364,7 @@ def test_sample_prints_prompts_from_argument_file_and_standard_input(trained, tm
     assert "sliding window" in past.stderr
 
 
+@pytest.mark.whole
 def test_sample_on_eight_devices_prints_the_text_of_one(trained):
     args = (trained, "--prompt", "The king", "--max_new_tokens", "60", "--num_samples", "2")
     one = run_script("sample.py", *args)

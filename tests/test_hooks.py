@@ -105,6 +105,7 @@ def test_a_resume_inside_the_profiled_steps_profiles_what_is_left(traces):
     assert rest == ["9"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("interval", [1, 3])
 def test_a_run_that_diverges_ends_with_2_and_says_so(tiny_run, tmp_path, interval):
     workdir = tmp_path / "run"

@@ -79,6 +79,7 @@ def test_the_effect_of_a_full_patch_is_the_difference_of_the_two_runs(lm, inspec
     assert np.abs(found.effect[1]).max() > 1e-3
 
 
+@pytest.mark.whole
 def test_the_command_writes_tables_json_and_a_page(monkeypatch, capsys, tmp_path):
     pytest.importorskip("jinja2", reason="pip install -e '.[report]'")
     lm = make_model(MODERN)

@@ -94,6 +94,7 @@ def test_targets_that_match_nothing_are_refused(targets, message):
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.whole
 def test_merged_weights_compute_the_same():
     cfg = make_config(SMALL, lora={**LORA, "base_dtype": "int8", "targets": ["attention", "mlp/(up|down)"]})
     t = trainable_on(cfg)
@@ -172,6 +173,7 @@ def config_on(base: Path, corpus_file: Path, workdir: Path, **sections):
     return config_from_dict(values)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_path, name, no_closing_sample):
     """Train a few steps, export, load in peft: the same logits; import again: the same; merged: the same."""
@@ -201,6 +203,7 @@ def test_an_exported_adapter_is_pefts_and_comes_back(bases, corpus_file, tmp_pat
         open_model(str(tmp_path / "peft"))
 
 
+@pytest.mark.whole
 def test_ten_steps_equal_pefts(bases):
     """The same base, A and B (not zero), batches and AdamW."""
     cfg = make_config({**shape_of(bases["llama"]), "vocab_multiple": 1}, lora=LORA, optim=NO_DECAY)

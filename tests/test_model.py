@@ -188,6 +188,7 @@ def test_remat_computes_again_what_it_says(model):
     assert full > dots
 
 
+@pytest.mark.whole
 def test_initial_loss_of_gpt2_is_that_of_its_initialisation():
     """ln V + d 0.02^2 / 2: the tied head's logits are normal with variance d 0.02^2."""
     model = {"n_layers": 2, "d_model": 768, "n_heads": 12, "context_length": 64, "vocab_size": 50257}

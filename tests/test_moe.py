@@ -261,7 +261,10 @@ def test_no_array_has_all_tokens_of_all_experts():
     assert max(sizes) < 16 * 8 * 32 * 16  # experts x tokens x the smaller width
 
 
-MESHES = [("muon", {"expert": 2, "fsdp": 2, "tensor": 2}), ("adamw", {"expert": 2, "context": 2, "data": 2})]
+MESHES = [
+    pytest.param("muon", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.whole),
+    ("adamw", {"expert": 2, "context": 2, "data": 2}),
+]
 SLOW_MESHES = [  # pytest -m slow -n 0 tests/test_moe.py
     {"expert": 8},
     {"fsdp": 8},

@@ -18,6 +18,7 @@ def old_run(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.whole
 def test_an_old_run_resumes_with_its_losses(old_run, tmp_path):
     command = ["train.py", old_run / "config.yaml", "--workdir", old_run, "--train.total_steps", 30]
     result = run_script(*command, "--data.cache_dir", tmp_path / "cache")

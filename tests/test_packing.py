@@ -39,6 +39,7 @@ def docstrings() -> list[str]:
     return [text for node in documented if (text := ast.get_docstring(node))]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("tokenizer", ["byte", "gpt2"])
 def test_real_documents_fill_98_percent_of_the_positions(tmp_path, tokenizer, gpt2_cache):
     texts = scenes() + docstrings()

@@ -231,6 +231,7 @@ def test_coordinates_are_flat_under_mup_and_not_under_standard(check):
     assert standard["layers"]["logits"]["slope"] > 0.5
 
 
+@pytest.mark.whole
 def test_the_coordinate_check_sees_a_wrong_exponent(check, monkeypatch):
     monkeypatch.setitem(parametrization.ROLES, "matrix", parametrization.ROLES["matrix"]._replace(lr=-0.5))
     assert not check("mup")["flat"]

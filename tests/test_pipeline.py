@@ -64,7 +64,7 @@ OF_EXPERTS = [{"pipeline": 4, "expert": 2}, {"pipeline": 2, "expert": 4}, {"pipe
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("modern", {"pipeline": 4, "fsdp": 2}),
+        pytest.param("modern", {"pipeline": 4, "fsdp": 2}, marks=pytest.mark.whole),
         pytest.param("moe", {"pipeline": 2, "expert": 2, "context": 2}, marks=pytest.mark.whole),
         *(pytest.param(name, axes, marks=pytest.mark.slow) for axes in PAIRS for name in MODELS),
         *(pytest.param("moe", axes, marks=pytest.mark.slow) for axes in OF_EXPERTS),

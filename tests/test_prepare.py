@@ -181,6 +181,7 @@ def test_a_unit_that_was_interrupted_is_done_again_and_finished_ones_are_not(tmp
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
+@pytest.mark.whole
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):
     """SIGKILL after the first of several units is done; the workers end with their parent."""
     source = write_jsonl(tmp_path / "a.jsonl", some_texts(40_000, words=160))

@@ -60,6 +60,7 @@ needs_glibc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.whole
 @needs_glibc
 def test_a_step_does_not_take_its_memory_from_the_kernel_again():
     faults = {}

@@ -97,6 +97,7 @@ def test_single_bad_batches_are_skipped_and_no_checkpoint_is_written_meanwhile(t
     assert not any("rolled_back_to" in row for row in rows)
 
 
+@pytest.mark.whole
 def test_a_run_that_does_not_recover_gives_up_and_keeps_its_checkpoint(train, tmp_path):
     with pytest.raises(
         Diverged, match=r"gave up after step 32: .*, and 2 rollbacks did not help; lower optim.peak_lr"

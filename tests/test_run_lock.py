@@ -33,7 +33,8 @@ def holder(tmp_path):
 
 def test_a_run_in_a_directory_that_another_run_uses_is_refused(holder, tiny_run, tmp_path):
     code = (
-        "import sys; from gptjax import cli, rundir; rundir.RunLock.WAIT_S = 0.0; sys.exit(cli.train(sys.argv[2:]))"
+        "import sys; from gptjax import cli; from gptjax.lifecycle import rundir; "
+        "rundir.RunLock.WAIT_S = 0.0; sys.exit(cli.train(sys.argv[2:]))"
     )
     done = run_script("-c", code, *tiny_run, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr

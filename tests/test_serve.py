@@ -56,6 +56,7 @@ def prompts(n: int) -> list[str]:
     return ["".join(words[i] for i in rng.integers(0, len(words), 1 + number % 40)) for number in range(n)]
 
 
+@pytest.mark.whole
 def test_32_clients_get_the_answers_that_each_gets_alone(server, lm):
     def ask(number: int) -> tuple[str, str]:
         temperature = [0.0, 0.9][number % 2]

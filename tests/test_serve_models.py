@@ -66,6 +66,7 @@ def server(models):
             yield client
 
 
+@pytest.mark.whole
 def test_clients_of_all_models_together_get_the_answers_that_each_model_gives_alone(server, models):
     _, lm, weights = models
     prompts = ["what is this king and that queen, my lord", "this dies and that love is what the night do speak"]

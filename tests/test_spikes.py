@@ -69,6 +69,7 @@ def test_a_level_that_stays_is_accepted_before_the_run_gives_up(calm):
     assert taken[0] is False and taken[-1] is True
 
 
+@pytest.mark.whole
 def test_a_skipped_step_changes_nothing_but_its_number_and_survives_a_restart(tmp_path, corpus_file, token_cache):
     corpus = load_corpus(DataConfig(path=str(corpus_file), cache_dir=str(token_cache)))
     model = {**GPT2_LIKE, "n_layers": 1, "vocab_size": corpus.tokenizer.vocab_size}

@@ -29,8 +29,8 @@ def run_steps(t, steps: int, same_batch: bool = False, state=None):
 
 MESHES = [
     pytest.param("adamw", {"data": 8}, marks=pytest.mark.slow),  # pytest -m slow -n 0 tests/test_step.py
-    ("adamw", {"tensor": 4, "data": 2}),
-    ("adamw", {"context": 2, "fsdp": 4}),
+    pytest.param("adamw", {"tensor": 4, "data": 2}, marks=pytest.mark.whole),
+    pytest.param("adamw", {"context": 2, "fsdp": 4}, marks=pytest.mark.whole),
     pytest.param("muon", {"fsdp": 8}, marks=pytest.mark.slow),
     ("muon", {"data": 2, "fsdp": 2, "tensor": 2}),
     pytest.param("muon", {"context": 4, "tensor": 2}, marks=pytest.mark.slow),
@@ -62,6 +62,7 @@ def test_every_mesh_gives_the_losses_of_one_device(one_device, name, axes):
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("model", [GPT2_LIKE, pytest.param(MODERN, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_steps_in_bfloat16_come_near_those_in_float32(model):
     configs = [make_config({**model, "dtype": dtype}) for dtype in ("float32", "bfloat16")]
@@ -171,6 +172,7 @@ def test_a_filter_longer_than_a_chunk_of_the_ring_is_refused():
         trainable_on(make_config({**MODERN, "conv_width": 6}), 4, context=4)
 
 
+@pytest.mark.whole
 def test_loss_chunks_share_the_logits_among_the_devices_of_the_context_axis():
     """Each chunk has an equal part on every device: none computes the logits of positions that another holds."""
     cfg = make_config(MODERN, train={"batch_sequences": 8, "loss_chunks": 4})

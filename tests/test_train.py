@@ -68,6 +68,7 @@ def test_a_run_leaves_what_every_tool_reads(straight):
     assert {"jax", "flax", "optax"} <= set(json.loads((straight / "env.json").read_text())["versions"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(straight, tiny_run, tmp_path, kills):
     workdir = tmp_path / "killed"
@@ -172,6 +173,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tiny_run, t
     assert not sampled.stderr  # the last checkpoint was saved anew, and is read
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -194,6 +196,7 @@ def test_a_checkpoint_resumes_on_another_mesh(straight, tiny_run, tmp_path, mesh
     np.testing.assert_allclose(runs[1], runs[0], atol=1e-5)
 
 
+@pytest.mark.whole
 def test_two_processes_give_the_losses_of_one(straight, tiny_run, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -32,6 +32,7 @@ def flip_bit(params: dict, device: jax.Device) -> dict:
     return jax.tree.unflatten(tree, [flipped(leaves[0]), *leaves[1:]])
 
 
+@pytest.mark.whole
 def test_a_flipped_bit_stops_a_run_within_the_interval(corpus_file, token_cache, tmp_path, monkeypatch):
     culprit, make_step = jax.devices()[5], trainer.make_train_step
 

@@ -64,6 +64,7 @@ sys.exit(cli.train(sys.argv[2:]))
 """
 
 
+@pytest.mark.whole
 def test_a_run_is_watched_while_it_reads_its_corpus(tiny_run, tmp_path):
     arguments = [*tiny_run, f"--workdir={tmp_path / 'run'}", "--distributed.stall_timeout_s=1"]
     done = run_script("-c", STUCK_START, *arguments, timeout=60)

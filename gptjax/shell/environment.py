@@ -70,6 +70,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def describe_versions() -> str:
+    """Return one line: the versions of gptjax, of Python and of the packages that decide a run's numbers."""
+    found = {"gptjax": _version("gptjax"), "Python": platform.python_version()}
+    found |= {name: _version(name) for name in PACKAGES}
+    return ", ".join(f"{name} {version or '(not installed)'}" for name, version in found.items())
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

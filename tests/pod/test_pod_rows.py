@@ -68,7 +68,10 @@ def check_hosts(of: jax.sharding.NamedSharding, shape: tuple[int, int]) -> None:
 ALSO_LARGE = ("h100:512x8", "v5e:16x16 x 16")  # 4,096 devices, as v5p:16x16x16 has
 
 
-@pytest.mark.parametrize("place", [pytest.param(p, marks=[pytest.mark.slow] * (p in ALSO_LARGE)) for p in PLACES])
+MARKS = {"v5p:16x16x16": [pytest.mark.whole], **{place: [pytest.mark.slow] for place in ALSO_LARGE}}
+
+
+@pytest.mark.parametrize("place", [pytest.param(place, marks=MARKS.get(place, [])) for place in PLACES])
 def test_hosts_read_and_hand_over_what_the_mesh_asks(place):
     """Every shipped config's batch, on every mesh that `plan --search` may propose; pytest -s prints how many."""
     batches, cases, hosts = batches_of_configs(), 0, len({d.process_index for d in devices_of(place)})
