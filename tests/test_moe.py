@@ -263,7 +263,7 @@ def test_no_array_has_all_tokens_of_all_experts():
 
 MESHES = [
     pytest.param("muon", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.whole),
-    ("adamw", {"expert": 2, "context": 2, "data": 2}),
+    pytest.param("adamw", {"expert": 2, "context": 2, "data": 2}, marks=pytest.mark.whole),
 ]
 SLOW_MESHES = [  # pytest -m slow -n 0 tests/test_moe.py
     {"expert": 8},
