@@ -159,7 +159,10 @@ class LanguageModel:
         sampling.check()
         T, keys = self.config.context_length, row_keys(seed, len(prompts))
         windows = [self.prompt_ids(prompt)[-T:] for prompt in prompts]  # what each row attends to
-        slots = min(power_of_two(max(map(len, windows), default=1) + max_new_tokens), T)
+        longest = max(map(len, windows), default=1)
+        # Few sizes, so that few programs serve all; the smaller, since every token reads all slots.
+        rounded = power_of_two(longest) + power_of_two(max_new_tokens)
+        slots = min(power_of_two(longest + max_new_tokens), rounded, T)
         running = list(range(len(prompts)))
         requests = [Request(sampling, key, max_new_tokens) for key in keys]
         state = self.engine.start(windows, requests, slots) if max_new_tokens and prompts else None
