@@ -265,14 +265,31 @@ class Engine:
         return Prefix(cache, lengths, self.next_logits(model, last))
 
     def _start_rows(self, params, tokens: jax.Array, lengths: jax.Array, fresh, rows: int, slots: int) -> State:
+        """Lay out the prompts of all rows at once, as inserting one after the other before slot 0 does."""
         prefix = self._read_prompts(params, tokens, lengths)
-        places = jnp.arange(len(lengths), dtype=jnp.int32)
-        return self._insert_rows(self._empty_state(rows, slots), prefix, places, rows, fresh)
+        prefix, fresh = jax.tree.map(lambda x: x[:rows], (prefix, fresh))
+        index = jnp.arange(slots) - (slots - prefix.lengths[:, None])  # [B, S], which token of its row a slot holds
+        positions = jnp.where(index >= 0, index, UNUSED).astype(jnp.int32)
+
+        def lay_out(prompt: jax.Array) -> jax.Array:  # [B, G, W, K] -> [B, G, S, K]
+            taken = jnp.take_along_axis(prompt, index[:, None, :, None], axis=2, mode="clip")
+            return constrain(jnp.where(index[:, None, :, None] >= 0, taken, 0), *CACHE_AXES)
+
+        return State(
+            cache=[Cache(jax.tree.map(lay_out, cache.kv), cache.recent) for cache in prefix.cache],
+            slots=CacheSlots(positions, jnp.int32(0)),
+            logits=prefix.logits,
+            position=prefix.lengths,
+            **fresh | {"left": self._most_left(fresh["left"], prefix.lengths, slots)},
+        )
+
+    def _most_left(self, left: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
+        """Return how many tokens rows may draw: the last is drawn from a full context."""
+        return jnp.minimum(left, min(slots, self.config.context_length) + 1 - lengths)
 
     def _insert_rows(self, state: State, prefix: Prefix, places, count, fresh: dict[str, Any]) -> State:
         """Place the first `count` prompts in the rows `places` [N]."""
         S = state.slots.positions.shape[1]
-        longest = min(S, self.config.context_length)
 
         def insert_one(i, state: State) -> State:
             row, length = places[i], prefix.lengths[i]
@@ -291,7 +308,7 @@ class Engine:
                 for old, new in zip(state.cache, prefix.cache, strict=True)
             ]
             given = {name: jax.tree.map(lambda x: x[i], values) for name, values in fresh.items()}
-            given["left"] = jnp.minimum(given["left"], longest + 1 - length)  # the last is drawn from a full context
+            given["left"] = self._most_left(given["left"], length, S)
             given |= {"logits": prefix.logits[i], "position": length}
             changed = {
                 name: jax.tree.map(lambda old, new: old.at[row].set(new), getattr(state, name), values)
