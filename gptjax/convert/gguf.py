@@ -169,13 +169,13 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Tokenizer]:
 
 
 def _reader(path: Path) -> Any:
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} {LFS_REMEDY}")
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError(f"to read {str(path)!r}: pip install 'gptjax[hf]' (it needs the package gguf)") from None
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} {LFS_REMEDY}")
     try:
         return GGUFReader(path)
     except Exception as error:  # the reader raises what numpy does where a file ends early
