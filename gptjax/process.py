@@ -39,7 +39,6 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
     write_cache_entries_whole()
     found = None if distributed is None else find_processes(distributed, os.environ)
     if distributed is None or found is None:
-        check_platforms(os.environ)
         return
     faulthandler.enable()  # JAX aborts when a process is lost: print every thread's stack then
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -51,24 +50,6 @@ def prepare_process(cpu_devices: int | None = None, distributed: DistributedConf
         raise UserError(
             f"cannot join the other processes ({reason}); check that process 0 runs and is reachable, or set "
             "distributed.coordinator, num_processes and process_id"
-        ) from None
-    check_platforms(os.environ)
-
-
-def check_platforms(environment: Mapping[str, str]) -> None:
-    """Raise UserError where JAX cannot use the platform that JAX_PLATFORMS names."""
-    names = environment.get("JAX_PLATFORMS", "")
-    if names in ("", "cpu"):
-        return
-    import jax
-
-    try:
-        jax.devices()
-    except Exception as error:  # JAX raises RuntimeError, and AssertionError where it lacks a plugin
-        reason = " ".join(str(error).split())[:300] or "it has no such plugin, or the machine no such device"
-        raise UserError(
-            f"JAX cannot use the platform that the environment names, JAX_PLATFORMS={names} ({reason}); unset it, "
-            "set it to cpu, or pip install 'gptjax[cuda]' or 'gptjax[tpu]' for an accelerator"
         ) from None
 
 

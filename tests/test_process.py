@@ -1,14 +1,13 @@
 """What is settled before JAX starts."""
 
 import os
+import re
 import sys
 
 import pytest
 from conftest import run_script
 
 from gptjax import cpu
-from gptjax.errors import UserError
-from gptjax.process import check_platforms
 
 
 def test_virtual_devices_get_a_pool_of_twice_as_many_threads():
@@ -207,17 +206,24 @@ def test_the_limit_of_locked_memory_is_raised_as_far_as_it_may_be():
     assert done.stdout == "65536 65536\n", done.stderr
 
 
+USES_DEVICES = """
+import jax.numpy as jnp
+from gptjax.shell.console import report_user_errors
+report_user_errors(lambda: jnp.zeros(2))()
+"""
+
+
 @pytest.mark.parametrize("platforms", ["cuda", "cpuu", "tpu,cpu"])
-def test_a_platform_that_jax_lacks_is_the_users_error(platforms, monkeypatch):
+def test_a_platform_that_jax_lacks_is_the_users_error(platforms):
     """JAX raises RuntimeError, or an AssertionError without a word."""
+    done = run_script("-c", USES_DEVICES, JAX_PLATFORMS=platforms)
+    assert done.returncode == 2, done.stderr
+    assert re.search(f"JAX_PLATFORMS={platforms} .*unset it, set it to cpu, or pip install", done.stderr)
+    assert "Traceback" not in done.stderr
 
-    def devices() -> None:
-        if platforms == "cuda":
-            raise AssertionError
-        raise RuntimeError("Unable to initialize backend\nhere")
 
-    monkeypatch.setattr("jax.devices", devices)
-    with pytest.raises(UserError, match=f"JAX_PLATFORMS={platforms} .*unset it, set it to cpu, or pip install"):
-        check_platforms({"JAX_PLATFORMS": platforms})
-    check_platforms({"JAX_PLATFORMS": "cpu"})
-    check_platforms({})
+def test_a_plan_leaves_the_platform_of_the_machine_alone():
+    """Also where that platform is not there, or another process has it."""
+    plan = ("plan", "configs/gpt2_124m.yaml", "--topology", "v5e:4x4", "--analytic")
+    done = run_script("-m", "gptjax", *plan, JAX_PLATFORMS="cuda")
+    assert done.returncode == 0, done.stderr

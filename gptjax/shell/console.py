@@ -182,6 +182,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
     if of_storage := next((one for one in causes(error) if is_of_storage(one)), None):
         reason = one_line(str(of_storage), LONGEST_REASON) or type(of_storage).__name__
         return 1, f"error: the storage refused a request: {reason}; run the same command again to resume"
+    if refusal := _platform_refused(error):
+        return USER_ERROR, refusal
     first = causes(error)[-1]
     where = _write_trace(error)
     frames = traceback.extract_tb(first.__traceback__)[-FRAMES:]
@@ -189,6 +191,26 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
     said = one_line(str(first), LONGEST_REASON)
     head = f"error: {type(first).__name__}{': ' if said else ''}{said}"
     return 1, "\n".join([head, *lines, f"this is a fault of gptjax or of this machine; the whole trace: {where}"])
+
+
+def _platform_refused(error: BaseException) -> str | None:
+    """Return a message where JAX cannot start the platform that JAX_PLATFORMS names; else None.
+
+    Whatever uses a device first raises RuntimeError then, or an AssertionError without a word. JAX is only asked
+    after such an error: a platform that starts is taken from other processes.
+    """
+    names, jax = os.environ.get("JAX_PLATFORMS", ""), sys.modules.get("jax")
+    if names in ("", "cpu") or jax is None or not isinstance(causes(error)[-1], AssertionError | RuntimeError):
+        return None
+    try:
+        jax.devices()
+    except Exception as refusal:
+        reason = one_line(str(refusal), LONGEST_REASON) or "it has no such plugin, or the machine no such device"
+        return (
+            f"error: JAX cannot use the platform that the environment names, JAX_PLATFORMS={names} ({reason}); unset "
+            "it, set it to cpu, or pip install 'gptjax[cuda]' or 'gptjax[tpu]' for an accelerator"
+        )
+    return None
 
 
 def is_of_storage(error: BaseException | None) -> bool:
