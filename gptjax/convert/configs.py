@@ -20,7 +20,7 @@ from gptjax.convert.family import Family
 from gptjax.convert.foreign import another_head, unknown_family
 from gptjax.convert.forms import ROPE_DEFAULTS, ROPE_TYPES
 from gptjax.errors import UserError
-from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import refuse_lfs_pointer
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp.width", "context_length", "vocab_size")
 SIZES += ("mlp.moe.experts", "mlp.moe.top_k", "mlp.moe.width")
@@ -89,8 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object; raise UserError where it holds none."""
     try:
         data = path.read_bytes()
-        if data.startswith(LFS_POINTER):
-            raise UserError(f"{path} {LFS_REMEDY}")
+        refuse_lfs_pointer(path, data)
         values = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None

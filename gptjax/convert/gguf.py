@@ -18,7 +18,7 @@ from gptjax.convert.foreign import kind_of
 from gptjax.convert.gguf_vocabulary import gguf_tokenizer
 from gptjax.errors import UserError
 from gptjax.nn.rotary import rotary_angles
-from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, refuse_lfs_pointer
 from gptjax.tokenizers import Tokenizer
 
 # Our config.json's key, by GGUF's (after `llama.`); those without a default are in every file.
@@ -170,8 +170,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, Tokenizer]:
 
 def _reader(path: Path) -> Any:
     with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} {LFS_REMEDY}")
+        refuse_lfs_pointer(path, stream.read(len(LFS_POINTER)))
     try:
         from gguf import GGUFReader
     except ImportError:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.convert.foreign import no_weights
 from gptjax.errors import UserError
-from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import LFS_POINTER, refuse_lfs_pointer
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -161,8 +161,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{file} {LFS_REMEDY}")
+        refuse_lfs_pointer(file, stream.read(len(LFS_POINTER)))
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):

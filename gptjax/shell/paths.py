@@ -16,6 +16,13 @@ HUB = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)(data
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_REMEDY = "is a pointer of Git LFS in place of the file; fetch the file: git lfs pull"
 
+
+def refuse_lfs_pointer(path: Path, head: bytes) -> None:
+    """Raise UserError where a file, given its first bytes, is a pointer of Git LFS."""
+    if head.startswith(LFS_POINTER):
+        raise UserError(f"{path} {LFS_REMEDY}")
+
+
 # The type of a command's parameter that names a path; `cli.py` passes its values through `user_path`.
 UserPath = Annotated[str, "path"]
 

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers.models import BPE
 
 from gptjax.errors import UserError
-from gptjax.shell.paths import LFS_POINTER, LFS_REMEDY
+from gptjax.shell.paths import refuse_lfs_pointer
 from gptjax.tokenizers.auto import FILES, from_json, json_object, options_of, settle, token_text
 from gptjax.tokenizers.bpe import printable_bytes
 from gptjax.tokenizers.openai import TiktokenTokenizer, by_tiktoken
@@ -185,8 +185,7 @@ def read_huggingface_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
         elif "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
             raise UserError(f"{str(path)!r} holds no tokenizer.json{_instead(folder)}")
         for name, text in files.items():
-            if text.startswith(LFS_POINTER.decode()):
-                raise UserError(f"{folder / name} {LFS_REMEDY}")
+            refuse_lfs_pointer(folder / name, text[:80].encode())
         return HuggingFaceTokenizer(settle(files), model_ends(folder))
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {str(path)!r}: {error.strerror}") from None
