@@ -9,6 +9,7 @@ from gptjax.convert.family import (
     NORMS_OVER_HEADS,
     SILUS,
     UNBIASED,
+    WITHOUT_WIDTH,
     Family,
     Tensor,
     with_defaults,
@@ -73,7 +74,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         architecture="MixtralForCausalLM",
         keys=(
             *with_defaults(
-                [key for key in UNBIASED if key[0] != "mlp.width"],
+                WITHOUT_WIDTH,
                 num_key_value_heads=8,
                 max_position_embeddings=131072,
                 rms_norm_eps=1e-5,
@@ -133,7 +134,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         architecture="OlmoeForCausalLM",
         keys=(
             *with_defaults(
-                [key for key in UNBIASED if key[0] != "mlp.width"],
+                WITHOUT_WIDTH,
                 hidden_size=2048,
                 num_hidden_layers=16,
                 num_attention_heads=16,
@@ -164,7 +165,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         architecture="GptOssForCausalLM",
         keys=(
             *with_defaults(
-                [key for key in UNBIASED if key[0] != "mlp.width"],
+                WITHOUT_WIDTH,
                 num_hidden_layers=36,
                 hidden_size=2880,
                 num_attention_heads=64,

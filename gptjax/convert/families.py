@@ -164,6 +164,22 @@ _OLMO2 = LLAMA._replace(
     },
 )
 
+_QWEN2 = LLAMA._replace(
+    title="Qwen2",
+    biases={},
+    architecture="Qwen2ForCausalLM",
+    keys=with_defaults(
+        UNBIASED,
+        num_key_value_heads=32,
+        intermediate_size=22016,
+        max_position_embeddings=32768,
+        vocab_size=151936,
+    ),
+    form={**ANY_HEADS, "bias": False, "attention.qkv_bias": True},
+    window=("sliding_window", "use_sliding_window", 4096),
+    layers=(),
+)
+
 # By the `model_type` of a config.json. An export takes the first that has the model's form.
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
@@ -189,37 +205,13 @@ FAMILIES: dict[str, Family] = {
         form={**ANY_HEADS, "bias": False},
         window=("sliding_window", None, 4096),
     ),
-    "qwen2": LLAMA._replace(
-        title="Qwen2",
-        biases={},
-        architecture="Qwen2ForCausalLM",
-        keys=with_defaults(
-            UNBIASED,
-            num_key_value_heads=32,
-            intermediate_size=22016,
-            max_position_embeddings=32768,
-            vocab_size=151936,
-        ),
-        form={**ANY_HEADS, "bias": False, "attention.qkv_bias": True},
-        window=("sliding_window", "use_sliding_window", 4096),
-        layers=(),
-    ),
-    "qwen3": LLAMA._replace(
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2._replace(
         title="Qwen3",
-        biases={},
         architecture="Qwen3ForCausalLM",
-        keys=with_defaults(
-            UNBIASED,
-            num_key_value_heads=32,
-            intermediate_size=22016,
-            max_position_embeddings=32768,
-            vocab_size=151936,
-            head_dim=128,
-        ),
+        keys=with_defaults(_QWEN2.keys, head_dim=128),
         form={**ANY_HEADS, "bias": False, "attention.qk_norm": True},
         demands={"hidden_act": SILUS, "attention_bias": (False,)},
-        window=("sliding_window", "use_sliding_window", 4096),
-        layers=(),
     ),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2._replace(

@@ -140,6 +140,7 @@ LLAMA = Family(
 )
 # The others are Llama's form with a change or two, so their tensors have Llama's names.
 UNBIASED = tuple(key for key in LLAMA.keys if key[0] != "bias")
+WITHOUT_WIDTH = tuple(key for key in UNBIASED if key[0] != "mlp.width")  # of experts, which have widths of their own
 ANY_HEADS = {field: value for field, value in LLAMA.form.items() if field != "d_model"}
 
 
