@@ -17,10 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
+from gptjax.parametrization import Metadata
 from gptjax.sharding import on_one_device, spec
 
-Path = tuple[str, ...]
-Metadata = dict[Path, dict[str, Any]]
 STEPS = 5  # of the iteration
 
 

@@ -12,12 +12,7 @@ from jax.sharding import Sharding
 from gptjax.config import OptimConfig
 from gptjax.errors import choose
 from gptjax.muon import scale_by_muon
-from gptjax.parametrization import ROLES, Role, role_named
-
-Path = tuple[str, ...]  # the names that lead to a weight
-Metadata = dict[
-    Path, dict[str, Any]
-]  # what each weight's declaration says, as `transformer.abstract_model` returns it
+from gptjax.parametrization import ROLES, Metadata, Path, Role, role_named
 
 
 class Schedule(NamedTuple):

@@ -17,6 +17,8 @@ from gptjax.config import ModelConfig
 from gptjax.errors import nearest
 
 Exponents = tuple[float, float]  # exponents of m and of l
+Path = tuple[str, ...]  # the names that lead to a weight
+Metadata = dict[Path, dict[str, Any]]  # what each weight's declaration says (`transformer.abstract_model`)
 
 
 class Role(NamedTuple):

@@ -35,6 +35,7 @@ from gptjax.objectives import (
     without_teacher,
 )
 from gptjax.optim import abstract_opt_state, is_frozen, learning_rate, make_optimizer, map_by_path
+from gptjax.parametrization import Metadata
 from gptjax.sharding import check_divides, parts_of, sharding
 from gptjax.spikes import STATISTICS, first_statistics, judge_step, judge_update
 
@@ -86,7 +87,7 @@ class Trainable(NamedTuple):
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     objective: Objective
-    metadata: dict[tuple[str, ...], dict[str, Any]]
+    metadata: Metadata
     frozen: frozenset[tuple[str, ...]]
     state: TrainState
     batch_sharding: jax.sharding.NamedSharding
@@ -159,7 +160,7 @@ def check_pipeline(cfg: Config, mesh: Mesh) -> None:
 
 def make_teacher(
     cfg: Config, mesh: Mesh, objective: Objective, teacher: ModelConfig | None
-) -> tuple[Teacher | None, Params, dict[tuple[str, ...], dict[str, Any]]]:
+) -> tuple[Teacher | None, Params, Metadata]:
     """Return the teacher of a run, its abstract weights under the key TEACHER, and their metadata by path.
 
     Raises:
@@ -237,7 +238,7 @@ def base_dtype(cfg: Config) -> str:
     return cfg.lora.base_dtype if cfg.lora.rank else "float32"
 
 
-def place_weights(cfg: Config, mesh: Mesh, params: Params, metadata: dict[tuple[str, ...], dict[str, Any]]) -> Params:
+def place_weights(cfg: Config, mesh: Mesh, params: Params, metadata: Metadata) -> Params:
     """Return abstract weights with their shardings, in the form in which the run holds them (`lora.base_dtype`)."""
 
     def place(path, leaf):

@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding
 
 from gptjax.config import LoraConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.nn.adapters import Metadata, abstract_adapter, merge_adapter
+from gptjax.nn.adapters import abstract_adapter, merge_adapter
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.nn.weights import Int8, hold
 from gptjax.optim import map_by_path
+from gptjax.parametrization import Metadata
 from gptjax.sharding import sharding
 
 

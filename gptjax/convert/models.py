@@ -36,12 +36,12 @@ from gptjax.convert.safetensors import SafetensorsFolder
 from gptjax.convert.weights import Layout, TensorSource, read_params
 from gptjax.errors import UserError, choose
 from gptjax.generate import LanguageModel
-from gptjax.nn.adapters import Metadata
 from gptjax.nn.backends import check_model_divides
 from gptjax.nn.transformer import Params, abstract_model
 from gptjax.nn.weights import WEIGHT_DTYPES
 from gptjax.objectives import OBJECTIVES
 from gptjax.optim import map_by_path
+from gptjax.parametrization import Metadata
 from gptjax.sharding import make_mesh, sharding
 from gptjax.shell.paths import user_path
 from gptjax.tokenizers import NoTokenizer, Tokenizer, read_huggingface_tokenizer, same_ids, tokenizer_from_dict

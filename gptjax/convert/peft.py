@@ -23,10 +23,10 @@ from gptjax.convert.families import FAMILIES
 from gptjax.convert.forms import exported_form, family_for
 from gptjax.convert.models import Model
 from gptjax.convert.safetensors import NAME, SafetensorsFolder, read_facts, write_safetensors
-from gptjax.convert.weights import Layout, leaf_at, multipliers
+from gptjax.convert.weights import Layout, multipliers
 from gptjax.errors import UserError
 from gptjax.nn.adapters import ADAPTER, abstract_adapter
-from gptjax.nn.transformer import Params, abstract_model
+from gptjax.nn.transformer import Params, abstract_model, leaf_at
 from gptjax.optim import first_match
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

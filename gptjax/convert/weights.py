@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gptjax.config import ModelConfig, override
 from gptjax.convert.family import Family, Tensor
-from gptjax.nn.transformer import Params, abstract_model
+from gptjax.nn.transformer import Params, abstract_model, leaf_at
 from gptjax.optim import first_match
-from gptjax.parametrization import MULTIPLIERS, attention_multiplier, factor
+from gptjax.parametrization import MULTIPLIERS, Path, attention_multiplier, factor
 
 # The letter of each logical axis in `Tensor.dims`.
 LETTERS = {
@@ -29,7 +29,6 @@ LETTERS = {
     "expert": "E",
     "choice": "E",
 }
-Path = tuple[str, ...]
 
 
 class TensorSource(Protocol):
@@ -144,13 +143,6 @@ class Layout:
             fused = self.place(path).name
             return sum(tensor.name == fused for tensor in self.family.tensors.values())
         return self.widths[path] if letter == "N" else self.sizes[letter]
-
-
-def leaf_at(tree: Any, path: Path) -> Any:
-    """Return the leaf of a nested dict under these keys."""
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def read_params(layout: Layout, source: TensorSource, abstract: Params) -> Params:

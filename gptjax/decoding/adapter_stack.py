@@ -15,9 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gptjax.config import LoraConfig
-from gptjax.nn.adapters import ADAPTER, Path
+from gptjax.nn.adapters import ADAPTER
 from gptjax.nn.transformer import Params
 from gptjax.nn.weights import Adapted
+from gptjax.parametrization import Path
 
 SplitParams = tuple[Params, list[Params]]  # as `transformer.split_layers` returns them
 

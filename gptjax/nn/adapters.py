@@ -7,7 +7,6 @@ The adapters of a model are a nested dict beside its weights, under the key ADAP
 import math
 import re
 import zlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,9 @@ from gptjax.errors import UserError, nearest
 from gptjax.nn.layers import standard_normal
 from gptjax.nn.transformer import Params
 from gptjax.nn.weights import Adapted, Weight, dense, merge
-from gptjax.parametrization import ROLES, role_named
+from gptjax.parametrization import ROLES, Metadata, Path, role_named
 
 ADAPTER = "adapter"  # the key of the adapters among a model's weights, and their role
-Path = tuple[str, ...]
-Metadata = dict[Path, dict[str, Any]]
 
 
 def choose_targets(lora: LoraConfig, metadata: Metadata) -> list[Path]:

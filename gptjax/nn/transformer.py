@@ -37,7 +37,7 @@ from gptjax.nn.pipeline import pass_stages
 from gptjax.nn.products import add_bias
 from gptjax.nn.rotary import rotary_angles
 from gptjax.nn.weights import Weight, dense, look_up, multiply_head, transpose
-from gptjax.parametrization import MULTIPLIERS, factor, size_factors
+from gptjax.parametrization import MULTIPLIERS, Metadata, Path, factor, size_factors
 from gptjax.sharding import constrain, mesh_size
 
 Params = dict[str, Any]  # nested; the leaves are arrays, or ShapeDtypeStructs in the abstract form
@@ -307,9 +307,7 @@ class Transformer(nnx.Module):
         return dense(self.head_weight())
 
 
-def abstract_model(
-    cfg: ModelConfig, run: RunConfig | None = None
-) -> tuple[nnx.GraphDef, Params, dict[tuple[str, ...], dict[str, Any]]]:
+def abstract_model(cfg: ModelConfig, run: RunConfig | None = None) -> tuple[nnx.GraphDef, Params, Metadata]:
     """Return the model without its values: structure, shapes, and each weight's metadata.
 
     Args:
@@ -327,6 +325,13 @@ def abstract_model(
         weight = {name: variable.get_metadata()[name] for name in ("axes", "role", "n_in", "n_stacked")}
         metadata[path] = {**weight, "factors": size_factors(cfg, weight)}
     return graphdef, nnx.to_pure_dict(state), metadata
+
+
+def leaf_at(tree: Any, path: Path) -> Any:
+    """Return the leaf of a nested dict under these keys."""
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
@@ -441,10 +446,7 @@ def count_params(cfg: ModelConfig, active: bool = False) -> dict[str, int]:
     _, params, metadata = abstract_model(cfg)
     counts: dict[str, int] = {}
     for path, meta in metadata.items():
-        leaf = params
-        for name in path:
-            leaf = leaf[name]
-        size = math.prod(leaf.shape)
+        size = math.prod(leaf_at(params, path).shape)
         if "vocab" in meta["axes"]:
             size = size // cfg.padded_vocab * cfg.vocab_size
         size = round(size * active_share(cfg, meta)) if active else size

@@ -206,8 +206,8 @@ class Program:
 
         An asynchronous collective appears in several fusions (start, update, done) under one channel and may continue
         inside a loop; it counts as often as it starts. Elsewhere a channel says nothing: collectives of `shard_map`
-        share one. Between slices there are no collectives but transfers through
-        the hosts, which name the collective that they are part of.
+        share one. Between slices there are no collectives but transfers through the hosts, which name the collective
+        that they are part of.
 
         Args:
             chips_per_slice: number of devices of a slice, numbered slice by slice; None for one slice.

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.muon import STEPS, Reading
-from gptjax.nn.transformer import abstract_model
+from gptjax.nn.transformer import abstract_model, leaf_at
 from gptjax.optim import is_frozen, treat
 from gptjax.sharding import parts_of
 
@@ -48,13 +48,10 @@ def orthogonal_costs(
     for path, weight in metadata.items():
         if treat(optim, path, weight).group.rule != "muon" or is_frozen(optim, weight):
             continue
-        leaf = params
-        for name in path:
-            leaf = leaf[name]
-        stack, logical = weight["n_stacked"], weight["axes"]
-        (rows, row_axes), (columns, column_axes) = Reading(leaf.shape, weight, turns=True).sides
+        shape, stack, logical = leaf_at(params, path).shape, weight["n_stacked"], weight["axes"]
+        (rows, row_axes), (columns, column_axes) = Reading(shape, weight, turns=True).sides
         parts = [math.prod(parts_of(mesh, axis) for axis in side) for side in (row_axes, column_axes)]
-        n_held = math.prod(leaf.shape[:stack]) / math.prod(parts_of(mesh, axis) for axis in logical[:stack])
+        n_held = math.prod(shape[:stack]) / math.prod(parts_of(mesh, axis) for axis in logical[:stack])
         held = n_held * rows * columns * F32 / math.prod(parts)
         sent += 2 * held * sum((part - 1) / part for part in parts)
         n_matrices[rows, columns, math.prod(parts)] += n_held
