@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from gptjax.checks import check
 from gptjax.errors import UserError, nearest
 from gptjax.process import prepare_process
 from gptjax.shell.commandline import mesh_axes
@@ -43,8 +44,7 @@ def chat(
         mesh: shard the model over several devices, such as fsdp=4,tensor=2, if it does not fit on one.
         cpu_devices: number of virtual CPU devices, to try a mesh without its hardware.
     """
-    if max_new_tokens < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1, and seed {seed} must be in [0, 2^32)")
+    check(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
     axes = mesh_axes(mesh)
     prepare_process(cpu_devices)
     from gptjax.convert import load, open_model

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gptjax.checks import check
 from gptjax.errors import UserError
 from gptjax.process import prepare_process
 from gptjax.shell.commandline import mesh_axes, read_standard_input
@@ -40,8 +41,7 @@ class How(NamedTuple):
     def check(self) -> "How":
         """Return it; raises UserError for what is out of range or excludes one another."""
         n, beams = self.num_samples, self.beams
-        if n < 1 or not 0 <= self.seed < 2**32:
-            raise UserError(f"num_samples {n} must be at least 1, and seed {self.seed} must be in [0, 2^32)")
+        check(n >= 1, "num_samples", n, "must be at least 1")
         if beams is not None and self.draft is not None:
             raise UserError("--beams and --draft exclude each other; leave one out")
         if self.has_form and (beams is not None or self.draft is not None):
