@@ -1,9 +1,9 @@
 """Muon: the momentum of each hidden matrix, made nearly orthogonal (Jordan et al. 2024).
 
-A mesh cuts weights within their matrices, and every product of the iteration would gather such parts again. So the
-matrices are dealt out: those of one shape, of all weights and layers, are stacked, each device receives whole ones,
-orthogonalizes them alone, and returns each part to the device that holds its weight. Every entry is then sent to one
-device, twice a step; to gather a weight for the model's own products sends it to all.
+A mesh cuts weights within their matrices, and every matmul of the iteration would gather those parts again. Therefore
+matrices are dealt out. Those of one shape, of all weights and layers, are stacked. An all-to-all gives each device
+whole matrices, which it orthogonalizes without the others; a second one returns the parts to where the weights lie. A
+step sends each entry to one device and back. Gathering it for a matmul of the model sends it to every device.
 
 Letters: N matrices, n rows, m columns.
 """

@@ -196,8 +196,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
 def _platform_refused(error: BaseException) -> str | None:
     """Return a message where JAX cannot start the platform that JAX_PLATFORMS names; else None.
 
-    Whatever uses a device first raises RuntimeError then, or an AssertionError without a word. JAX is only asked
-    after such an error: a platform that starts is taken from other processes.
+    Whatever uses a device first raises RuntimeError then, or an AssertionError without a word. JAX is asked
+    after such an error only, since starting a platform takes it away from other processes.
     """
     names, jax = os.environ.get("JAX_PLATFORMS", ""), sys.modules.get("jax")
     if names in ("", "cpu") or jax is None or not isinstance(causes(error)[-1], AssertionError | RuntimeError):
